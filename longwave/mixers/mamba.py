@@ -1,0 +1,94 @@
+"""Mamba: a selective state space behind a short convolution and a gate.
+
+Source: Gu & Dao (2023), arXiv:2312.00752, algorithm 2 and fig. 3. Parameter names are those of state-spaces/mamba.
+"""
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longwave.mixers.base import Mixer, zero_padding
+from longwave.nn import Hint
+from longwave.ops import selective_scan, short_conv
+
+
+class MambaState(NamedTuple):
+    conv: Tensor  # (B, K-1, E) the short convolution's past
+    ssm: Tensor  # (B, E, N)
+
+
+class Mamba(Mixer, name="mamba"):
+    """y = W_o (SSM(silu(conv(W_x x))) * silu(W_z x)), the SSM's step, input and output maps read off its input.
+
+    Args:
+        d_model: D.
+        d_state: N.
+        d_conv: K, taps of the short convolution.
+        expand: E / D.
+        dt_rank: R, rank of the step size's projection; default ceil(D / 16).
+        bias: on the in and out projections.
+        conv_bias: on the short convolution.
+        dt_min, dt_max: initial step sizes are log-uniform between them.
+    """
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"d_state": 4, "d_conv": 2, "expand": 1, "dt_rank": 3, "bias": True, "conv_bias": False},
+    )
+    optim_hints: ClassVar[dict[str, Hint]] = {"A_log": Hint(), "D": Hint(), "dt_proj.bias": Hint()}
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        bias: bool = False,
+        conv_bias: bool = True,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ):
+        super().__init__()
+        self.d_model, self.dt_min, self.dt_max = d_model, dt_min, dt_max
+        E, R = expand * d_model, math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * E, bias=bias)
+        self.conv1d = nn.Conv1d(E, E, d_conv, groups=E, bias=conv_bias)
+        self.x_proj = nn.Linear(E, R + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(R, E)
+        self.A_log = nn.Parameter(torch.empty(E, d_state))
+        self.D = nn.Parameter(torch.empty(E))
+        self.out_proj = nn.Linear(E, d_model, bias=bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        N, R = self.A_log.shape[1], self.dt_proj.in_features
+        self.A_log.copy_(torch.arange(1.0, N + 1, device=self.D.device).log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+        self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
+        dt = torch.empty_like(self.D).uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp().clamp(min=1e-4)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def init_state(self, batch: int) -> MambaState:
+        E, _, K = self.conv1d.weight.shape
+        weight = self.in_proj.weight
+        ssm = torch.zeros(batch, *self.A_log.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return MambaState(weight.new_zeros(batch, K - 1, E), ssm.to(weight.device))
+
+    def forward(self, x: Tensor, state: MambaState | None = None, *, mask: Tensor | None = None):
+        N, R, conv = self.A_log.shape[1], self.dt_proj.in_features, self.conv1d
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
+        past, ssm = (None, None) if state is None else state
+        u, past = short_conv(zero_padding(u, mask), conv.weight[:, 0], conv.bias, past)
+        u = F.silu(u)
+        dt, B, C = self.x_proj(u).split([R, N, N], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)
+        if mask is not None:
+            dt = dt.masked_fill(~mask[..., None], float("-inf"))  # a step of length 0 leaves the state as it was
+        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        y, ssm = selective_scan(u, dt, A, B, C, self.D, ssm, z=z, dt_bias=self.dt_proj.bias, softplus=True)
+        return self.out_proj(y), None if state is None else MambaState(past, ssm)

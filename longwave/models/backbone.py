@@ -1,0 +1,85 @@
+"""A stack of residual blocks around mixers: any mixer at any layer, so a hybrid is a list."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from longwave.mixers import Mixer
+
+
+class Block(nn.Module):
+    """x + mixer(norm1 x), then x + channel(norm2 x) where there is a channel mixer.
+
+    Args:
+        mixer: moves information along time.
+        norm: makes a norm of a width, such as nn.RMSNorm.
+        channel: makes a channel mixer of a width, or None.
+        dropout: probability, on both branches.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        channel: Callable[[int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1, self.mixer = norm(mixer.d_model), mixer
+        self.norm2 = None if channel is None else norm(mixer.d_model)
+        self.channel = None if channel is None else channel(mixer.d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """x (B, L, D), the mixer's state and mask -> (B, L, D) and the state, or None where none came in."""
+        y, state = self.mixer(self.norm1(x), state, mask=mask)
+        x = x + self.dropout(y)
+        if self.channel is not None and self.norm2 is not None:
+            x = x + self.dropout(self.channel(self.norm2(x)))
+        return x, state
+
+
+class BackboneState(NamedTuple):
+    layers: tuple[Any, ...]  # one mixer state a layer
+
+
+class Backbone(nn.Module):
+    """Blocks one after another, then a norm: (B, L, D) -> (B, L, D). Obeys the mixers' rule on states.
+
+    Args:
+        mixers: one a layer, all of one d_model.
+        norm, channel, dropout: see :class:`Block`.
+    Raises:
+        ValueError: where there is no mixer, or their widths differ.
+    """
+
+    def __init__(
+        self,
+        mixers: Sequence[Mixer],
+        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        channel: Callable[[int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        widths = {mixer.d_model for mixer in mixers}
+        if len(widths) != 1:
+            raise ValueError(f"a backbone needs mixers of one d_model; got {sorted(widths) or 'no mixer'}")
+        self.d_model = widths.pop()
+        self.layers = nn.ModuleList(Block(mixer, norm, channel, dropout) for mixer in mixers)
+        self.norm = norm(self.d_model)
+
+    def init_state(self, batch: int) -> BackboneState:
+        """The state before the first token of ``batch`` sequences."""
+        return BackboneState(tuple(layer.mixer.init_state(batch) for layer in self.layers))  # type: ignore[union-attr, operator]
+
+    def forward(
+        self, x: Tensor, state: BackboneState | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, BackboneState | None]:
+        """See :class:`longwave.mixers.Mixer`."""
+        states = [None] * len(self.layers) if state is None else state.layers
+        new = []
+        for layer, s in zip(self.layers, states, strict=True):
+            x, s = layer(x, s, mask=mask)
+            new.append(s)
+        return self.norm(x), None if state is None else BackboneState(tuple(new))

@@ -1,0 +1,96 @@
+"""A language model: token ids in, logits over the next token out."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longwave.models.backbone import Backbone, BackboneState
+
+IGNORE = -100
+LOGITS_AT_ONCE = 2**22  # elements; of a long sequence, logits exist for as many tokens as this allows
+
+
+class Score(NamedTuple):
+    """Sums over the scored tokens: what a loss, a perplexity and an accuracy are made of. Scalars."""
+
+    loss: Tensor  # - sum ln p(target)
+    correct: Tensor  # int64, how often the target was the most probable
+    count: Tensor  # int64, how many targets there were
+
+
+class LM(nn.Module):
+    """embedding -> backbone -> head.
+
+    Args:
+        backbone: the blocks.
+        vocab: V, number of token ids.
+        tied: the head's weight is the embedding.
+    """
+
+    def __init__(self, backbone: Backbone, vocab: int, tied: bool = True):
+        super().__init__()
+        if vocab < 1:
+            raise ValueError(f"a language model needs vocab >= 1; got {vocab}")
+        self.embedding = nn.Embedding(vocab, backbone.d_model)
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.d_model, vocab, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for weight in {self.embedding.weight, self.head.weight}:
+            weight.normal_(std=0.02)
+
+    @property
+    def vocab(self) -> int:
+        return self.embedding.num_embeddings
+
+    def init_state(self, batch: int) -> BackboneState:
+        """The state before the first token of ``batch`` sequences."""
+        return self.backbone.init_state(batch)
+
+    def forward(
+        self, ids: Tensor, state: BackboneState | None = None, *, mask: Tensor | None = None, last: bool = False
+    ) -> tuple[Tensor, BackboneState | None]:
+        """Logits over the next token.
+
+        Args:
+            ids: (B, L) int64, in [0, V).
+            state: None, or what ``init_state`` or an earlier call returned.
+            mask: (B, L) bool, True = real token.
+            last: logits of the last token alone, (B, 1, V): all that generation needs of a long prompt.
+        Returns:
+            logits: (B, L, V).
+            state: after the last token, or None where none came in.
+        """
+        x, state = self.backbone(self.embedding(ids), state, mask=mask)
+        return self.head(x[:, -1:] if last else x), state
+
+    def score(self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> Score:
+        """Cross entropy (natural log) summed over the targets that are not -100, with gradient.
+
+        The logits of the whole sequence never exist at once: they are made, and in the backward pass made again, for
+        a few tokens at a time.
+
+        Args:
+            ids, targets: (B, L) int64.
+            mask: (B, L) bool, True = real token.
+        """
+        x, _ = self.backbone(self.embedding(ids), mask=mask)
+        scored = targets.flatten() != IGNORE
+        x, targets = x.flatten(0, 1)[scored], targets.flatten()[scored]
+        step = max(1, LOGITS_AT_ONCE // self.vocab)
+        chunks = list(zip(x.split(step), targets.split(step)))
+        again = len(chunks) > 1 and torch.is_grad_enabled()
+        parts = [checkpoint(self._score, *c, use_reentrant=False) if again else self._score(*c) for c in chunks]
+        loss, correct = (torch.stack(column).sum() for column in zip(*parts))
+        return Score(loss, correct, torch.tensor(len(targets), device=ids.device))
+
+    def _score(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(x).float() if x.dtype.itemsize < 4 else self.head(x)
+        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()

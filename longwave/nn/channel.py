@@ -1,0 +1,39 @@
+"""Channel mixers: what a block does to each token on its own."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x).  Source: Shazeer (2020), arXiv:2002.05202, eq. 6.
+
+    Args:
+        d_model: D.
+        expand: hidden width over D; 8/3 has as many parameters as an MLP of 4.
+    """
+
+    def __init__(self, d_model: int, expand: float = 8 / 3):
+        super().__init__()
+        hidden = max(1, round(expand * d_model))
+        self.up, self.down = nn.Linear(d_model, 2 * hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1 x)), gelu by tanh as in GPT-2.
+
+    Args:
+        d_model: D.
+        expand: hidden width over D.
+    """
+
+    def __init__(self, d_model: int, expand: float = 4.0):
+        super().__init__()
+        hidden = max(1, round(expand * d_model))
+        self.fc1, self.fc2 = nn.Linear(d_model, hidden), nn.Linear(hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

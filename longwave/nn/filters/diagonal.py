@@ -1,0 +1,143 @@
+"""Diagonal state spaces: S4D, and the second SSM of H3."""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longwave.nn.filters.base import StateSpace, StateSpaceFilter
+from longwave.nn.hippo import nplr
+from longwave.nn.module import Hint, at_least_float32
+
+
+def zoh(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold:  a = exp(dt A),  b = (exp(dt A) - 1) / A  (dt where A = 0)."""
+    a = torch.exp(dt * A)
+    at_zero = A == 0
+    return a, torch.where(at_zero, dt.to(a.dtype), (a - 1) / torch.where(at_zero, torch.ones_like(A), A))
+
+
+def bilinear(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Tustin's rule:  a = (1 + dt A / 2) / (1 - dt A / 2),  b = dt / (1 - dt A / 2)."""
+    half = dt * A / 2
+    return (1 + half) / (1 - half), dt / (1 - half)
+
+
+DISCRETIZATIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"zoh": zoh, "bilinear": bilinear}
+
+
+def init_lin(N: int) -> tuple[Tensor, Tensor]:
+    n = torch.arange(N // 2, dtype=torch.float64)
+    return torch.complex(torch.full_like(n, -0.5), math.pi * n), torch.ones(N // 2, dtype=torch.complex128)
+
+
+def init_inv(N: int) -> tuple[Tensor, Tensor]:
+    A, B = init_lin(N)
+    n = torch.arange(N // 2, dtype=torch.float64)
+    return torch.complex(A.real, N / math.pi * (N / (2 * n + 1) - 1)), B
+
+
+def init_quad(N: int) -> tuple[Tensor, Tensor]:
+    A, B = init_lin(N)
+    n = torch.arange(N // 2, dtype=torch.float64)
+    return torch.complex(A.real, (1 + 2 * n) ** 2 / math.pi), B
+
+
+def init_real(N: int) -> tuple[Tensor, Tensor]:
+    n = torch.arange(N // 2, dtype=torch.float64)
+    return torch.complex(-(n + 1), torch.zeros_like(n)), torch.ones(N // 2, dtype=torch.complex128)
+
+
+def init_legs(N: int) -> tuple[Tensor, Tensor]:
+    Lambda, _, B, _ = nplr("legs", N)
+    B = torch.complex(B.real, B.imag.clamp(-2, 2))  # as the authors do for stability; their 1/2 on B is dropped too
+    return torch.complex(torch.full_like(Lambda.real, -0.5), -Lambda.imag), B.conj().resolve_conj()
+
+
+INITS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
+    "lin": init_lin,
+    "inv": init_inv,
+    "quad": init_quad,
+    "legs": init_legs,
+    "real": init_real,
+}
+
+
+def choose(what: str, name: str, table: dict) -> Callable:
+    """table[name], or a ValueError that lists the table and the nearest name."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(table)}{hint}")
+    return table[name]
+
+
+class S4DFilter(StateSpaceFilter):
+    """A diagonal state space with a learned step size:  k[l] = 2 Re sum_n C[n] b[n] a[n]^l,  (a, b) from (A, B, dt).
+
+    Source: Gu et al. (2022) "On the Parameterization and Initialization of Diagonal State Space Models",
+    arXiv:2206.11893, eq. 2-4 and sec. 4; A = -exp(log_A_real) + i A_imag, dt = exp(log_dt).
+
+    Args:
+        channels: C.
+        d_state: N, real state size, even; N/2 conjugate pairs are kept.
+        init: lin | inv | quad | legs | real, of A and B.
+        discretization: zoh | bilinear.
+        dt_min, dt_max: step sizes are drawn log-uniformly between them; 1 / dt is the memory in steps.
+        systems: S, how many different (A, B) there are; channels c, c + S, ... share one. Default C.
+    Raises:
+        ValueError: for an unknown init or discretization, an odd d_state, 0 < dt_min <= dt_max violated, S not
+            dividing C.
+    """
+
+    optim_hints: ClassVar[dict[str, Hint]] = dict.fromkeys(("log_dt", "log_A_real", "A_imag", "B"), Hint(max_lr=1e-3))
+
+    def __init__(
+        self,
+        channels: int,
+        d_state: int = 64,
+        *,
+        init: str = "lin",
+        discretization: str = "zoh",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        systems: int | None = None,
+    ):
+        super().__init__()
+        systems = channels if systems is None else systems
+        if d_state < 2 or d_state % 2:
+            raise ValueError(f"a diagonal state space keeps conjugate pairs: d_state must be even, >= 2; got {d_state}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"step sizes need 0 < dt_min <= dt_max; got dt_min = {dt_min}, dt_max = {dt_max}")
+        if systems < 1 or channels % systems:
+            raise ValueError(f"systems = {systems} does not divide channels = {channels}")
+        self.init = choose("S4D init", init, INITS)
+        self.discretize = choose("discretization", discretization, DISCRETIZATIONS)
+        self.channels, self.dt_min, self.dt_max = channels, dt_min, dt_max
+        pairs = d_state // 2
+        self.log_dt = nn.Parameter(torch.empty(channels))
+        self.log_A_real = nn.Parameter(torch.empty(systems, pairs))
+        self.A_imag = nn.Parameter(torch.empty(systems, pairs))
+        self.B = nn.Parameter(torch.empty(systems, pairs, 2))
+        self.C = nn.Parameter(torch.empty(channels, pairs, 2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        with torch.device("cpu"):  # eigenvalues cannot be found on the meta device
+            A, B = self.init(2 * self.A_imag.shape[1])
+        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+        self.log_A_real.copy_((-A.real).log().expand_as(self.log_A_real))
+        self.A_imag.copy_(A.imag.expand_as(self.A_imag))
+        self.B.copy_(torch.view_as_real(B).expand_as(self.B))
+        self.C.normal_(std=0.5**0.5)
+
+    def realize(self) -> StateSpace:
+        log_dt, log_A_real, A_imag, B, C = at_least_float32(self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
+        copies = self.channels // len(A_imag)
+        A = torch.complex(-log_A_real.exp(), A_imag).repeat(copies, 1)  # (C, N/2)
+        a, b = self.discretize(A, log_dt.exp()[:, None])
+        return StateSpace(a, b * torch.view_as_complex(B).repeat(copies, 1), torch.view_as_complex(C))

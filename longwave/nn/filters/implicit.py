@@ -1,0 +1,139 @@
+"""Hyena's implicit filter: a small network says what every tap is, from its position."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longwave.nn.filters.base import Filter
+from longwave.nn.module import at_least_float32
+
+
+class Sin(nn.Module):
+    """sin(freq x) with one learned frequency a feature, (1, width)."""
+
+    def __init__(self, width: int, frequency: float):
+        super().__init__()
+        self.frequency = frequency
+        self.freq = nn.Parameter(torch.empty(1, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.freq.fill_(self.frequency)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.freq * x)
+
+
+class PositionalFeatures(nn.Module):
+    """z[t] = (t / (L - 1), Re e^(-i f w), Im e^(-i f w)),  w = 2 pi t / L,  for some frequencies f; (1, L, size)."""
+
+    z: Tensor
+    t: Tensor
+
+    def __init__(self, size: int, max_len: int):
+        super().__init__()
+        if size < 3 or size % 2 == 0:
+            raise ValueError(f"positional features are time, cosines and sines: emb_dim must be odd, >= 3; got {size}")
+        self.size, self.max_len = size, max_len
+        self.register_buffer("z", torch.empty(1, max_len, size))
+        self.register_buffer("t", torch.empty(1, max_len, 1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bands = (self.size - 1) // 2
+        t = torch.linspace(0, 1, self.max_len, dtype=torch.float64)[:, None]
+        w = 2 * math.pi * torch.arange(self.max_len, dtype=torch.float64)[:, None] / self.max_len
+        f = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)
+        self.t.copy_(t)
+        self.z.copy_(torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], dim=1))
+
+
+class Window(nn.Module):
+    """exp(-t |delta|) + shift: an exponential decay whose rate grows from channel to channel, t in units of max_len."""
+
+    deltas: Tensor
+
+    def __init__(self, channels: int, target: float, slowest: float, fastest: float, shift: float):
+        super().__init__()
+        self.target, self.slowest, self.fastest, self.shift = target, slowest, fastest, shift
+        self.register_buffer("deltas", torch.empty(1, 1, channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        ends = (math.log(self.target) / self.slowest, math.log(self.target) / self.fastest)
+        self.deltas.copy_(torch.linspace(*ends, self.deltas.shape[2], dtype=torch.float64))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.exp(-t * self.deltas.abs()) + self.shift
+
+
+class HyenaFilter(Filter):
+    """k[t] = Window(t) MLP(z[t]): taps of any length up to max_len from a number of parameters that does not grow.
+
+    Source: Poli et al. (2023) "Hyena Hierarchy", arXiv:2302.10866, sec. 3.3 and app. A; parameter names of the
+    authors' HyenaFilter. The positional features are fixed (the authors' ``lr_pos_emb: 0``).
+
+    Args:
+        channels: C.
+        max_len: longest sequence; positions are measured in units of it.
+        emb_dim: odd size of the positional features.
+        width: of the MLP.
+        inner_layers: hidden layers besides the first.
+        frequency: initial w of the sines; a higher one gives filters that oscillate faster.
+        target, slowest, fastest, shift: the window falls to ``target`` within ``slowest`` (first channel) to
+            ``fastest`` (last) times max_len; target 1 is no window; ``shift`` is a floor under it.
+    Raises:
+        ValueError: for an even emb_dim, or on a length above max_len.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_len: int,
+        *,
+        emb_dim: int = 33,
+        width: int = 64,
+        inner_layers: int = 2,
+        frequency: float = 14.0,
+        target: float = 1e-2,
+        slowest: float = 1.5,
+        fastest: float = 0.3,
+        shift: float = 0.0,
+    ):
+        super().__init__()
+        if max_len < 1:
+            raise ValueError(f"an implicit filter needs max_len >= 1; got {max_len}")
+        self.channels, self.max_len = channels, max_len
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.pos_emb = PositionalFeatures(emb_dim, max_len)
+        sin = Sin(width, frequency)  # one module for all layers, as in the authors' checkpoints
+        layers: list[nn.Module] = [nn.Linear(emb_dim, width), sin]
+        for _ in range(inner_layers):
+            layers += [nn.Linear(width, width), sin]
+        self.implicit_filter = nn.Sequential(*layers, nn.Linear(width, channels, bias=False))
+        self.modulation = Window(channels, target, slowest, fastest, shift)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.bias.normal_()
+
+    def forward(self, length: int) -> Tensor:
+        if length > self.max_len:
+            raise ValueError(
+                f"an implicit filter of max_len = {self.max_len} has no taps for a sequence of {length}; "
+                f"build it with max_len >= {length}"
+            )
+        z, t = at_least_float32(self.pos_emb.z[:, :length], self.pos_emb.t[:, :length])
+        dtype = self.bias.dtype
+        k = self.implicit_filter(z.to(dtype)) if dtype.itemsize >= 4 else self._widened(z)
+        return (k * self.modulation(t))[0].T
+
+    def _widened(self, z: Tensor) -> Tensor:
+        """The MLP in float32 though its weights are 16-bit: the sine of a rounded angle is noise."""
+        weights = {name: p.float() for name, p in self.implicit_filter.named_parameters()}
+        return torch.func.functional_call(self.implicit_filter, weights, (z,))

@@ -1,0 +1,104 @@
+"""Free taps with the regularisers that make a plain long convolution work: squash and smooth."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longwave.nn.filters.base import Filter
+from longwave.nn.module import at_least_float32
+
+
+def squash(k: Tensor, threshold: float) -> Tensor:
+    """Soft threshold  sign(k) max(|k| - threshold, 0).  Source: Fu et al. (2023), arXiv:2302.06646, alg. 1."""
+    return torch.sign(k) * F.relu(k.abs() - threshold)
+
+
+class Smooth(nn.Module):
+    """Moving average over ``width`` (odd) neighbouring taps, zeros outside.  Source: arXiv:2302.06646, eq. 5."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        if width < 1 or width % 2 == 0:
+            raise ValueError(f"a moving average needs an odd width >= 1; got {width}")
+        self.width = width
+
+    def forward(self, k: Tensor) -> Tensor:
+        return F.avg_pool1d(k, self.width, stride=1, padding=self.width // 2)
+
+
+class SmoothFrequencies(nn.Module):
+    """The spectrum of the taps smoothed over ``width`` (odd) bins by exp(-(j - w/2)^2 / 2), unnormalised.
+
+    Source: the authors' LongConvKernel with ``smooth_freq`` (github.com/HazyResearch/safari).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        if width < 1 or width % 2 == 0:
+            raise ValueError(f"smoothing frequencies needs an odd width >= 1; got {width}")
+        self.width = width
+
+    def forward(self, k: Tensor) -> Tensor:
+        offset = torch.arange(self.width, dtype=k.dtype, device=k.device) - self.width // 2
+        weight = torch.exp(-0.5 * offset**2).expand(len(k), 1, -1)
+        spectrum = torch.fft.rfft(k)
+        parts = [F.conv1d(p, weight, padding=self.width // 2, groups=len(k)) for p in (spectrum.real, spectrum.imag)]
+        return torch.fft.irfft(torch.complex(*parts), n=k.shape[1])
+
+
+class FreeFilter(Filter):
+    """One learned tap a step; smoothed, then squashed towards zero.
+
+    Source: Fu et al. (2023) "Simple Hardware-Efficient Long Convolutions for Sequence Modeling", arXiv:2302.06646,
+    sec. 3 and alg. 1.
+
+    Args:
+        channels: C.
+        max_len: number of taps and longest sequence.
+        squash: soft threshold lambda, >= 0, taken off the magnitude of every tap.
+        smooth: a module on taps (C, max_len), or None.
+        decay: taps start as .002 randn, or where True as randn exp(-rate t) with a rate that grows from channel to
+            channel.
+        dropout: probability with which a tap is dropped in training.
+    Raises:
+        ValueError: for max_len < 1, a negative threshold, or on a length above max_len.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_len: int,
+        *,
+        squash: float = 0.003,
+        smooth: nn.Module | None = None,
+        decay: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if max_len < 1 or squash < 0:
+            raise ValueError(f"free taps need max_len >= 1 and squash >= 0; got max_len = {max_len}, squash = {squash}")
+        self.channels, self.max_len, self.threshold, self.decay = channels, max_len, squash, decay
+        self.kernel = nn.Parameter(torch.empty(channels, max_len))
+        self.smooth = smooth
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.kernel.normal_()
+        if self.decay:
+            t = torch.linspace(0, 1, self.max_len, device=self.kernel.device)
+            rate = torch.linspace(1, 20, self.channels, device=self.kernel.device)
+            self.kernel.mul_(torch.exp(-t * rate[:, None]))
+        else:
+            self.kernel.mul_(0.002)
+
+    def forward(self, length: int) -> Tensor:
+        if length > self.max_len:
+            raise ValueError(
+                f"a filter of max_len = {self.max_len} taps cannot serve a sequence of {length}; "
+                f"build it with max_len >= {length}"
+            )
+        (k,) = at_least_float32(self.kernel)
+        k = k if self.smooth is None else self.smooth(k)
+        return self.dropout(squash(k, self.threshold))[:, :length]

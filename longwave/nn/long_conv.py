@@ -1,0 +1,114 @@
+"""A long convolution that can stop and resume: the one place where convolution and recurrence meet."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longwave.nn.filters import Filter, StateSpaceFilter
+from longwave.nn.module import append_time
+from longwave.ops import causal_conv, vandermonde, vandermonde_transpose
+
+
+def init_conv_state(filter: Filter, batch: int) -> Tensor:
+    """The state before the first step: zeros (B, C, N) of a state space, else no past inputs (B, 0, C)."""
+    if isinstance(filter, StateSpaceFilter):
+        a = filter.realize().a.detach()
+        return a.new_zeros(batch, *a.shape)
+    like = next(filter.parameters())
+    return torch.zeros(batch, 0, filter.channels, dtype=like.dtype, device=like.device)
+
+
+def conv_with_past(
+    u: Tensor,
+    k: Tensor,
+    past: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """A causal convolution that goes on behind past inputs, with taps that are given.
+
+    Args:
+        u: (B, L, C) input.
+        k: (C, K) taps: at least t + L of them, or all that are not zero.
+        past: (B, t, C) the inputs before u, after their gate; or None.
+        skip, gate_in, gate_out: as in :func:`longwave.ops.causal_conv`.
+    Returns:
+        y: (B, L, C).
+        past: (B, t + L, C), or None where none came in.
+    """
+    if past is None:
+        return causal_conv(u, k, skip=skip, gate_in=gate_in, gate_out=gate_out), None
+    past = append_time(past, u if gate_in is None else u * gate_in)
+    y = causal_conv(past, k, skip=skip)[:, past.shape[1] - u.shape[1] :].to(u.dtype)
+    return y if gate_out is None else y * gate_out, past
+
+
+def long_conv(
+    u: Tensor,
+    filter: Filter,
+    state: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """y[t] = gate_out[t] (sum_s k[s] x[t-s] + skip x[t]),  x = gate_in u, the x before the first being the state's.
+
+    Args:
+        u: (B, L, C) input, L >= 1.
+        filter: gives k.
+        state: None, or what :func:`init_conv_state` or an earlier call returned: the hidden vector (B, C, N) of a
+            state space, the past x (B, t, C) of any other filter, at most its support - 1 of them.
+        skip: (C,) weight of the present x.
+        gate_in, gate_out: (B, L, C) factors.
+    Returns:
+        y: (B, L, C).
+        state: after the last step, or None where none came in.
+    Raises:
+        ValueError: where the filter is not defined at the length.
+    Cost: O(L log L) time, O(L) memory; a state space adds O(N) a step, a filter without one O(t) for its past.
+    """
+    L, gates = u.shape[1], {"gate_in": gate_in, "gate_out": gate_out}
+    if state is None:
+        return causal_conv(u, filter(L), skip=skip, **gates), None
+    if not isinstance(filter, StateSpaceFilter):
+        y, past = conv_with_past(u, filter(state.shape[1] + L), state, skip=skip, **gates)
+        forget = 0 if filter.support is None else max(0, past.shape[1] - (filter.support - 1))
+        return y, past[:, forget:]
+    a, b, c = filter.realize()
+    x = u if gate_in is None else u * gate_in
+    y = causal_conv(x, vandermonde(a, (b * c)[None], L)[0], skip=skip)
+    response = vandermonde(a, c * a * state, L).transpose(1, 2)  # of the state: 2 Re sum c a^(t+1) h
+    gathered = vandermonde_transpose(a, x.transpose(1, 2).flip(2).to(a.real.dtype))
+    decay = torch.exp(L * torch.log(a.to(torch.complex128))).to(a.dtype)  # a^L
+    y = (y + response).to(u.dtype)
+    return y if gate_out is None else y * gate_out, decay * state + b * gathered
+
+
+class LongConv(nn.Module):
+    """A filter and its skip connection:  y = k * u + D u, with state.
+
+    Args:
+        filter: what to convolve with; ``LongConv(S4DFilter(64))`` has 64 channels.
+    """
+
+    def __init__(self, filter: Filter):
+        super().__init__()
+        self.filter = filter
+        self.D = nn.Parameter(torch.empty(filter.channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.D.normal_()
+
+    def init_state(self, batch: int) -> Tensor:
+        """See :func:`init_conv_state`."""
+        return init_conv_state(self.filter, batch)
+
+    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """See :func:`long_conv`: u (B, L, C) -> y (B, L, C) and the state, or None where none came in."""
+        return long_conv(u, self.filter, state, skip=self.D)

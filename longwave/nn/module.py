@@ -1,0 +1,76 @@
+"""What every module of longwave shares: how it is (re)drawn, and what it asks of the optimiser."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a parameter asks of the optimiser: a learning rate above which it should not go, and no weight decay.
+
+    Modules state hints where the parameters are born, as ``optim_hints = {"log_dt": Hint(max_lr=1e-3)}``; the keys are
+    glob patterns over the module's own parameter names.
+    """
+
+    max_lr: float | None = None
+    decay: bool = False
+
+
+def optim_hints(model: nn.Module) -> dict[str, Hint]:
+    """The hint of every parameter that has one, by its full name. An outer module's hint overrides an inner one's."""
+    hints: dict[str, Hint] = {}
+    for prefix, module in reversed(list(model.named_modules())):
+        patterns: dict[str, Hint] = getattr(module, "optim_hints", {})
+        for name, _ in module.named_parameters():
+            for pattern, hint in patterns.items():
+                if fnmatchcase(name, pattern):
+                    hints[f"{prefix}.{name}" if prefix else name] = hint
+    return hints
+
+
+def reset(module: nn.Module) -> nn.Module:
+    """(Re)draw every parameter and buffer, children before parents, so that a parent's own init is the one that stays.
+
+    ``reset(model.to_empty(device="cpu"))`` completes a model that was built on the meta device.
+    """
+    for child in module.children():
+        reset(child)
+    redraw: Any = getattr(module, "reset_parameters", None)
+    if redraw is not None:
+        redraw()
+    return module
+
+
+def at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    """Filters are computed in float32 or better whatever dtype the model is in: a**L in bfloat16 is noise."""
+    return [t.float() if t.dtype.itemsize < 4 else t for t in tensors]
+
+
+def append_time(past: Tensor, new: Tensor) -> Tensor:
+    """past (B, t, ...) and new (B, L, ...) joined along time, in amortised O(L) where no gradient is recorded.
+
+    The result then is a view of an allocation with room to grow, and the next append writes behind it. No element that
+    any tensor shows is ever changed: the allocation remembers how many steps of it are taken, and who appends to an
+    earlier state gets a copy.
+    """
+    new, t, total = new.to(past.dtype), past.shape[1], past.shape[1] + new.shape[1]
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (past.requires_grad or new.requires_grad)):
+        return torch.cat([past, new], dim=1)
+    if past.is_inference() and not torch.is_inference_mode_enabled():
+        return torch.cat([past, new], dim=1)  # torch forbids to write into it
+    storage: Any = past.untyped_storage()
+    row = past.stride(1)
+    room = past.stride(0) // row if row and past.numel() else 0  # steps that fit
+    if getattr(storage, "longwave_taken", None) == t and room >= total and past[0, 0].is_contiguous():
+        whole = past.as_strided((past.shape[0], room, *past.shape[2:]), past.stride())
+    else:
+        whole = past.new_empty(past.shape[0], max(2 * total, 64), *past.shape[2:])
+        whole[:, :t] = past
+        storage = whole.untyped_storage()
+    whole[:, t:total] = new
+    storage.longwave_taken = total
+    return whole[:, :total]

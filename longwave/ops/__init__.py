@@ -1,0 +1,22 @@
+"""Pure functions on tensors, time on axis 1: what the mixers are made of."""
+
+from longwave.ops.attention import attention
+from longwave.ops.causal_conv import causal_conv
+from longwave.ops.dispatch import OPS, Op, at_least_float32
+from longwave.ops.linear_scan import linear_scan
+from longwave.ops.selective_scan import selective_scan
+from longwave.ops.short_conv import short_conv
+from longwave.ops.vandermonde import vandermonde, vandermonde_transpose
+
+__all__ = [
+    "OPS",
+    "Op",
+    "at_least_float32",
+    "attention",
+    "causal_conv",
+    "linear_scan",
+    "selective_scan",
+    "short_conv",
+    "vandermonde",
+    "vandermonde_transpose",
+]

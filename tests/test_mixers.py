@@ -1,0 +1,223 @@
+"""The contract every mixer keeps. A new mixer is tested by existing: nothing here names one."""
+
+import copy
+import fnmatch
+import sys
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from longwave.mixers import MIXERS, mixer, state_bytes
+from longwave.nn import optim_hints, reset
+
+B, L, D = 2, 13, 8  # L is prime: no chunk size divides it
+CASES = [pytest.param(name, kw, id=f"{name}-{i}") for name, cls in MIXERS.items() for i, kw in enumerate(cls.examples)]
+CHUNKINGS = [[1] * L, [L], [1, 7, 5], [5, 1, 7]]
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def build(name, kw):
+    torch.manual_seed(0)
+    return MIXERS[name](D, **kw).double()
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def run_in_chunks(layer, x, sizes, mask=None):
+    state, ys = layer.init_state(len(x)), []
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes, dim=1)
+    for chunk, m in zip(x.split(sizes, dim=1), masks):
+        y, state = layer(chunk, state, mask=m)
+        ys.append(y)
+    return torch.cat(ys, dim=1), state
+
+
+@pytest.mark.parametrize(("name", "kw"), CASES)
+class TestContract:
+    def test_no_state_in_no_state_out(self, name, kw):
+        x = noise(B, L, D)
+        y, state = build(name, kw)(x)
+        assert y.shape == x.shape
+        assert y.dtype == x.dtype
+        assert state is None
+
+    @pytest.mark.parametrize("sizes", CHUNKINGS, ids=["steps", "prefill", "1-7-5", "5-1-7"])
+    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+    def test_chunked_is_parallel(self, name, kw, sizes, grad):
+        layer, x = build(name, kw), noise(B, L, D)
+        with torch.set_grad_enabled(grad):
+            close(run_in_chunks(layer, x, sizes)[0], layer(x)[0])
+
+    def test_state_does_not_depend_on_the_chunking(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        states = [run_in_chunks(layer, x, sizes)[1] for sizes in ([L], [4, 9], [1] * L)]
+        close(tree_leaves(states[0]), tree_leaves(states[1]))
+        close(tree_leaves(states[0]), tree_leaves(states[2]))
+
+    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+    def test_state_is_never_modified(self, name, kw, grad):
+        """Two continuations of one state: neither sees the other, and the state stays what it was."""
+        layer, x = build(name, kw), noise(B, L, D)
+        with torch.set_grad_enabled(grad):
+            _, state = layer(x[:, :5], layer.init_state(B))
+            before = tree_map(torch.clone, state)
+            _, one = layer(x[:, 5:9], state)
+            kept = tree_map(torch.clone, one)
+            _, other = layer(-x[:, 5:9], state)
+            layer(x[:, 9:], other)
+            close(tree_leaves(state), tree_leaves(before))
+            close(tree_leaves(one), tree_leaves(kept))
+            close(layer(x[:, 9:], one)[0], layer(x)[0][:, 9:])
+
+    def test_state_is_batch_first(self, name, kw):
+        layer = build(name, kw)
+        _, state = layer(noise(3, L, D), layer.init_state(3))
+        assert all(len(t) == 3 for t in tree_leaves(state))
+        rows = tree_map(lambda t: t[1:2], state)
+        x = noise(3, 4, D, seed=2)
+        close(layer(x[1:2], rows)[0], layer(x, state)[0][1:2])
+
+    def test_causal(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        future = x.clone()
+        future[:, 6:] += 1.0
+        change = (layer(future)[0] - layer(x)[0]).abs().amax(dim=(0, 2))
+        assert (change[:6] <= 1e-8).all() == layer.causal
+        assert (change[6:] > 1e-8).any()
+
+    def test_rows_of_a_batch_are_independent(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        close(layer(x)[0][:1], layer(x[:1])[0])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("sizes", [None, [17], [3, 14], [6, 11]], ids=["parallel", "17", "3-14", "6-11"])
+    def test_padding_is_invisible(self, name, kw, side, sizes):
+        layer, x, pad = build(name, kw), noise(B, L, D), 100 * noise(B, 4, D, seed=2)
+        on = torch.ones(B, L, dtype=torch.bool)
+        parts = ([pad, x], [~on[:, :4], on]) if side == "left" else ([x, pad], [on, ~on[:, :4]])
+        padded, mask = (torch.cat(p, dim=1) for p in parts)
+        y = layer(padded, mask=mask)[0] if sizes is None else run_in_chunks(layer, padded, sizes, mask)[0]
+        close(y[:, 4:] if side == "left" else y[:, :L], layer(x)[0])
+        assert torch.isfinite(y).all()
+
+    def test_gradients(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        u = x[:1, :5].clone().requires_grad_()
+        _, state = layer(x[:1, :3], layer.init_state(1))
+        state = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point() or t.is_complex()), state)
+        carried = [t for t in tree_leaves(state) if t.requires_grad]
+        assert torch.autograd.gradcheck(lambda u: layer(u)[0], u, fast_mode=True)
+
+        def resumed(u, *tensors):
+            given = dict(zip(map(id, carried), tensors))
+            y, after = layer(u, tree_map(lambda t: given.get(id(t), t), state))
+            return (y, *(t for t in tree_leaves(after) if t.requires_grad))
+
+        assert torch.autograd.gradcheck(resumed, (u, *carried), fast_mode=True)
+
+    def test_every_parameter_is_trained(self, name, kw):
+        layer = build(name, kw)
+        layer(noise(B, L, D))[0].square().sum().backward()
+        assert [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+    def test_saves_and_loads(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        other = MIXERS[name](D, **kw).double()
+        other.load_state_dict(layer.state_dict(), strict=True)
+        close(other(x)[0], layer(x)[0])
+        close(copy.deepcopy(layer)(x)[0], layer(x)[0])
+
+    def test_compiles_whole(self, name, kw):
+        torch._dynamo.reset()
+        layer, x = build(name, kw), noise(B, L, D)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        close(compiled(x)[0], layer(x)[0])
+        state = layer(x, layer.init_state(B))[1]
+        close(compiled(x[:, :2], state)[0], layer(x[:, :2], state)[0])
+
+    def test_builds_on_meta_bit_for_bit(self, name, kw):
+        torch.manual_seed(0)
+        direct = MIXERS[name](D, **kw)
+        with torch.device("meta"):
+            ghost = MIXERS[name](D, **kw)
+        torch.manual_seed(0)
+        drawn = reset(ghost.to_empty(device="cpu"))
+        for key, value in direct.state_dict().items():
+            assert torch.equal(value, drawn.state_dict()[key]), key
+
+    def test_bfloat16_is_as_good_as_bfloat16_allows(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        exact = layer(x)[0]
+        low = copy.deepcopy(layer).bfloat16()
+        floor = (copy.deepcopy(low).double()(x.bfloat16().double())[0] - exact).abs().max()
+        assert (low(x.bfloat16())[0].double() - exact).abs().max() <= 4 * floor + 2e-2
+        stepped, _ = run_in_chunks(low, x.bfloat16(), [6, 1, 6])
+        assert (stepped.double() - exact).abs().max() <= 4 * floor + 2e-2
+
+    def test_float32_resumes_as_well_as_float32_allows(self, name, kw):
+        layer, x = build(name, kw).float(), noise(B, L, D).float()
+        torch.testing.assert_close(run_in_chunks(layer, x, [5, 1, 7])[0], layer(x)[0], rtol=1e-4, atol=1e-4)
+
+    def test_optim_hints_name_parameters(self, name, kw):
+        layer = build(name, kw)
+        hints, names = optim_hints(layer), dict(layer.named_parameters())
+        assert set(hints) <= set(names)
+        for pattern in layer.optim_hints:
+            assert fnmatch.filter(names, pattern), pattern
+
+    def test_docstring_has_a_source(self, name, kw):
+        assert "Source" in sys.modules[MIXERS[name].__module__].__doc__
+
+
+def test_a_misspelt_mixer_or_option_is_suggested():
+    with pytest.raises(ValueError, match=r"no mixer is called 's4dd'; there are .*did you mean 's4d'"):
+        mixer("s4dd")
+    with pytest.raises(ValueError, match=r"mixer 's4d' has no option 'd_stat'; it has .*did you mean 'd_state'"):
+        mixer("s4d", d_stat=4)
+    with pytest.raises(ValueError, match=r"mixer 'hyena' needs the option 'max_len'"):
+        mixer("hyena")
+    assert mixer("s4d", d_state=4).build(8).d_model == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("attention", {"heads": 3}, r"heads = 3 does not divide d_model = 8"),
+        ("attention", {"heads": 8}, r"even head width; d_model = 8 over heads = 8 gives 1"),
+        ("h3", {"head_dim": 3}, r"head_dim = 3 does not divide d_model = 8"),
+        ("s4d", {"d_state": 5}, r"d_state must be even, >= 2; got 5"),
+        ("s4d", {"init": "linn"}, r"no S4D init is called 'linn'; there are lin, .*did you mean 'lin'"),
+        ("s4d", {"discretization": "zho"}, r"no discretization is called 'zho'.*did you mean 'zoh'"),
+        ("s4d", {"dt_min": 1.0}, r"0 < dt_min <= dt_max; got dt_min = 1.0, dt_max = 0.1"),
+        ("s4d", {"systems": 3}, r"systems = 3 does not divide channels = 8"),
+        ("hyena", {"max_len": 8, "order": 1}, r"order >= 2; got 1"),
+        ("hyena", {"max_len": 8, "emb_dim": 4}, r"odd, >= 3; got 4"),
+        ("long_conv", {"max_len": 8, "smooth": 4}, r"odd width >= 1; got 4"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        MIXERS[name](8, **options)
+
+
+@pytest.mark.parametrize("name", ["hyena", "long_conv"])
+def test_a_sequence_above_max_len_is_refused(name):
+    layer = MIXERS[name](8, max_len=16)
+    with pytest.raises(ValueError, match=r"max_len = 16.*17.*max_len >= 17"):
+        layer(torch.zeros(1, 17, 8))
+    _, state = layer(torch.zeros(1, 16, 8), layer.init_state(1))
+    with pytest.raises(ValueError, match=r"max_len = 16"):
+        layer(torch.zeros(1, 1, 8), state)
+
+
+@pytest.mark.parametrize("name", ["s4d", "h3", "mamba", "lstm"])
+def test_recurrent_states_do_not_grow(name):
+    layer = MIXERS[name](8)
+    sizes = [state_bytes(layer(torch.zeros(1, L, 8), layer.init_state(1))[1]) for L in (100, 1000)]
+    assert sizes[0] == sizes[1]
