@@ -1,0 +1,299 @@
+"""Synthetic languages that ask one thing of a model: to remember what was said, and where."""
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from longwave.tasks.base import EPOCH, EVAL, IGNORE, TRAIN, Batch, Task, next_token, random_stream
+
+_MOST_KEYS = 2**16  # every sequence has a table with one value a key
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    return random_stream(seed, EPOCH, epoch).permutation(examples)
+
+
+class Synthetic(Task):
+    """Sequences drawn at random, fresh for ever or a fixed number of them, with answers at the end.
+
+    Evaluation example i is the same whatever the batch size and the seed. A fixed training set is gone through in
+    a new random order every epoch, batches running on from one epoch into the next; its example i depends on the seed
+    and on i alone. Examples are drawn independently, so a set as large as the language holds some of them twice.
+    """
+
+    length: int
+    train_examples: int | None = Field(None, ge=1)
+    """The size of the training set; None is fresh examples for ever."""
+    eval_examples: int = Field(500, ge=1)
+    """The size of the evaluation set."""
+    eval_length: int | None = Field(None, ge=1)
+    """The length of evaluation sequences; None is that of training sequences."""
+
+    metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "Synthetic":
+        self._check()
+        for name, length in (("length", self.length), ("eval_length", self.eval_length)):
+            if length is not None and length < self._least_length:
+                raise ValueError(
+                    f"{name} {length} is too short for the other options of {type(self).__name__}; "
+                    f"set it to {self._least_length} or more"
+                )
+        return self
+
+    def _check(self) -> None:
+        """Raise ValueError where options that have nothing to do with the length contradict each other."""
+
+    @property
+    @abstractmethod
+    def _least_length(self) -> int:
+        """The least length that the other options allow."""
+
+    @property
+    @abstractmethod
+    def _answers(self) -> int:
+        """How many positions at the end of a sequence evaluation scores."""
+
+    @abstractmethod
+    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
+        """Draw `rows` sequences, with every target there is."""
+
+    def train_batch(self, size: int, seed: int, index: int) -> Batch:
+        """Fresh examples, or the next ones of the training set in the order of the epoch."""
+        if self.train_examples is None:
+            return self._draw(random_stream(seed, TRAIN, index), size, self.length)
+        visits = (divmod(visit, self.train_examples) for visit in range(size * index, size * (index + 1)))
+        numbers = (int(_epoch_order(seed, epoch, self.train_examples)[place]) for epoch, place in visits)
+        return self._examples(seed, TRAIN, numbers, self.length)
+
+    def eval_batches(self, size: int) -> int:
+        """How many batches of `size` rows the evaluation set makes."""
+        return math.ceil(self.eval_examples / size)
+
+    def eval_batch(self, size: int, index: int) -> Batch:
+        """Examples size * index and following of the evaluation set; only the answers are scored."""
+        numbers = range(size * index, min(size * (index + 1), self.eval_examples))
+        return self._answers_only(self._examples(0, EVAL, numbers, self.eval_length or self.length))
+
+    def _examples(self, seed: int, stream: int, numbers: Iterable[int], length: int) -> Batch:
+        rows = [self._draw(random_stream(seed, stream, number), 1, length) for number in numbers]
+        return Batch(*(torch.cat(tensors) for tensors in zip(*rows)))
+
+    def _answers_only(self, batch: Batch) -> Batch:
+        targets = torch.full_like(batch.targets, IGNORE)
+        targets[:, -self._answers :] = batch.targets[:, -self._answers :]
+        return Batch(batch.inputs, targets)
+
+
+class _NextToken(Synthetic):
+    """The two languages of H3 and Hyena: strings of numbers, a prefix token that asks, and a blank.
+
+    Token ids are the ranks of the tokens' names in lexicographic order, the authors' ids: the blank "." is 0, the
+    numbers "0", "1", "10", ... follow, and the prefix "=>" is the last.
+    """
+
+    vocab_size: int
+    """Token ids, the two special ones among them."""
+    mask_train: bool = False
+    """Train on the answers alone, not on every next token as the authors do."""
+
+    @property
+    def vocab(self) -> int:
+        """Token ids, the two special ones among them."""
+        return self.vocab_size
+
+    def tokens(self) -> list[str]:
+        """The name of every token id."""
+        return sorted([".", "=>", *map(str, range(self.vocab_size - 2))])
+
+    def train_batch(self, size: int, seed: int, index: int) -> Batch:
+        """As every synthetic task, with every next token a target unless mask_train is set."""
+        batch = super().train_batch(size, seed, index)
+        return self._answers_only(batch) if self.mask_train else batch
+
+    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
+        return next_token(torch.from_numpy(self._sequences(random, rows, length)))
+
+    @abstractmethod
+    def _sequences(self, random: np.random.Generator, rows: int, length: int) -> np.ndarray:
+        """Draw sequences (rows, tokens) int64, answers included."""
+
+
+class AssociativeRecall(_NextToken):
+    """Pairs of a key and its value, then a key again: what was its value?
+
+    Source: Fu et al. (2023), arXiv:2212.14052, sec. 3.1, as in the authors' generator (safari, synthetics.py).
+
+    With vocab_size 8 and length 6: keys are 1, 2, 3, values 4, 5, 6, the prefix is 7, and in
+
+        inputs   2 5  1 4  2 5  7 1
+        targets  5 1  4 2  5 7  1 4
+
+    evaluation scores the last target, 4. A key keeps its value within a sequence, and each sequence draws its own
+    values. The last key is drawn from the keys that occurred, each as likely as another; with allow_dot from all
+    keys, and the answer to one that did not occur is the blank, 0. With keys_per_query above 1 a key is that many
+    tokens. Inputs have as many whole pairs as fit in `length`, then the prefix and a key.
+
+    Raises:
+        ValueError: where the vocabulary has no key and no value, there are too many keys, or no pair fits the length.
+    """
+
+    kind: Literal["associative_recall"] = "associative_recall"
+    vocab_size: int = Field(10, ge=4)
+    length: int = Field(20, ge=1)
+    """Tokens before the prefix (input_seq_len)."""
+    keys_per_query: int = Field(1, ge=1)
+    """Tokens that make a key (num_keys)."""
+    allow_dot: bool = False
+    """Ask for keys that did not occur, too."""
+
+    @property
+    def _key_tokens(self) -> int:
+        return (self.vocab_size - 2) // 2
+
+    def _check(self) -> None:
+        if self.keys_per_query * math.log2(self._key_tokens) > math.log2(_MOST_KEYS):
+            raise ValueError(
+                f"{self._key_tokens} key tokens make more than {_MOST_KEYS} keys of {self.keys_per_query} tokens; "
+                "set vocab_size or keys_per_query lower"
+            )
+
+    @property
+    def _least_length(self) -> int:
+        return self.keys_per_query + 1
+
+    @property
+    def _answers(self) -> int:
+        return 1
+
+    def _sequences(self, random: np.random.Generator, rows: int, length: int) -> np.ndarray:
+        keys = self._key_tokens**self.keys_per_query
+        digits = np.arange(keys)[:, None] // self._key_tokens ** np.arange(self.keys_per_query) % self._key_tokens
+        key_tokens = digits + 1  # (keys, keys_per_query)
+        value_of = random.integers(self._key_tokens + 1, self.vocab_size - 1, size=(rows, keys))
+        chosen = random.integers(keys, size=(rows, length // (self.keys_per_query + 1)))
+        occurs = np.zeros((rows, keys), dtype=bool)
+        np.put_along_axis(occurs, chosen, True, axis=1)
+        candidates = np.ones_like(occurs) if self.allow_dot else occurs
+        asked = np.where(candidates, random.random((rows, keys)), -1).argmax(axis=1)[:, None]
+        answer = np.where(np.take_along_axis(occurs, asked, axis=1), np.take_along_axis(value_of, asked, axis=1), 0)
+        pairs = np.concatenate([key_tokens[chosen], np.take_along_axis(value_of, chosen, axis=1)[..., None]], axis=-1)
+        prefix = np.full((rows, 1), self.vocab_size - 1)
+        return np.concatenate([pairs.reshape(rows, -1), prefix, key_tokens[asked[:, 0]], answer], axis=1)
+
+
+class InductionHeads(_NextToken):
+    """A special token once among random ones, and again at the end: what came after it?
+
+    Source: Fu et al. (2023), arXiv:2212.14052, sec. 3.1, as in the authors' generator (safari, synthetics.py);
+    Gu and Dao (2023), arXiv:2312.00752, sec. 4.1.2, is vocab_size 16, length 256 and eval_length up to 2^20.
+
+    With vocab_size 8 and length 6: the special token is 7, the others are 1 to 6, and in
+
+        inputs   3 1 7 4 2 6 7
+        targets  1 7 4 2 6 7 4
+
+    evaluation scores the last target, 4. With copy_length c the answer is the c tokens that came after. With triggers
+    n above 1 half of the sequences have n special tokens, but for those fewer than c + 1 positions after another,
+    each followed by the same c tokens. Inputs are `length` tokens, the special one and c - 1 tokens of the answer.
+
+    Raises:
+        ValueError: where the length leaves no place for the special token and what follows it.
+    """
+
+    kind: Literal["induction_heads"] = "induction_heads"
+    vocab_size: int = Field(20, ge=3)
+    length: int = Field(30, ge=1)
+    """Tokens before the last special token (input_seq_len)."""
+    triggers: int = Field(1, ge=1)
+    """Special tokens put among the random ones (induction_num_triggers)."""
+    copy_length: int = Field(1, ge=1)
+    """Tokens to repeat (induction_len)."""
+
+    @property
+    def _least_length(self) -> int:
+        return self.copy_length + 2
+
+    @property
+    def _answers(self) -> int:
+        return self.copy_length
+
+    def _sequences(self, random: np.random.Generator, rows: int, length: int) -> np.ndarray:
+        special = self.vocab_size - 1
+        sequence = random.integers(1, special, size=(rows, length + 1 + self.copy_length))
+        places = random.integers(length - 1 - self.copy_length, size=(rows, self.triggers))
+        single = random.random(rows) < 0.5
+        places[single] = places[single, :1]
+        places.sort(axis=1)
+        after = np.arange(1, self.copy_length + 1)
+        copied = np.take_along_axis(sequence, places[:, :1] + after, axis=1)
+        last = places[:, 0]
+        sequence[np.arange(rows), last] = special
+        for place in places[:, 1:].T:
+            free = np.flatnonzero(place - last > self.copy_length)
+            sequence[free, place[free]] = special
+            sequence[free[:, None], place[free, None] + after] = copied[free]
+            last = np.where(place - last > self.copy_length, place, last)
+        sequence[:, length] = special
+        sequence[:, length + 1 :] = copied
+        return sequence
+
+
+class SelectiveCopying(Synthetic):
+    """A few data tokens scattered in noise: repeat them in order.
+
+    Source: Gu and Dao (2023), arXiv:2312.00752, sec. 4.1.1 and app. E.1; the format is that of the authors' S4
+    repository (copying.py, variable spacing), whose L is length - copy_length here.
+
+    With vocab_size 6, length 8 and copy_length 3: noise is 0, data are 1 to 4, the marker is 5, and in
+
+        inputs   0 3 0 0 1 4 0 0 5 5 5
+        targets  - - - - - - - - 3 1 4
+
+    the targets under the markers are scored, in training and in evaluation; - is IGNORE. The data's positions are
+    equally likely to be any, as are the data. Inputs are `length` tokens and `copy_length` markers.
+
+    Raises:
+        ValueError: where the data do not fit into the length.
+    """
+
+    kind: Literal["selective_copying"] = "selective_copying"
+    vocab_size: int = Field(16, ge=3)
+    """Token ids: the noise is 0, the marker vocab_size - 1, the data are those between."""
+    length: int = Field(4096, ge=1)
+    """Tokens before the markers, noise and data together."""
+    copy_length: int = Field(16, ge=1)
+    """Data tokens in a sequence."""
+
+    @property
+    def vocab(self) -> int:
+        """Noise, data and marker."""
+        return self.vocab_size
+
+    @property
+    def _least_length(self) -> int:
+        return self.copy_length
+
+    @property
+    def _answers(self) -> int:
+        return self.copy_length
+
+    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
+        data = random.integers(1, self.vocab_size - 1, size=(rows, self.copy_length))
+        places = random.random((rows, length)).argpartition(self.copy_length - 1, axis=1)[:, : self.copy_length]
+        places.sort(axis=1)
+        inputs = np.zeros((rows, length + self.copy_length), dtype=np.int64)
+        np.put_along_axis(inputs, places, data, axis=1)
+        inputs[:, length:] = self.vocab_size - 1
+        targets = np.full_like(inputs, IGNORE)
+        targets[:, length:] = data
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
