@@ -14,7 +14,7 @@ from longwave.nn import S4DFilter, ShiftFilter, init_conv_state, long_conv
 
 
 class H3State(NamedTuple):
-    keys: Tensor  # (B, t < N, D) the last keys, before the shift SSM
+    keys: Tensor  # (B, N-1, D) the last keys, before the shift SSM
     h: Tensor  # (B, P * P, H, N/2) complex, one diagonal SSM a pair of head dimensions
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.models.backbone import Backbone
+from longwave.models.score import IGNORE, Score, score_logits
 
 POOLINGS = ("mean", "last", "first")
 
@@ -64,6 +65,11 @@ class Classifier(nn.Module):
             mask = torch.arange(L, device=x.device) < lengths[:, None]
         y, _ = self.backbone(self.encoder(x), mask=mask)  # (B, L, D)
         return self.head(self._pool(y, mask))
+
+    def score(self, x: Tensor, targets: Tensor, *, lengths: Tensor | None = None) -> Score:
+        """Cross entropy (natural log) summed over the labels targets (B,) that are not -100, with gradient."""
+        scored = targets != IGNORE
+        return score_logits(self(x, lengths=lengths)[scored], targets[scored])
 
     def _pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:

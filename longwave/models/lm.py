@@ -1,24 +1,13 @@
 """A language model: token ids in, logits over the next token out."""
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longwave.models.backbone import Backbone, BackboneState
+from longwave.models.score import IGNORE, Score, score_logits
 
-IGNORE = -100
 LOGITS_AT_ONCE = 2**22  # elements; of a long sequence, logits exist for as many tokens as this allows
-
-
-class Score(NamedTuple):
-    """Sums over the scored tokens: what a loss, a perplexity and an accuracy are made of. Scalars."""
-
-    loss: Tensor  # - sum ln p(target)
-    correct: Tensor  # int64, how often the target was the most probable
-    count: Tensor  # int64, how many targets there were
 
 
 class LM(nn.Module):
@@ -88,9 +77,7 @@ class LM(nn.Module):
         chunks = list(zip(x.split(step), targets.split(step)))
         again = len(chunks) > 1 and torch.is_grad_enabled()
         parts = [checkpoint(self._score, *c, use_reentrant=False) if again else self._score(*c) for c in chunks]
-        loss, correct = (torch.stack(column).sum() for column in zip(*parts))
-        return Score(loss, correct, torch.tensor(len(targets), device=ids.device))
+        return Score(*(torch.stack(column).sum() for column in zip(*parts)))
 
-    def _score(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.head(x).float() if x.dtype.itemsize < 4 else self.head(x)
-        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+    def _score(self, x: Tensor, targets: Tensor) -> Score:
+        return score_logits(self.head(x), targets)

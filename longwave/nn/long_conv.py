@@ -11,12 +11,18 @@ from longwave.ops import causal_conv, vandermonde, vandermonde_transpose
 
 
 def init_conv_state(filter: Filter, batch: int) -> Tensor:
-    """The state before the first step: zeros (B, C, N) of a state space, else no past inputs (B, 0, C)."""
+    """The state before the first step.
+
+    Returns:
+        (B, C, N) zeros for a state space; else the past inputs: (B, support - 1, C) zeros for a filter of finite
+        support, whose state so has one size for ever, or (B, 0, C).
+    """
     if isinstance(filter, StateSpaceFilter):
         a = filter.realize().a.detach()
         return a.new_zeros(batch, *a.shape)
     like = next(filter.parameters())
-    return torch.zeros(batch, 0, filter.channels, dtype=like.dtype, device=like.device)
+    steps = 0 if filter.support is None else filter.support - 1
+    return torch.zeros(batch, steps, filter.channels, dtype=like.dtype, device=like.device)
 
 
 def conv_with_past(
@@ -61,7 +67,7 @@ def long_conv(
         u: (B, L, C) input, L >= 1.
         filter: gives k.
         state: None, or what :func:`init_conv_state` or an earlier call returned: the hidden vector (B, C, N) of a
-            state space, the past x (B, t, C) of any other filter, at most its support - 1 of them.
+            state space, the past x (B, t, C) of any other filter.
         skip: (C,) weight of the present x.
         gate_in, gate_out: (B, L, C) factors.
     Returns:

@@ -1,0 +1,325 @@
+"""The command line: train | eval | generate | list | show | doctor."""
+
+import codecs
+import os
+import platform
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from longwave.models import LM
+    from longwave.train import Recipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Long-sequence models: train, evaluate and generate, on a laptop or on GPUs.\n\n"
+    "Start with `longwave train demo`, then `longwave list`. Any command takes `--debug` to show an error's traceback.",
+)
+
+Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.")]
+
+
+def main() -> None:
+    """Run the command line; an error is one or two lines and exit code 2."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    main_process = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            traceback.print_exc()
+        elif main_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `longwave train demo`\n\n"
+    "- `longwave train demo task.files=[my.txt] steps=2000 --out runs/mine`\n\n"
+    "- `longwave train demo devices=2 strategy=fsdp2`\n\n"
+    "- `longwave train --resume runs/mine`"
+)
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe (longwave list) or a YAML file.")] = None,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run, or one of its checkpoints, to go on from.")] = None,
+) -> None:
+    """Train a model by a recipe; Ctrl-C saves, and --resume goes on exactly."""
+    from longwave.train import loop
+    from longwave.train.config import load_recipe
+
+    changes = list(changes or [])
+    if resume is not None:
+        run = resume.parent.parent if resume.name.startswith("step-") else resume
+        if out is not None and out != run:
+            raise ValueError(f"--resume goes on in {run}; leave out --out {out}")
+        if recipe is not None and "=" in recipe:
+            recipe, changes = None, [recipe, *changes]
+        if recipe is None and not (run / loop.CONFIG).is_file():
+            raise ValueError(f"{run} is no run: it has no {loop.CONFIG}")
+        loaded = load_recipe(recipe or run / loop.CONFIG, changes)
+    else:
+        if recipe is None:
+            raise ValueError("name a recipe (longwave list shows them) or a run by --resume")
+        loaded = load_recipe(recipe, changes)
+        run = out or Path("runs") / Path(recipe).stem
+    try:
+        metrics = loop.train(loaded, run, resume=resume)
+    except loop.Interrupted as stop:
+        _note(f"\ninterrupted after step {stop.step}; everything is saved. Go on with\n  longwave train --resume {run}")
+        return
+    _report(loaded, run, metrics)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `longwave eval runs/demo`\n\n"
+    "- `longwave eval runs/induction_mamba task.eval_length=16384 eval_batch=1`"
+)
+def eval(
+    run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken) or one of its checkpoints.")],
+    changes: Changes = None,
+) -> None:
+    """Evaluate a trained model on the held-out data of its task, or on a changed one."""
+    from longwave.train.evaluate import evaluate
+    from longwave.train.loop import Objective, make_fabric
+
+    recipe, model = _load_run(run, list(changes or []))
+    fabric = make_fabric(recipe)
+    recipe.task.prepare()
+    objective = fabric.setup(Objective(model))
+    start = time.monotonic()
+    for name, value in evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch).items():
+        print(f"{name.replace('_', ' ')}  {value:.6g}")
+    _note(f"{time.monotonic() - start:.1f} s")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    '- `longwave generate runs/demo --prompt "Emma had" --max-new 400 --temperature 0.8`\n\n'
+    "- `cat letter.txt | longwave generate runs/mine --max-new 1000`"
+)
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken) or one of its checkpoints.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to go on from; default standard input.")] = None,
+    max_new: Annotated[int, typer.Option(help="Most bytes to write.")] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable byte each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable bytes.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw among the fewest bytes whose probabilities reach p.")] = 1.0,
+    stop: Annotated[str | None, typer.Option(help="End after this text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws, to have the same text again.")] = None,
+) -> None:
+    """Stream text from a trained byte-level model, through its recurrent state."""
+    from longwave.models import stream
+
+    recipe, model = _load_run(run, [])
+    if recipe.task.kind != "text":
+        raise ValueError(f"{run} was trained on {recipe.task.kind}; generate works on byte-level text models")
+    text = sys.stdin.buffer.read() if prompt is None else prompt.encode()
+    if not text:
+        raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
+    decoder, written, states = codecs.getincrementaldecoder("utf-8")("replace"), bytearray(), []
+    end = None if not stop else stop.encode()
+    if prompt is not None:
+        print(prompt, end="", flush=True)
+    start = time.monotonic()
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for (byte,) in stream(model, [list(text)], max_new, report=states, **options):
+        assert byte is not None
+        written.append(byte)
+        print(decoder.decode(bytes([byte])), end="", flush=True)
+        if end is not None and written.endswith(end):
+            break
+    print(decoder.decode(b"", final=True))
+    _tell_state(model, recipe, states, len(written), time.monotonic() - start)
+    _note(f"run: {run}\nnext, on your own text: longwave train demo task.files=[my.txt] --out runs/mine")
+
+
+@app.command("list")
+def list_() -> None:
+    """List mixers, tasks and recipes."""
+    from longwave.mixers import MIXERS
+    from longwave.tasks import TASKS
+    from longwave.train.config import recipe_names
+
+    describe = {name: sys.modules[cls.__module__].__doc__ or "" for name, cls in MIXERS.items()}
+    tables = {
+        "mixers": {name: doc.split("\n", 1)[0] for name, doc in sorted(describe.items())},
+        "tasks": {name: (cls.__doc__ or "").strip().split("\n", 1)[0] for name, cls in sorted(TASKS.items())},
+        "recipes": recipe_names(),
+    }
+    for title, rows in tables.items():
+        print(f"{title}:")
+        for name, line in rows.items():
+            print(f"  {name:20}  {line}")
+
+
+@app.command(epilog="Examples:\n\n- `longwave show demo`\n\n- `longwave show runs/demo`")
+def show(
+    what: Annotated[str, typer.Argument(help="A recipe or a run.")],
+    changes: Changes = None,
+) -> None:
+    """Show the resolved config, the parameters, and the bytes of state a layer keeps."""
+    from longwave.models import LM
+    from longwave.train.config import load_recipe
+    from longwave.train.loop import CONFIG
+
+    source = Path(what) / CONFIG if (Path(what) / CONFIG).is_file() else what
+    recipe = load_recipe(source, list(changes or []))
+    import torch
+
+    with torch.device("meta"):
+        model = recipe.model.build()
+    print(recipe.to_yaml())
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    if not isinstance(model, LM):
+        return
+    print(f"\n{'layer':24}{'state, bytes':>16}{'growth a token':>16}{'at 1M tokens':>18}")
+    totals = [0, 0, 0]
+    for i, layer in enumerate(model.backbone.layers):
+        numbers = _state_growth(layer.mixer)
+        totals = [a + b for a, b in zip(totals, numbers)]
+        print(f"{i:3} {layer.mixer.name:20}" + "".join(f"{n:>{w},}" for n, w in zip(numbers, (16, 16, 18))))
+    print(f"{'all':24}" + "".join(f"{n:>{w},}" for n, w in zip(totals, (16, 16, 18))))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, and check every mixer for causality and parallel = recurrent."""
+    import lightning_fabric
+    import torch
+
+    import longwave
+    from longwave.mixers import MIXERS
+    from longwave.ops import OPS
+
+    print(f"longwave {longwave.__version__}, python {platform.python_version()}, torch {torch.__version__}, "
+          f"lightning-fabric {lightning_fabric.__version__}, {platform.platform()}")  # fmt: skip
+    print(f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, "
+          f"{torch.backends.cpu.get_cpu_capability()}")  # fmt: skip
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            print(f"cuda:{i}: {torch.cuda.get_device_name(i)}")
+    else:
+        built = torch.version.cuda
+        why = "this torch is built without CUDA" if built is None else f"torch {built} finds no device or driver"
+        print(f"cuda: none ({why})")
+    forced = os.environ.get("LONGWAVE_BACKEND")
+    print("backends" + (f" (LONGWAVE_BACKEND={forced})" if forced else "") + ", first choice first:")
+    for name, op in OPS.items():
+        print(f"  {name:24}{', '.join(op.backends)}")
+    print("self-check in float64: largest change of the past by the future, largest difference of steps and parallel")
+    sound = True
+    for name, cls in MIXERS.items():
+        for options in cls.examples:
+            leak, gap = _self_check(name, options)
+            good = gap <= 1e-8 and (leak <= 1e-8 or not cls.causal)
+            sound = sound and good
+            print(f"  {name:12} {leak:8.1e} {gap:8.1e}  {'ok' if good else 'WRONG'}  {options or ''}")
+    if not sound:
+        raise typer.Exit(1)
+
+
+def _note(text: str) -> None:
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        print(text, file=sys.stderr)
+
+
+def _load_run(path: Path, changes: list[str]) -> tuple["Recipe", "LM"]:
+    """The recipe of a run and its best model, or that of the checkpoint named."""
+    from longwave.models import load
+    from longwave.train.checkpoint import find_best
+    from longwave.train.config import load_recipe
+    from longwave.train.loop import CONFIG
+
+    run = path.parent.parent if path.name.startswith("step-") else path
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run} is no run: it has no {CONFIG}")
+    model: Any = load(find_best(path))[0]
+    return load_recipe(run / CONFIG, changes), model
+
+
+def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
+    """The end of a training: how good it is, where it lies, what to do next."""
+    _note("\nheld out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items()))
+    if recipe.task.kind == "text" and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        rows = {"this model": metrics["bits_per_byte"], **recipe.task.baselines()}
+        _note("bits per byte of the same held-out text:")
+        for name, bits in sorted(rows.items(), key=lambda row: row[1]):
+            _note(f"  {name:36}{bits:.3f}")
+    _note(f"run: {run}   loss plot: {run / 'loss.png'}")
+    if recipe.task.kind == "text":
+        _note(f'next: longwave generate {run} --prompt "The " --max-new 400')
+        _note("on your own text: longwave train demo task.files=[my.txt] --out runs/mine")
+    else:
+        _note(f"next: longwave eval {run}")
+
+
+def _tell_state(model: "LM", recipe: "Recipe", states: list[Any], count: int, seconds: float) -> None:
+    """How many bytes of state the generation took, layer by layer constant or growing."""
+    from longwave.mixers import state_bytes
+
+    _note(f"\n{count} bytes in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} a second")
+    if len(states) < 2:
+        return
+    pairs = [(state_bytes(a), state_bytes(b)) for a, b in zip(states[0].layers, states[-1].layers)]
+    names = [layer.mixer.name for layer in model.backbone.layers]  # type: ignore[union-attr]
+    fixed = [(name, a) for name, (a, b) in zip(names, pairs) if a == b]
+    grown = [(name, a, b) for name, (a, b) in zip(names, pairs) if a != b]
+    if fixed:
+        kinds = ", ".join(sorted({name for name, _ in fixed}))
+        _note(f"recurrent state of {len(fixed)} layers ({kinds}): {sum(size for _, size in fixed):,} bytes after the "
+              f"prompt and as many at the end: it did not grow")  # fmt: skip
+    if grown:
+        kinds = ", ".join(sorted({name for name, *_ in grown}))
+        _note(f"cache of {len(grown)} layers ({kinds}): {sum(a for _, a, _ in grown):,} bytes after the prompt, "
+              f"{sum(b for *_, b in grown):,} at the end: it grows with the text")  # fmt: skip
+
+
+def _state_growth(mixer: Any) -> tuple[int, int, int]:
+    """Bytes of state after one token, growth a token, and bytes after 1M tokens; on the meta device, so at no cost."""
+    import torch
+
+    from longwave.mixers import state_bytes
+
+    x = torch.zeros(1, 1, mixer.d_model, device="meta")
+    _, one = mixer(x, mixer.init_state(1))
+    _, two = mixer(x, one)
+    growth = state_bytes(two) - state_bytes(one)
+    return state_bytes(one), growth, state_bytes(one) + growth * 999_999
+
+
+def _self_check(name: str, options: dict[str, Any]) -> tuple[float, float]:
+    import torch
+
+    from longwave.mixers import MIXERS
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        layer = MIXERS[name](16, **options).double()
+        x = torch.randn(2, 13, 16, dtype=torch.float64)
+        future = x.clone()
+        future[:, 6:] += 1
+        whole = layer(x)[0]
+        leak = (layer(future)[0] - whole)[:, :6].abs().max().item()
+        state, gap = layer.init_state(2), 0.0
+        for t in range(x.shape[1]):
+            y, state = layer(x[:, t : t + 1], state)
+            gap = max(gap, (y[:, 0] - whole[:, t]).abs().max().item())
+        return leak, gap
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Backbones, the heads over them, generation and storage."""
+
+from longwave.models.backbone import Backbone, BackboneState, Block
+from longwave.models.classifier import Classifier
+from longwave.models.generate import generate, stream
+from longwave.models.lm import LM
+from longwave.models.score import Score
+from longwave.models.spec import MODEL_SPEC, ClassifierSpec, LMSpec, ModelSpec
+from longwave.models.storage import load, save, weights
+
+__all__ = [
+    "LM",
+    "MODEL_SPEC",
+    "Backbone",
+    "BackboneState",
+    "Block",
+    "Classifier",
+    "ClassifierSpec",
+    "LMSpec",
+    "ModelSpec",
+    "Score",
+    "generate",
+    "load",
+    "save",
+    "stream",
+    "weights",
+]

@@ -1,0 +1,137 @@
+"""Models as data: what a recipe writes down, a checkpoint stores, and ``build`` turns into modules."""
+
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from torch import nn
+
+from longwave.mixers import MIXERS, Mixer, options_of
+from longwave.models.backbone import Backbone
+from longwave.models.classifier import Classifier
+from longwave.models.lm import LM
+from longwave.nn import MLP, SwiGLU
+
+
+class Spec(BaseModel):
+    """Immutable, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MixerOptions(Spec):
+    """The options of one mixer, made from the signature of its ``__init__``; ``kind`` is its name."""
+
+    kind: str
+
+    def build(self, d_model: int) -> Mixer:
+        """The module, freshly drawn."""
+        return MIXERS[self.kind](d_model, **self.model_dump(exclude={"kind"}))
+
+
+def _named(value: Any) -> Any:
+    """A bare name stands for the options' defaults."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _mixer_options(name: str) -> type[MixerOptions]:
+    fields: dict[str, Any] = {
+        key: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
+        for key, parameter in options_of(name).items()
+    }
+    return create_model(name, __base__=MixerOptions, kind=(Literal[name], name), **fields)
+
+
+_union: Any = None
+for _name in MIXERS:
+    _union = _mixer_options(_name) if _union is None else _union | _mixer_options(_name)
+AnyMixer = Annotated[_union, Field(discriminator="kind"), BeforeValidator(_named)]
+
+
+class SwiGLUSpec(Spec):
+    """See :class:`longwave.nn.SwiGLU`."""
+
+    kind: Literal["swiglu"] = "swiglu"
+    expand: float = Field(8 / 3, gt=0)
+
+
+class MLPSpec(Spec):
+    """See :class:`longwave.nn.MLP`."""
+
+    kind: Literal["mlp"] = "mlp"
+    expand: float = Field(4.0, gt=0)
+
+
+CHANNEL_MIXERS = {"swiglu": SwiGLU, "mlp": MLP}
+AnyChannelMixer = Annotated[SwiGLUSpec | MLPSpec, Field(discriminator="kind"), BeforeValidator(_named)]
+
+
+class BackboneSpec(Spec):
+    """A stack of blocks.
+
+    Fields:
+        d_model: D.
+        pattern: mixers, cycled over the layers: one for a pure model, several for a hybrid. A name alone takes the
+            mixer's defaults.
+        layers: how many; default one turn of the pattern.
+        channel: channel mixer of every block, or null.
+        norm: rms | layer.
+        norm_eps: its epsilon.
+        dropout: probability on both branches of a block, in [0, 1).
+    """
+
+    d_model: int = Field(ge=1)
+    pattern: list[AnyMixer] = Field(min_length=1)
+    layers: int | None = Field(None, ge=1)
+    channel: AnyChannelMixer | None = SwiGLUSpec()
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = Field(1e-5, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _count_layers(self) -> "BackboneSpec":
+        if self.layers is None:
+            object.__setattr__(self, "layers", len(self.pattern))
+        return self
+
+    def build_backbone(self) -> Backbone:
+        """The blocks, freshly drawn."""
+        assert self.layers is not None
+        mixers = [self.pattern[i % len(self.pattern)].build(self.d_model) for i in range(self.layers)]
+        norm = partial(nn.RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
+        channel = self.channel and partial(CHANNEL_MIXERS[self.channel.kind], expand=self.channel.expand)
+        return Backbone(mixers, norm, channel, self.dropout)
+
+
+class LMSpec(BackboneSpec):
+    """A language model, see :class:`longwave.models.LM`. Without ``vocab`` it takes the task's."""
+
+    kind: Literal["lm"] = "lm"
+    vocab: int | None = Field(None, ge=1)
+    tied: bool = True
+
+    def build(self) -> LM:
+        """The model, freshly drawn."""
+        if self.vocab is None:
+            raise ValueError("a language model needs vocab, the number of token ids")
+        return LM(self.build_backbone(), self.vocab, self.tied)
+
+
+class ClassifierSpec(BackboneSpec):
+    """A classifier, see :class:`longwave.models.Classifier`."""
+
+    kind: Literal["classifier"] = "classifier"
+    classes: int = Field(ge=1)
+    vocab: int | None = Field(None, ge=1)
+    features: int | None = Field(None, ge=1)
+    pooling: Literal["mean", "last", "first"] = "mean"
+
+    def build(self) -> Classifier:
+        """The model, freshly drawn."""
+        return Classifier(
+            self.build_backbone(), self.classes, vocab=self.vocab, features=self.features, pooling=self.pooling
+        )
+
+
+ModelSpec = Annotated[LMSpec | ClassifierSpec, Field(discriminator="kind")]
+MODEL_SPEC: TypeAdapter[LMSpec | ClassifierSpec] = TypeAdapter(ModelSpec)

@@ -1,0 +1,30 @@
+"""Metrics of a model on a task's evaluation data."""
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from longwave.tasks.base import Task
+
+
+@torch.no_grad()
+def evaluate(fabric: Fabric, objective: nn.Module, task: Task, batch: int) -> dict[str, float]:
+    """The task's metrics over all of its evaluation batches, shared out over the processes.
+
+    Args:
+        fabric: launched.
+        objective: the set-up module whose forward is (inputs, targets) -> Score; its mode is kept.
+        task: prepared.
+        batch: rows a batch.
+    """
+    was_training, world, count = objective.training, fabric.world_size, task.eval_batches(batch)
+    objective.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=fabric.device)
+    for start in range(0, count, world):
+        index = start + fabric.global_rank
+        score = objective(*fabric.to_device(task.eval_batch(batch, min(index, count - 1))))
+        if index < count:  # every process runs as many batches, as sharded layers need; the surplus does not count
+            sums += torch.stack([part.double() for part in score])
+    loss, correct, tokens = fabric.all_reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
+    objective.train(was_training)
+    return task.metrics(loss, int(correct), int(tokens))
