@@ -1,7 +1,7 @@
 """A stack of residual blocks around mixers: any mixer at any layer, so a hybrid is a list."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -69,9 +69,14 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(mixer, norm, channel, dropout) for mixer in mixers)
         self.norm = norm(self.d_model)
 
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of every layer."""
+        return [cast(Block, layer).mixer for layer in self.layers]
+
     def init_state(self, batch: int) -> BackboneState:
         """The state before the first token of ``batch`` sequences."""
-        return BackboneState(tuple(layer.mixer.init_state(batch) for layer in self.layers))  # type: ignore[union-attr, operator]
+        return BackboneState(tuple(mixer.init_state(batch) for mixer in self.mixers))
 
     def forward(
         self, x: Tensor, state: BackboneState | None = None, *, mask: Tensor | None = None

@@ -14,7 +14,7 @@ class Score(NamedTuple):
 
     loss: Tensor  # - sum ln p(target)
     correct: Tensor  # int64, how often the target was the most probable
-    count: Tensor  # int64, how many targets there were
+    total: Tensor  # int64, how many targets there were
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> Score:

@@ -39,7 +39,8 @@ def _mixer_options(name: str) -> type[MixerOptions]:
         key: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
         for key, parameter in options_of(name).items()
     }
-    return create_model(name, __base__=MixerOptions, kind=(Literal[name], name), **fields)
+    fields["kind"] = (Literal[name], name)
+    return create_model(name, __base__=MixerOptions, **fields)
 
 
 _union: Any = None
@@ -83,7 +84,7 @@ class BackboneSpec(Spec):
     d_model: int = Field(ge=1)
     pattern: list[AnyMixer] = Field(min_length=1)
     layers: int | None = Field(None, ge=1)
-    channel: AnyChannelMixer | None = SwiGLUSpec()
+    channel: AnyChannelMixer | None = Field(default_factory=SwiGLUSpec)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = Field(1e-5, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -99,7 +100,9 @@ class BackboneSpec(Spec):
         assert self.layers is not None
         mixers = [self.pattern[i % len(self.pattern)].build(self.d_model) for i in range(self.layers)]
         norm = partial(nn.RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
-        channel = self.channel and partial(CHANNEL_MIXERS[self.channel.kind], expand=self.channel.expand)
+        if self.channel is None:
+            return Backbone(mixers, norm, None, self.dropout)
+        channel = partial(CHANNEL_MIXERS[self.channel.kind], expand=self.channel.expand)
         return Backbone(mixers, norm, channel, self.dropout)
 
 

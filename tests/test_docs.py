@@ -1,0 +1,78 @@
+"""What the documents say runs: README's Python, docstring examples, recipe headers, the rules on text."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import longwave
+from longwave.mixers import MIXERS
+from longwave.ops import OPS
+from longwave.train import load_recipe, recipe_names
+
+ROOT = Path(__file__).parent.parent
+MODULES = [m.name for m in pkgutil.walk_packages(longwave.__path__, "longwave.")]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def test_readme_python_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_has_python():
+    assert "```python" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def public(module):
+    for name, item in vars(module).items():
+        if not name.startswith("_") and getattr(item, "__module__", None) == module.__name__ and callable(item):
+            yield name, item
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name):
+    module = importlib.import_module(name)
+    assert module.__doc__ or name.endswith("recipes"), f"{name} has no docstring"
+    missing = [item for item, value in public(module) if not value.__doc__ and item not in EXPLAINED]
+    assert missing == []
+
+
+EXPLAINED = set()  # public names whose module says enough
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_whole_and_say_what_to_expect(name):
+    text = (ROOT / f"longwave/recipes/{name}.yaml").read_text()
+    header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    assert f"longwave train {name}" in header
+    assert re.search(r"\d", header), "a recipe says which number to expect"
+    assert re.search(r"minutes|hours", header), "a recipe says how long it takes"
+    assert "Source" in header
+    recipe = load_recipe(name)
+    assert yaml.safe_load(recipe.to_yaml())["steps"] == recipe.steps
+
+
+def test_readme_lists_every_mixer_and_recipe():
+    readme = (ROOT / "README.md").read_text()
+    for name in [*MIXERS, *recipe_names()]:
+        assert f"`{name}`" in readme, name
+    assert len(OPS) >= 7
+
+
+def test_repository_has_no_absolute_paths_and_no_registry():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    words = re.compile(r"(?<![\w.])/(?:root|home|tmp|work)/|index-url|pythonhosted|https?://pypi")
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", "") and "books" not in name and path != Path(__file__):
+            assert not words.search(path.read_text(errors="ignore")), name

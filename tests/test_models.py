@@ -1,0 +1,149 @@
+"""Backbones and heads: hybrids resume exactly, long logits never exist, models survive the disk."""
+
+import json
+
+import pytest
+import torch
+
+from longwave.mixers import mixer
+from longwave.models import LM, Backbone, Classifier, ClassifierSpec, LMSpec, load, save
+from longwave.models import lm as lm_module
+
+HYBRID = ["s4d", {"kind": "attention", "heads": 2}, {"kind": "hyena", "max_len": 64, "width": 8}, "mamba", "h3", "lstm"]
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def hybrid(**options):
+    torch.manual_seed(0)
+    return LMSpec(vocab=20, d_model=8, pattern=HYBRID, **options).build().double()
+
+
+def test_hybrid_resumes_in_any_chunks():
+    model, ids = hybrid(), torch.randint(0, 20, (2, 13))
+    whole, none = model(ids)
+    assert none is None
+    assert whole.shape == (2, 13, 20)
+    for sizes in ([1] * 13, [5, 1, 7]):
+        state, parts = model.init_state(2), []
+        for chunk in ids.split(sizes, dim=1):
+            logits, state = model(chunk, state)
+            parts.append(logits)
+        close(torch.cat(parts, dim=1), whole)
+
+
+def test_last_is_the_last_row():
+    model, ids = hybrid(), torch.randint(0, 20, (2, 13))
+    close(model(ids, last=True)[0], model(ids)[0][:, -1:])
+
+
+@pytest.mark.parametrize("at_once", [2**22, 60])
+def test_score_is_cross_entropy(at_once, monkeypatch):
+    """Whether the logits are made at once or three tokens at a time, with gradients."""
+    monkeypatch.setattr(lm_module, "LOGITS_AT_ONCE", at_once)
+    model, ids, targets = hybrid(), torch.randint(0, 20, (2, 13)), torch.randint(0, 20, (2, 13))
+    targets[0, :4] = -100
+    score = model.score(ids, targets)
+    logits = model(ids)[0].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+    close(score.loss, expected)
+    assert score.total == 22
+    assert score.correct == (logits.argmax(-1) == targets.flatten()).sum()
+    ours = torch.autograd.grad(score.loss, list(model.parameters()))
+    for a, b in zip(ours, torch.autograd.grad(expected, list(model.parameters()))):
+        close(a, b)
+
+
+def test_long_logits_never_exist_at_once(monkeypatch):
+    monkeypatch.setattr(lm_module, "LOGITS_AT_ONCE", 2**16)
+    model = LMSpec(vocab=4096, d_model=4, pattern=["lstm"], channel=None).build()
+    largest = 0
+    head = model.head.forward
+
+    def watched(x):
+        nonlocal largest
+        logits = head(x)
+        largest = max(largest, logits.numel())
+        return logits
+
+    model.head.forward = watched
+    model.score(torch.zeros(1, 1000, dtype=torch.long), torch.zeros(1, 1000, dtype=torch.long)).loss.backward()
+    assert largest == 2**16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saves_and_loads(tmp_path, tied):
+    spec = LMSpec(vocab=20, d_model=8, pattern=HYBRID, tied=tied, channel="mlp", norm="layer")
+    model, ids = spec.build(), torch.randint(0, 20, (2, 13))
+    save(tmp_path / "m", model, spec)
+    again, loaded = load(tmp_path / "m")
+    assert loaded == spec
+    assert torch.equal(again(ids)[0], model.eval()(ids)[0])
+    assert (again.head.weight is again.embedding.weight) == tied
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_broken_models_are_named(tmp_path):
+    spec = LMSpec(vocab=20, d_model=8, pattern=["s4d"])
+    with pytest.raises(ValueError, match=r"is no saved model: it has no config.json"):
+        load(tmp_path)
+    save(tmp_path, spec.build(), spec)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors does not hold the model"):
+        load(tmp_path)
+    save(tmp_path, spec.build(), spec)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "d_model": 16}))
+    with pytest.raises(ValueError, match=r"model.safetensors does not hold the model"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config.json does not describe a model"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
+def test_classifier_ignores_padding(pooling):
+    torch.manual_seed(0)
+    spec = ClassifierSpec(d_model=8, pattern=["s4d", "mamba"], classes=3, features=2, pooling=pooling)
+    model, x = spec.build().double(), torch.randn(2, 9, 2, dtype=torch.float64)
+    padded = torch.cat([x, 100 * torch.ones(2, 4, 2, dtype=torch.float64)], dim=1)
+    close(model(padded, lengths=torch.tensor([9, 9])), model(x))
+    ragged = model(padded, lengths=torch.tensor([9, 5]))
+    close(ragged[1:], model(x[1:, :5]))
+    left = torch.cat([padded[:, 9:], x], dim=1)
+    mask = torch.cat([torch.zeros(2, 4), torch.ones(2, 9)], dim=1).bool()
+    close(model(left, mask=mask), model(x))
+    assert model.score(x, torch.tensor([1, -100])).total == 1
+
+
+def test_classifier_poolings_differ():
+    """On tokens: mean, last and first look where their names say."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 5, (1, 7))
+    changed = x.clone()
+    changed[0, -1] = (x[0, -1] + 1) % 5
+    for pooling, moves in (("mean", True), ("last", True), ("first", False)):
+        model = ClassifierSpec(d_model=8, pattern=["s4d"], classes=3, vocab=5, pooling=pooling).build()
+        assert ((model(x) - model(changed)).abs().max() > 1e-4) == moves
+
+
+def test_model_errors():
+    with pytest.raises(ValueError, match=r"mixers of one d_model; got \[4, 8\]"):
+        Backbone([mixer("s4d").build(4), mixer("s4d").build(8)])
+    with pytest.raises(ValueError, match=r"got no mixer"):
+        Backbone([])
+    backbone = Backbone([mixer("s4d").build(4)])
+    with pytest.raises(ValueError, match=r"vocab >= 1; got 0"):
+        LM(backbone, 0)
+    with pytest.raises(ValueError, match=r"no pooling is called 'max'; there are mean, last, first"):
+        Classifier(backbone, 2, vocab=3, pooling="max")
+    with pytest.raises(ValueError, match=r"either vocab or features; got vocab = None, features = None"):
+        Classifier(backbone, 2)
+    model = Classifier(backbone, 2, vocab=3)
+    with pytest.raises(ValueError, match=r"lengths must lie in 1..4, the padded length; got 0..4"):
+        model(torch.zeros(2, 4, dtype=torch.long), lengths=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"either lengths or mask"):
+        model(torch.zeros(2, 4, dtype=torch.long), lengths=torch.tensor([1, 4]), mask=torch.ones(2, 4).bool())

@@ -1,0 +1,617 @@
+"""Official weights in our modules: the authors' outputs, gradients, kernels and steps, and plain formulas besides."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longwave.models.generate import generate
+from longwave.models.pretrained import SYSTEMS, from_official
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+REFUSED = {"longconv__H4_L32_blockfft": "block_fft_conv"}
+CASES = [path for path in GOLDEN if path.stem not in REFUSED]
+
+
+class Case(NamedTuple):
+    system: str
+    config: dict
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a prefix, complex where the file has a real view of them."""
+        found = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+        return {
+            key.removesuffix("@complex"): torch.view_as_complex(t) if key.endswith("@complex") else t
+            for key, t in found.items()
+        }
+
+    def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {key: t.to(dtype) for key, t in self.part("state.").items()}
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {key: widened(t, dtype) for key, t in self.part("input.").items()}
+
+    def module(self, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+        return from_official(self.system, self.config, self.state(dtype))
+
+
+def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, dtype)) if t.is_floating_point() or t.is_complex() else t
+
+
+def load(path: Path) -> Case:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return Case(metadata["system"], json.loads(metadata["config"]), load_file(path))
+
+
+def named(outputs, names) -> dict[str, Tensor]:
+    """What a module returns, by the file's output names."""
+    return outputs if isinstance(outputs, dict) else {next(iter(names)): outputs}
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over largest magnitude."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
+
+
+cases = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+
+
+@cases
+def test_output_and_every_gradient_in_float64(path):
+    case = load(path)
+    system, module = SYSTEMS[case.system], case.module()
+    leaves = {key: t.requires_grad_() for key, t in case.state(torch.float64).items()}
+    inputs = case.inputs(torch.float64)
+    for t in inputs.values():
+        if t.is_floating_point() or t.is_complex():
+            t.requires_grad_()
+    weights = system.convert(leaves, system.read(case.config))
+    expected = case.part("output64.")
+    outputs = named(torch.func.functional_call(module, weights, (), inputs), expected)
+    assert outputs.keys() == expected.keys()
+    for key, theirs in expected.items():
+        assert error(outputs[key], theirs) < 1e-9, key
+    cotangents = case.part("cotangent.") or dict.fromkeys(expected, case.tensors["cotangent"])
+    dots = [(real(outputs[key]) * real(c.to(outputs[key].dtype))).sum() for key, c in cotangents.items()]
+    sum(dots).backward()
+    recorded = case.part("grad64.")
+    assert recorded
+    for key, theirs in recorded.items():
+        leaf = inputs[key.removeprefix("input.")] if key.startswith("input.") else leaves[key.removeprefix("state.")]
+        assert leaf.grad is not None, key
+        assert error(leaf.grad, theirs) < 1e-9, key
+
+
+def real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+@cases
+def test_output_in_float32(path):
+    case = load(path)
+    module = case.module(torch.float32)
+    assert {t.dtype for t in module.state_dict().values()} <= {torch.float32}
+    expected = case.part("output.")
+    with torch.no_grad():
+        outputs = named(module(**case.inputs(torch.float32)), expected)
+    tolerance = 2e-4 if case.config.get("w", 1) >= 10 else 1e-5  # sines of large arguments
+    for key, theirs in expected.items():
+        assert outputs[key].dtype == theirs.dtype
+        assert error(outputs[key], theirs) < tolerance, key
+
+
+def kernels(case: Case, module) -> dict[str, Tensor]:
+    """Our filters under the names and layouts of the file's ``kernel64.*``."""
+    L = case.config["L"]
+    if case.system == "s4d":
+        return {"k": module.conv.filter(L)}
+    if case.system == "s4dmin":
+        return {"k": module.model.kernel(L)}
+    if case.system == "longconv":
+        return {"k": module.conv.filter(module.conv.filter.max_len)}
+    if case.system == "h3":
+        shift = module.model.ssm_k_kernel(L)
+        ssm = module.model.kernel(L)
+        return {"ssm": ssm, "shift": F.pad(shift, (0, ssm.shape[1] - shift.shape[1]))}
+    taps = module.model.filter_fn(L).T
+    if case.system == "hyenastandalone":
+        taps = taps.unflatten(1, (case.config["d_model"], -1)).transpose(1, 2).flatten(1)
+    return {"filter": taps}
+
+
+@pytest.mark.parametrize("path", [p for p in CASES if load(p).part("kernel64.")], ids=lambda path: path.stem)
+@torch.no_grad()
+def test_kernels(path):
+    case = load(path)
+    ours, theirs = kernels(case, case.module()), case.part("kernel64.")
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert error(ours[key].reshape(theirs[key].shape), theirs[key]) < 1e-9, key
+
+
+@pytest.mark.parametrize("path", [p for p in CASES if load(p).part("step.")], ids=lambda path: path.stem)
+@torch.no_grad()
+def test_official_steps_against_our_state(path):
+    case = load(path)
+    module, (x,) = case.module(), case.inputs(torch.float64).values()
+    for key, theirs in case.part("step.").items():
+        prefill = int(key.partition("@prefill")[2] or case.config.get("prefill", 1))
+        time = 2 if case.system == "s4d" and case.config.get("transposed", True) else 1
+        state = (module.conv if case.system == "s4d" else module.model).init_state(len(x))
+        ys = []
+        for piece in x.split([prefill, *[1] * (x.shape[time] - prefill)], dim=time):
+            if case.system == "s4d":
+                y, state = module(x=piece, state=state).values()
+            else:
+                y, state = module.model(piece, state)
+            ys.append(y)
+        assert error(torch.cat(ys, dim=time), theirs) < 1e-5, key
+
+
+@pytest.mark.parametrize("path", [p for p in GOLDEN if p.stem in REFUSED], ids=lambda path: path.stem)
+def test_refused_files_name_the_option(path):
+    with pytest.raises(ValueError, match=REFUSED[path.stem]):
+        load(path).module(torch.float32)
+
+
+@torch.no_grad()
+def test_the_imported_language_model_generates():
+    case = load(next(path for path in CASES if path.stem == "mamba_hf__base"))
+    module, ids = case.module(), case.inputs(torch.float64)["input_ids"][:, :9]
+    tokens = generate(module.model, ids, 3, temperature=0)
+    for row, new in zip(ids.tolist(), tokens):
+        for token in new:
+            assert module(input_ids=torch.tensor([row]))[0, -1].argmax() == token
+            row.append(token)
+
+
+def test_a_tied_head_may_be_left_out_as_in_hub_files():
+    case = load(next(path for path in CASES if path.stem == "mamba_hf__base"))
+    state = case.state(torch.float32)
+    del state["lm_head.weight"]
+    model = from_official("mamba_hf", case.config, state).model
+    assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "word"),
+    [
+        ("s4d__lin_zoh_H8_L64", {"gate": 2}, "gate = 2"),
+        ("s4d__lin_zoh_H8_L64", {"bottleneck": 2}, "bottleneck = 2"),
+        ("s4d__lin_zoh_H8_L64", {"disc": "foh"}, "disc = 'foh'"),
+        ("s4d__lin_zoh_H8_L64", {"mode": "nplr"}, "mode = 'nplr'"),
+        ("s4d__lin_zoh_H8_L64", {"kernel": "s4d"}, "mode and kernel"),
+        ("s4d__lin_zoh_H8_L64", {"activation": "mish"}, "activation = 'mish'"),
+        ("s4d__lin_zoh_H8_L64", {"postact": "glu"}, "final_act = 'glu'"),
+        ("s4d__lin_zoh_H8_L64", {"n_ssm": 3}, "n_ssm = 3"),
+        ("s4d__lin_zoh_H8_L64", {"bidirectionl": True}, "'bidirectionl' .*did you mean 'bidirectional'"),
+        ("s4dmin__H8_N16_L64", {"d_model": 4}, "'D' has shape"),
+        ("h3__hd1_H8_L32", {"mode": "nplr"}, "mode = 'nplr'"),
+        ("h3__hd1_H8_L32", {"disc": "dss"}, "disc = 'dss'"),
+        ("h3__hd1_H8_L32", {"real_type": "none"}, "real_type = 'none'"),
+        ("hyena__o2_H8_L32", {"num_heads": 2}, "num_heads = 2"),
+        ("hyena__o2_H8_L32", {"num_blocks": 4}, "num_blocks = 4"),
+        ("hyena__o2_H8_L32", {"inner_factor": 2}, "inner_factor = 2"),
+        ("hyena__o2_H8_L32", {"filter_cls": "ckconv"}, "filter_cls = 'ckconv'"),
+        ("hyena__o2_H8_L32", {"post_order_ffn": True}, "no key 'ord_proj_w'"),
+        ("hyenastandalone__o2_H8_L32", {"outer_mixing": True}, "'outer_mixing'"),
+        ("longconv__H8_L32", {"weight_norm": True}, "weight_norm = True"),
+        ("longconv__H8_L32", {"use_ma_smoothing": True, "ma_window_len": 4}, "odd width"),
+        ("mamba_hf__base", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ("mamba_hf__base", {"intermediate_size": 30}, "intermediate_size = 30"),
+        ("mamba_hf__base", {"tie_word_embeddings": False, "use_bias": True}, "in_proj.bias"),
+        ("selective_scan__real_all", {"delta_softpus": True}, "'delta_softpus'"),
+    ],
+)
+def test_options_that_are_not_carried_over_are_named(path, change, word):
+    case = load(next(p for p in CASES if p.stem == path))
+    with pytest.raises(ValueError, match=f"^{case.system}: .*{word}"):
+        from_official(case.system, {**case.config, **change}, case.state(torch.float32))
+
+
+def test_bad_systems_and_states_are_named():
+    case = load(next(path for path in CASES if path.stem == "s4d__lin_zoh_H8_L64"))
+    state = case.state(torch.float32)
+    with pytest.raises(ValueError, match=r"'s4dd'.*did you mean 's4d'"):
+        from_official("s4dd", case.config, state)
+    with pytest.raises(ValueError, match="'d_model' is missing"):
+        from_official("s4d", {"mode": "diag"}, state)
+    for key in state:
+        with pytest.raises(ValueError, match=f"no key '{key}'"):
+            from_official("s4d", case.config, {k: t for k, t in state.items() if k != key})
+        with pytest.raises(ValueError, match=f"'{key}' has shape"):
+            from_official("s4d", case.config, {**state, key: state[key][None]})
+    with pytest.raises(ValueError, match=r"'layer.kernel.inv_dz'.*did you mean 'layer.kernel.inv_dt'"):
+        from_official("s4d", case.config, {**state, "layer.kernel.inv_dz": state["layer.D"]})
+    with pytest.raises(ValueError, match="unexpected key 'A'"):
+        from_official("selective_scan", {}, {"A": state["layer.D"]})
+
+
+def test_aliases_that_differ_are_named():
+    case = load(next(path for path in CASES if path.stem == "hyena__o2_H8_L32"))
+    state = case.state(torch.float32)
+    state["filter_fn.implicit_filter.3.freq"] = state["filter_fn.implicit_filter.3.freq"] + 1
+    with pytest.raises(ValueError, match=r"'filter_fn.implicit_filter.3.freq' and .* name one tensor"):
+        from_official("hyena", case.config, state)
+
+
+def test_impossible_states_are_refused():
+    x, h = torch.zeros(1, 2, 5), torch.zeros(1, 2, 2, dtype=torch.complex64)
+    for options, word in [
+        ({"bidirectional": True}, "bidirectional"),
+        ({"disc": "dss"}, "dss"),
+        ({"rate": 2.0}, "rate = 2.0"),
+        ({"l_max": 3}, "l_max = 3"),
+    ]:
+        module, _ = drawn("s4d", {"d_model": 2, "d_state": 4, "mode": "diag", **options}, torch.float32)
+        with pytest.raises(ValueError, match=word):
+            module(x=x, state=h)
+    module, _ = drawn("s4d", {"d_model": 2, "d_state": 4, "mode": "diag"}, torch.float32)
+    with pytest.raises(ValueError, match=r"\(1, 2, 2\)"):
+        module(x=x, state=h[:, :1])
+
+
+def test_hyena_refuses_more_than_l_max():
+    module, _ = drawn("hyena", {"d_model": 2, "l_max": 8}, torch.float32)
+    with pytest.raises(ValueError, match="max_len = 8"):
+        module(x=torch.zeros(1, 9, 2))
+
+
+# Configurations without a file: formulas of the official definition, written down once more and slowly.
+
+
+def drawn(system: str, config: dict, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A module and its official state, drawn at random."""
+    rng = torch.Generator().manual_seed(1)
+    options = SYSTEMS[system].read(config)
+    state = {}
+    for key, shape in SYSTEMS[system].keys(options).items():
+        t = torch.randn(shape, generator=rng, dtype=dtype)
+        state[key] = 0.3 * t - 1.5 if key.endswith(("inv_dt", "log_dt")) else t
+    for key, first in SYSTEMS[system].aliases(options).items():
+        state[key] = state[first]
+    return from_official(system, config, state), state
+
+
+def series(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+def convolved(x: Tensor, weight) -> Tensor:
+    """y[..., t] = sum_s weight(t - s) x[..., s]; weight(lag) is a tensor without the time axis, or None."""
+    L = x.shape[-1]
+    columns = []
+    for t in range(L):
+        terms = [w * x[..., s] for s in range(L) if (w := weight(t - s)) is not None]
+        columns.append(sum(terms, torch.zeros_like(x[..., 0])))
+    return torch.stack(columns, dim=-1)
+
+
+TRANSFORMED = {
+    "exp": torch.exp,
+    "none": lambda p: p,
+    "relu": lambda p: p.clamp(min=0) + 1e-4,
+    "sigmoid": lambda p: 1 / (1 + torch.exp(-p)),
+    "softplus": lambda p: torch.log1p(torch.exp(p)),
+}
+ACT = {
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "id": lambda y: y,
+    None: lambda y: y,
+    "glu": lambda y: F.glu(y, dim=-1),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def s4d_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """S4Block with a diagonal kernel, x (B, H, L)."""
+    c = {"disc": "zoh", "rate": 1.0, "activation": "gelu", "mult_act": None, "final_act": "glu", **config}
+    p = {key.removeprefix("layer.kernel."): t for key, t in state.items()}
+    (H, L), rate = x.shape[1:], c["rate"]
+    K = L if c.get("l_max") is None else min(L, round(c["l_max"] / rate))
+    inv_dt = p["inv_dt"].sinh() if c.get("dt_fast") else p["inv_dt"]
+    dt = TRANSFORMED[c.get("dt_transform", "exp")](inv_dt)
+    A = -TRANSFORMED[c.get("real_transform", "exp")](p["A_real"]) + 0j
+    B, C = p["B"][0], p["C"]
+    if not c.get("is_real"):
+        A = A - 1j * TRANSFORMED[c.get("imag_transform", "none")](p["A_imag"])
+        B, C = torch.view_as_complex(B), torch.view_as_complex(C)
+    groups = [h % len(A) for h in range(H)]
+    A, B = A[groups], B[groups]
+    if c.get("bandlimit"):
+        C = torch.where(dt * A.imag.abs() / (2 * math.pi) < c["bandlimit"] / 2, C, 0)
+    dt = dt * rate
+    steps = torch.arange(K)
+    if c["disc"] == "zoh":
+        b, a = (torch.exp(dt * A) - 1) / A, torch.exp(dt * A)
+    elif c["disc"] == "bilinear":
+        b, a = dt / (1 - dt * A / 2), (1 + dt * A / 2) / (1 - dt * A / 2)
+    if c["disc"] == "dss":
+        up = A.real > 0
+        powers = torch.exp((dt * A)[..., None] * torch.where(up[..., None], steps - (K - 1), steps))
+        z = torch.where(up, -dt * A, dt * A)
+        v = (torch.exp(z * K) - 1) * A
+        k = torch.einsum("chn,hnl->chl", C * (B * (torch.exp(z) - 1) * v.conj() / (v.abs() ** 2 + 1e-7)), powers).real
+    else:
+        k = 2 * torch.einsum("chn,hnl->chl", C * (B * b), a[..., None] ** steps).real
+    k, ahead = k.chunk(2) if c.get("bidirectional") else (k, None)
+
+    def weight(lag):
+        if lag >= 0:
+            return k[:, :, lag] if lag < K else None
+        return ahead[:, :, -lag - 1] if ahead is not None and -lag - 1 < K else None
+
+    y = convolved(x[:, None], weight) + state["layer.D"][:, :, None] * x[:, None]  # (B, C, H, L)
+    y = y.transpose(1, 2) if c.get("swap_channels") else y
+    y = ACT[c["mult_act"]](ACT[c["activation"]](y.flatten(1, 2).transpose(1, 2)))
+    if c["final_act"] is not None:
+        y = ACT[c["final_act"]](F.linear(y, state["output_linear.0.weight"], state["output_linear.0.bias"]))
+    return y.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bidirectional": True},
+        {"bidirectional": True, "channels": 2, "l_max": 5, "activation": "tanh"},
+        {"channels": 2, "swap_channels": True, "final_act": None},
+        {"channels": 3, "mult_act": "relu", "final_act": "id"},
+        {"disc": "bilinear", "n_ssm": 2},
+        {"disc": "bilinear", "is_real": True, "dt_tie": False},
+        {"disc": "dss"},
+        {"disc": "dss", "real_transform": "none", "channels": 2, "bidirectional": True},
+        {"rate": 2.0, "l_max": 8, "n_ssm": 1},
+        {"rate": 0.5, "l_max": 8},
+        {"dt_tie": False, "dt_transform": "softplus", "real_transform": "sigmoid", "imag_transform": "relu"},
+        {"dt_transform": "none", "dt_fast": True, "real_transform": "softplus"},
+        {"dt_transform": "relu", "real_transform": "relu", "imag_transform": "exp"},
+        {"imag_transform": "exp", "bandlimit": 0.08, "rate": 2.0},
+        {"activation": "glu", "final_act": "silu", "d_state": 5},
+        {"final_act": None, "postact": "glu", "activation": None, "mode": None, "kernel": "s4d"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_s4d_by_its_formula(options):
+    config = {"d_model": 4, "d_state": 6, "mode": "diag", **options}
+    module, state = drawn("s4d", config)
+    x = series(2, 4, 11)
+    if "postact" in options:
+        config["final_act"] = options["postact"]
+    assert error(module(x=x), s4d_formula(config, state, x)) < 1e-9
+
+
+@pytest.mark.parametrize("options", [{"channels": 2, "disc": "bilinear"}, {"is_real": True, "dt_tie": False}], ids=str)
+@torch.no_grad()
+def test_s4d_state_goes_on(options):
+    module, _ = drawn("s4d", {"d_model": 4, "d_state": 6, "mode": "s4d", **options})
+    x, state = series(2, 4, 11), module.conv.init_state(2)
+    state = state.real if module.conv.filter.system.real else torch.view_as_real(state)
+    first = module(x=x[..., :4], state=state)
+    assert first["next_state"].shape == state.shape
+    assert first["next_state"].dtype == torch.float64
+    second = module(x=x[..., 4:], state=first["next_state"])
+    assert error(torch.cat([first["y"], second["y"]], dim=-1), module(x=x)) < 1e-9
+
+
+def hyena_formula(config: dict, state: dict[str, Tensor], x: Tensor, features_first: bool) -> Tensor:
+    c = {
+        "order": 2,
+        "short_filter_order": 3,
+        "modulate": True,
+        "shift": 0.0,
+        "bias": True,
+        "activation": "id",
+        **config,
+    }
+    D, order, L, K = c["d_model"], c["order"], x.shape[1], c["short_filter_order"]
+    u = F.linear(x, state["in_proj.weight"], state["in_proj.bias"]).transpose(1, 2)
+    taps = state["short_filter.weight"][:, 0]
+    short = (
+        convolved(u, lambda lag: taps[:, K - 1 - lag] if 0 <= lag < K else None) + state["short_filter.bias"][:, None]
+    )
+    *gates, v = short.split(D, dim=1)
+    f = {key.removeprefix("filter_fn."): t for key, t in state.items() if key.startswith("filter_fn.")}
+    h, i = f["pos_emb.z"][0, :L], 0
+    while f"implicit_filter.{i + 1}.freq" in f:
+        h = F.linear(h, f[f"implicit_filter.{i}.weight"], f[f"implicit_filter.{i}.bias"])
+        h, i = torch.sin(f["implicit_filter.1.freq"] * h), i + 2
+    h = h @ f[f"implicit_filter.{i}.weight"].T  # (L, D (order - 1))
+    if c["modulate"]:
+        h = h * (torch.exp(-f["pos_emb.t"][0, :L] * f["modulation.deltas"][0].abs()) + c["shift"])
+    if c.get("normalized"):
+        h = h / h.abs().sum(1, keepdim=True)
+    for o, gate in enumerate(reversed(gates[1:])):
+        rows = [d * (order - 1) + o if features_first else o * D + d for d in range(D)]
+        v = v * (gate.sum(1, keepdim=True) if c.get("outer_mixing") else gate)
+        bias = f["bias"][rows] if c["bias"] else torch.zeros(D, dtype=x.dtype)
+        v = convolved(v, lambda lag, rows=rows: h[lag, rows] if lag >= 0 else None) + bias[:, None] * v
+        if c.get("post_order_ffn"):
+            v = state["ord_proj_w"][o] * v
+    y = ACT[c["activation"]]((v * gates[0]).transpose(1, 2))
+    return F.linear(y, state["out_proj.weight"], state["out_proj.bias"])
+
+
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [
+        ("hyena", {"normalized": True, "order": 3}),
+        ("hyena", {"normalized": True, "activation": "gelu", "post_order_ffn": True, "order": 4, "bias": False}),
+        ("hyena", {"outer_mixing": True, "order": 3, "activation": "tanh", "post_order_ffn": True}),
+        ("hyena", {"shift": 0.05, "num_inner_mlps": 0, "short_filter_order": 1, "num_heads": 1}),
+        ("hyena", {"modulate": False, "shift": 0.05, "target": 0.1, "fast_decay_pct": 0.2, "bias": False}),
+        ("hyenastandalone", {"order": 3, "shift": 0.05, "emb_dim": 5}),
+        ("hyenastandalone", {"order": 3, "modulate": False, "w": 4}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_hyena_by_its_formula(system, options):
+    config = {"d_model": 3, "l_max": 12, "filter_order": 4, **options}
+    module, state = drawn(system, config)
+    x = series(2, 10, 3)
+    assert error(module(x=x), hyena_formula(config, state, x, system == "hyena")) < 1e-9
+
+
+def test_the_standalone_hyena_does_not_look_at_bias_and_normalized():
+    config = {"d_model": 3, "l_max": 12, "filter_order": 4}
+    module, state = drawn("hyenastandalone", config)
+    same = from_official("hyenastandalone", {**config, "bias": False, "normalized": True}, state)
+    assert torch.equal(module(x=series(2, 10, 3)), same(x=series(2, 10, 3)))
+
+
+def long_conv_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """x (B, H, L): every tap of the kernel on a circle of n steps."""
+    c = {"lam": 0.1, "activation": "gelu", "postact": "glu", "channels": 1, **config}
+    k, L = state["kernel.kernel"], x.shape[2]
+    w = c.get("ma_window_len", 7)
+    if c.get("use_ma_smoothing") and c.get("smooth_freq"):
+        bins, smooth = torch.fft.rfft(k), 0
+        for j in range(w):
+            weight = torch.exp(torch.tensor(-0.5 * (j - w // 2) ** 2)).double()
+            shift = j - (w - 1) // 2
+            smooth = smooth + weight * F.pad(bins, (w, w))[..., w + shift : w + shift + bins.shape[-1]]
+        k = torch.fft.irfft(smooth)
+    elif c.get("use_ma_smoothing"):
+        padded = F.pad(k, (w // 2, w // 2))
+        k = sum(padded[..., j : j + k.shape[-1]] for j in range(w)) / w
+    k = torch.sign(k) * (k.abs() - c["lam"]).clamp(min=0)
+    if c.get("bidirectional"):
+        behind, ahead = k.chunk(2)
+        k = F.pad(behind, (0, L)) + F.pad(ahead.flip(-1), (L, 0))
+    n = min(L, c["l_max"]) + L
+    circle = F.pad(k, (0, n))[..., :n]
+    wrapped = F.pad(x, (0, n - L))[:, None]  # (B, 1, H, n)
+    y = sum(circle[..., p : p + 1] * wrapped.roll(p, -1) for p in range(n))[..., :L]
+    y = (y + state["D"][..., None] * x[:, None]).flatten(1, 2).transpose(1, 2)
+    y = ACT[c["activation"]](y)
+    if c["postact"] is not None:
+        y = ACT[c["postact"]](F.linear(y, state["output_linear.0.weight"], state["output_linear.0.bias"]))
+    return y.transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 9, 23])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channels": 2, "bidirectional": True},
+        {"causal": False, "activation": "relu", "postact": "id"},
+        {"causal": False, "bidirectional": True, "postact": None, "channels": 2},
+        {"use_ma_smoothing": True, "ma_window_len": 3},
+        {"use_ma_smoothing": True, "smooth_freq": True, "ma_window_len": 5},
+        {"use_ma_smoothing": True, "smooth_freq": True, "ma_window_len": 4, "causal": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_long_conv_by_its_formula(options, length):
+    config = {"d_model": 3, "l_max": 9, "lam": 0.3, **options}
+    module, state = drawn("longconv", config)
+    x = series(2, 3, length)
+    expected = long_conv_formula(config, state, x)
+    assert error(module(x=x), expected) < 1e-9
+    untransposed = from_official("longconv", {**config, "transposed": False}, state)
+    assert error(untransposed(x=x.transpose(1, 2)), expected.transpose(1, 2)) < 1e-9
+
+
+def h3_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    D, P, N, L = config["d_model"], config.get("head_dim", 1), config["d_state"], x.shape[1]
+    H, K = D // P, min(L, config.get("l_max") or L)
+    q, k, v = (
+        F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"]).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    B, C = state["ssm_k_kernel.kernel.B"], state["ssm_k_kernel.kernel.C"][0]
+    shift = [(B[:, : N - l] * C[:, l:]).sum(1) for l in range(min(N, K))]
+    k = convolved(k, lambda lag: shift[lag] if 0 <= lag < len(shift) else None) + state["ssm_k_D"][:, None] * k
+    s = {key.removeprefix("kernel.kernel."): t for key, t in state.items() if key.startswith("kernel.kernel.")}
+    A = torch.complex(-TRANSFORMED[config.get("real_type", "exp")](s["inv_A_real"]), s["A_imag"])
+    A = A.real + 0j if config.get("force_real") else A
+    groups = [h % len(A) for h in range(H)]
+    A, B, C, dt = A[groups], torch.view_as_complex(s["B"])[groups], torch.view_as_complex(s["C"])[0], s["log_dt"].exp()
+    if config.get("bandlimit"):
+        C = torch.where(dt[:, None] * A.imag.abs() / (2 * math.pi) < config["bandlimit"] / 2, C, 0)
+    dtA = dt[:, None] * A
+    if config.get("disc") == "zoh":
+        a, b = dtA.exp(), (dtA.exp() - 1) / A
+    else:
+        a, b = (1 + dtA / 2) / (1 - dtA / 2), dt[:, None] / (1 - dtA / 2)
+    taps = 2 * torch.einsum("hn,hnl->hl", B * C * b, a[..., None] ** torch.arange(K)).real
+    q, k, v = (t.unflatten(1, (H, P)) for t in (q, k, v))
+    kv = torch.einsum("bhil,bhjl->bijhl", k, v)
+    y = convolved(kv, lambda lag: taps[:, lag] if 0 <= lag < K else None) + state["D"][:, None] * kv
+    y = torch.einsum("bhil,bijhl->bljh", q, y).flatten(2)
+    return F.linear(y, state["output_linear.weight"], state["output_linear.bias"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"disc": "zoh"},
+        {"disc": "zoh", "head_dim": 2, "n_ssm": 1, "l_max": 3},
+        {"head_dim": 4, "real_type": "softplus", "d_state": 5},
+        {"real_type": "sigmoid", "bandlimit": 0.1, "n_ssm": 2},
+        {"real_type": "relu", "force_real": True, "l_max": 20},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_h3_by_its_formula(options):
+    config = {"d_model": 4, "d_state": 6, **options}
+    module, state = drawn("h3", config)
+    x = series(2, 10, 4)
+    y = module(x=x)
+    assert error(y, h3_formula(config, state, x)) < 1e-9
+    pieces, carried = [], module.model.init_state(2)
+    for piece in x.split([3, 1, 1, 5], dim=1):
+        piece, carried = module.model(piece, carried)
+        pieces.append(piece)
+    assert error(torch.cat(pieces, dim=1), y) < 1e-9
+
+
+@pytest.mark.parametrize("complex_A", [False, True])
+@pytest.mark.parametrize(
+    ("variable_B", "variable_C", "groups"), [(False, True, 2), (True, False, 0), (False, False, 0)]
+)
+@torch.no_grad()
+def test_selective_scan_by_its_formula(complex_A, variable_B, variable_C, groups):
+    rng = torch.Generator().manual_seed(3)
+    randn = lambda *shape, dtype=torch.float64: torch.randn(shape, generator=rng, dtype=dtype)  # noqa: E731
+    rows, E, N, L = 2, 4, 3, 7
+    dtype = torch.complex128 if complex_A else torch.float64
+    u, delta, D, bias = randn(rows, E, L), randn(rows, E, L), randn(E), randn(E)
+    A = randn(E, N, dtype=dtype) - 1
+
+    def maps(variable):
+        """As the module takes it, and as (rows, E, N, L)."""
+        if not variable:
+            x = randn(E, N, dtype=dtype)
+            return x, x[None, :, :, None].expand(rows, E, N, L)
+        x = randn(rows, *([groups] if groups else []), N, L, dtype=dtype)
+        given = torch.view_as_real(x).flatten(-2) if complex_A else x
+        return given, (x if groups else x[:, None]).repeat_interleave(E // (groups or 1), dim=1)
+
+    (B, B_all), (C, C_all) = maps(variable_B), maps(variable_C)
+    module = from_official("selective_scan", {"delta_softplus": True, "groups": groups, "dim": E}, {})
+    out = module(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=bias)
+    dt, h, ys = F.softplus(delta + bias[:, None]), torch.zeros(rows, E, N, dtype=dtype), []
+    for t in range(L):
+        h = torch.exp(dt[:, :, t, None] * A) * h + (dt * u)[:, :, t, None] * B_all[..., t]
+        y = (h * C_all[..., t]).sum(-1)
+        ys.append((2 * y.real if complex_A else y) + D * u[:, :, t])
+    assert error(out["y"], torch.stack(ys, dim=-1)) < 1e-9
+    assert error(out["last_state"], h) < 1e-9
