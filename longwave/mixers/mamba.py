@@ -45,7 +45,7 @@ class Mamba(Mixer, name="mamba"):
         d_model: int,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
+        expand: float = 2,
         dt_rank: int | None = None,
         bias: bool = False,
         conv_bias: bool = True,
@@ -54,7 +54,7 @@ class Mamba(Mixer, name="mamba"):
     ):
         super().__init__()
         self.d_model, self.dt_min, self.dt_max = d_model, dt_min, dt_max
-        E, R = expand * d_model, math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        E, R = round(expand * d_model), math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(d_model, 2 * E, bias=bias)
         self.conv1d = nn.Conv1d(E, E, d_conv, groups=E, bias=conv_bias)
         self.x_proj = nn.Linear(E, R + 2 * d_state, bias=False)

@@ -31,48 +31,65 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     return torch.stack(hs, dim=1)
 
 
-def scan_(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """The scan without gradient, sqrt(L) groups side by side; overwrites neither input."""
+def scan_(a: Tensor, b: Tensor, h0: Tensor, reverse: bool = False) -> Tensor:
+    """The scan without gradient, sqrt(L) groups side by side; changes neither input.
+
+    ``reverse`` runs from the last step to the first:  h[t] = a[t] h[t+1] + b[t],  h[L] = h0.
+    """
     B, L, C = b.shape
     T = math.isqrt(L - 1) + 1
     G = -(-L // T)
-    pad = (0, 0, 0, G * T - L)
-    p, h = (F.pad(x, pad).reshape(B, G, T, C).contiguous() for x in (a, b))
-    p, h = (p.clone() if p.data_ptr() == a.data_ptr() else p), (h.clone() if h.data_ptr() == b.data_ptr() else h)
-    for t in range(1, T):
-        h[:, :, t].addcmul_(p[:, :, t], h[:, :, t - 1])
-        p[:, :, t] *= p[:, :, t - 1]  # decay since the start of the group
+    p = _groups(a, G, T, 1.0)  # padding leaves the state as it is
+    h = _groups(b, G, T, 0.0)
+    steps, before = (range(T - 2, -1, -1), 1) if reverse else (range(1, T), -1)
+    for t in steps:
+        h[:, :, t].addcmul_(p[:, :, t], h[:, :, t + before])
+        p[:, :, t] *= p[:, :, t + before]  # decay since the start of the group
+    end = 0 if reverse else -1
     carries = [h0]
-    for g in range(G - 1):
-        carries.append(torch.addcmul(h[:, g, -1], p[:, g, -1], carries[-1]))
+    for g in range(G - 1, 0, -1) if reverse else range(G - 1):
+        carries.append(torch.addcmul(h[:, g, end], p[:, g, end], carries[-1]))
+    carries = carries[::-1] if reverse else carries
     h.addcmul_(p, torch.stack(carries, dim=1)[:, :, None])
     return h.view(B, G * T, C)[:, :L]
 
 
+def _groups(x: Tensor, G: int, T: int, padding: float) -> Tensor:
+    """A copy of x (B, L, C) as (B, G, T, C)."""
+    B, L, C = x.shape
+    copy = x.new_empty(B, G * T, C)
+    copy[:, :L] = x
+    copy[:, L:] = padding
+    return copy.view(B, G, T, C)
+
+
 @torch.library.custom_op("longwave::linear_scan", mutates_args=())
-def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+def _scan(a: Tensor, b: Tensor, h0: Tensor, reverse: bool = False) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), h0.dtype)
     work = dtype if dtype.is_complex else at_least_float32(dtype)
-    return scan_(a.to(work), b.to(work), h0.to(work)).to(dtype).contiguous()
+    return scan_(a.to(work), b.to(work), h0.to(work), reverse).to(dtype).contiguous()
 
 
 @_scan.register_fake
-def _(a, b, h0):
+def _(a, b, h0, reverse=False):
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), h0.dtype)
     return torch.empty(b.shape, dtype=dtype, device=b.device)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output)
+    a, b, h0, ctx.reverse = inputs
+    ctx.save_for_backward(a, b, h0, output)
 
 
 def _backward(ctx, dh):
     a, b, h0, h = ctx.saved_tensors
-    a_next = F.pad(a[:, 1:], (0, 0, 0, 1)).conj().to(dh.dtype)
-    db = _scan(a_next.flip(1), dh.flip(1), torch.zeros_like(dh[:, 0])).flip(1)
-    h_before = torch.cat([h0[:, None].to(h.dtype), h[:, :-1]], dim=1)
-    grads = (db * h_before.conj(), db, a[:, 0].conj() * db[:, 0])
-    return tuple(_as(grad, like) for grad, like in zip(grads, (a, b, h0)))
+    if ctx.reverse:
+        later, before, first = F.pad(a[:, :-1], (0, 0, 1, 0)), torch.cat([h[:, 1:], h0[:, None].to(h.dtype)], 1), -1
+    else:
+        later, before, first = F.pad(a[:, 1:], (0, 0, 0, 1)), torch.cat([h0[:, None].to(h.dtype), h[:, :-1]], 1), 0
+    db = _scan(later.conj().resolve_conj().to(dh.dtype), dh, torch.zeros_like(dh[:, 0]), not ctx.reverse)
+    grads = (db * before.conj(), db, a[:, first].conj() * db[:, first])
+    return *(_as(grad, like) for grad, like in zip(grads, (a, b, h0))), None
 
 
 def _as(grad: Tensor, like: Tensor) -> Tensor:

@@ -135,16 +135,16 @@ def _scan_backward(
         dy_t = dy[:, t].unflatten(2, (G, -1))  # (B, T, G, P)
         dC[:, t] = torch.einsum("btgp,btgpn->btgn", dy_t, h.unflatten(2, (G, -1)).conj())
         direct = (dy_t[..., None] * C_t[:, :, :, None].conj()).flatten(2, 3)  # (B, T, E, N)
-        later = F.pad(decay[:, 1:], (0, 0, 0, 0, 0, 1), value=1.0).conj().flip(1).flatten(2)
-        g = scan_(later, direct.flip(1).flatten(2), carry.flatten(1)).view_as(decay).flip(1)
+        later = F.pad(decay[:, 1:], (0, 0, 0, 0, 0, 1), value=1.0).conj().flatten(2)
+        g = scan_(later, direct.flatten(2), carry.flatten(1), reverse=True).view_as(decay)
         g_groups = g.unflatten(2, (G, -1))
         before = torch.cat([starts[:, i : i + 1], h[:, :-1]], dim=1)
         d_exponent = g * before.conj() * decay.conj()  # of dt A
-        dA += torch.einsum("bten,bte->en", d_exponent, dt_t.to(A.dtype))
+        dA += (d_exponent * dt_t[..., None]).sum((0, 1))
         d_input = _real(torch.einsum("btgpn,btgn->btgp", g_groups, B_t.conj())).flatten(2)  # of dt u
         dB[:, t] = torch.einsum("btgpn,btgp->btgn", g_groups, (dt_t * u_t).unflatten(2, (G, -1)).to(A.dtype))
         du[:, t] = d_input * dt_t
-        ddt[:, t] = d_input * u_t + _real(torch.einsum("bten,en->bte", d_exponent, A.conj()))
+        ddt[:, t] = d_input * u_t + _real((d_exponent * A.conj()).sum(-1))
         carry = decay[:, 0].conj() * g[:, 0]
     return du, ddt, dA, dB, dC, carry.clone()
 
