@@ -12,12 +12,14 @@ from torch import Tensor
 
 
 def legs(N: int) -> tuple[Tensor, Tensor]:
+    """Scaled Legendre: all of the past, uniformly. A (N, N), B (N,), as for every measure."""
     root = (2 * torch.arange(N, dtype=torch.float64) + 1).sqrt()
     A = -torch.tril(root[:, None] * root[None], -1) - torch.diag(torch.arange(1.0, N + 1, dtype=torch.float64))
     return A, root
 
 
 def legt(N: int) -> tuple[Tensor, Tensor]:
+    """Translated Legendre: a sliding window."""
     n = torch.arange(N, dtype=torch.float64)
     root = (2 * n + 1).sqrt()
     sign = torch.where(n[:, None] < n[None], (-1.0) ** (n[:, None] - n[None]), 1.0)
@@ -25,11 +27,13 @@ def legt(N: int) -> tuple[Tensor, Tensor]:
 
 
 def lagt(N: int) -> tuple[Tensor, Tensor]:
+    """Translated Laguerre: an exponentially fading past."""
     ones = torch.ones(N, N, dtype=torch.float64)
     return 0.5 * torch.eye(N, dtype=torch.float64) - torch.tril(ones), ones[0]
 
 
 def fourier(N: int) -> tuple[Tensor, Tensor]:
+    """Truncated Fourier (fout): a sliding window in sines and cosines; N even."""
     _require_even("fourier", N)
     frequency = torch.stack([torch.zeros(N // 2), torch.arange(N // 2)], dim=1).flatten()[1:].double()
     B = torch.zeros(N, dtype=torch.float64)

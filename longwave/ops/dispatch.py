@@ -1,6 +1,7 @@
 """One rule for choosing an implementation: the first backend that has nothing against these inputs."""
 
 import functools
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ OPS: dict[str, "Op"] = {}  # every op by name; the op contract tests walk this t
 WhyNot = Callable[..., str | None]
 
 _FORCED = os.environ.get("LONGWAVE_BACKEND", "auto")
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 class Op:
@@ -113,3 +115,15 @@ class Op:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which filters, FFTs and scans are computed: bf16 and fp16 are widened, float64 is kept."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def numba_why_not(*tensors: Tensor | None) -> str | None:
+    """Why the CPU kernels cannot take these tensors: the part of ``why_not`` that every numba backend shares."""
+    if not _HAS_NUMBA:
+        return "numba is not installed; pip install numba"
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}, not on the CPU"
+        if tensor is not None and tensor.dtype in (torch.float64, torch.complex128):
+            return f"a tensor is {tensor.dtype}; the kernels compute in float32"
+    return None

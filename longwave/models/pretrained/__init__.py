@@ -18,8 +18,8 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
     """A module that computes what the official one does, from the official one's weights.
 
     Args:
-        system: which official module: h3, hyena, hyenastandalone, longconv (HazyResearch/safari), s4d, s4dmin
-            (state-spaces/s4), mamba_hf (Hugging Face transformers), selective_scan (state-spaces/mamba).
+        system: which official module: h3, hyena, hyenastandalone, longconv, blockfft (HazyResearch/safari), s4d,
+            s4dmin (state-spaces/s4), mamba_hf (Hugging Face transformers), selective_scan (state-spaces/mamba).
         config: the official constructor's arguments by name, defaults left out or not; arguments of the run
             (L, rate, batch, ...) may be among them.
         state: the official ``state_dict()``.

@@ -1,7 +1,8 @@
-"""Modules of github.com/HazyResearch/safari (commit 02220c6): H3, Hyena in both versions, LongConv."""
+"""Modules of github.com/HazyResearch/safari (commit 02220c6): H3, Hyena in both versions, LongConv, BlockFFT."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from longwave.models.pretrained.blocks import (
 )
 from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
 from longwave.nn import Filter, FreeFilter, HyenaFilter, ShiftFilter, Truncated, conv_with_past
+from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 from longwave.nn.filters import Smooth
 from longwave.ops import causal_conv, short_conv
 
@@ -309,6 +311,102 @@ class SpectrumSmoothing(nn.Module):
         return torch.fft.irfft(torch.complex(*(F.conv1d(part, weight, groups=len(k)) for part in parts)))
 
 
+Transform = Callable[[Tensor, int], Tensor]
+_RADIX = 16  # of the official transform, whatever its max_m
+
+
+def _matrix_sizes(o: Options) -> list[int]:
+    """Of the official parameters: max_m says how many there are, and no more than that."""
+    if o.max_m < 1 or o.max_m & (o.max_m - 1):
+        raise ValueError(f"the option max_m = {o.max_m} is no power of two")
+    if not o.learn_dft_matrices:
+        return []
+    if o.max_m < _RADIX:
+        raise ValueError(f"the option max_m = {o.max_m} leaves out the matrix of {_RADIX}, which is always needed")
+    return [2**i for i in range(1, o.max_m.bit_length())]
+
+
+def _block_keys(o: Options) -> Shapes:
+    shapes = [(o.H, n, n, 2) for n in _matrix_sizes(o)]
+    return {
+        **{f"mat_{shape[1]}": shape for shape in shapes},
+        **{f"dft_matrices.{i}": shape for i, shape in enumerate(shapes)},
+    }
+
+
+def _block_aliases(o: Options) -> dict[str, str]:
+    return {f"dft_matrices.{i}": f"mat_{n}" for i, n in enumerate(_matrix_sizes(o))}
+
+
+def _build_block(o: Options) -> Transform:
+    activation = None if o.activation is None else ELEMENTWISE[o.activation]()
+    if not _matrix_sizes(o):
+        return partial(block_fft, activation=activation)
+    return BlockFFT(o.H, _RADIX, activation)
+
+
+def _build_block_face(o: Options) -> nn.Module:
+    if o.N < 1:
+        raise ValueError(f"the option N = {o.N} is below 1")
+    return BlockFFTFace(_build_block(o), o.N)
+
+
+def _convert_block(state: State, o: Options) -> State:
+    ours = {}
+    if o.learn_dft_matrices:
+        for n, fourier in dft_matrices(_RADIX, torch.complex128).items():
+            ours[f"mat_{n}"] = state[f"mat_{n}"]
+            if o.learn_additive:
+                ours[f"mat_{n}"] = ours[f"mat_{n}"] + torch.view_as_real(fourier).to(ours[f"mat_{n}"])
+    return ours
+
+
+class BlockFFTFace(nn.Module):
+    """A transform behind the call of the authors' BlockFFT, complex numbers as pairs.
+
+    Args:
+        model: the transform.
+        length: N.
+    """
+
+    def __init__(self, model: Transform, length: int):
+        super().__init__()
+        self.model, self.length = model, length
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x (..., H, L) complex, or (..., H, L, 2) real -> {"re", "im"}, (..., H, N rounded up to a power of two)."""
+        y = self.model(x if x.is_complex() else torch.view_as_complex(x.contiguous()), self.length)
+        return {"re": y.real, "im": y.imag}
+
+
+_BLOCK_OPTIONS = {
+    "learn_dft_matrices": True,
+    "H": 1,
+    "max_m": 16,
+    "learn_additive": False,
+    "activation": Choice(*ELEMENTWISE, default=None),
+}
+
+BLOCK_FFT = System(
+    options={**_BLOCK_OPTIONS, "N": REQUIRED, "forward": Choice(True)},
+    ignored=frozenset({"dft_lr", "dropout"}),
+    keys=_block_keys,
+    build=_build_block_face,
+    convert=lambda state, o: {f"model.{key}": tensor for key, tensor in _convert_block(state, o).items()},
+    aliases=_block_aliases,
+)
+BLOCK_FFT_ARGS = replace(BLOCK_FFT, options=_BLOCK_OPTIONS)  # to read them; the LongConv around says the length
+
+
+def _all_taps(filter: FreeFilter, length: int, bidirectional: bool) -> Tensor:
+    """(C, taps); where bidirectional the second half of the rows looks ahead, from the last tap backwards."""
+    k = filter(filter.max_len)
+    if bidirectional:
+        behind, ahead = k.chunk(2)
+        k = F.pad(behind, (0, length)) + F.pad(ahead.flip(1), (length, 0))
+    return k
+
+
 class CircularConv(nn.Module):
     """The convolution of the authors' LongConv: on a circle of min(L, reach) + L steps, which all taps share.
 
@@ -330,25 +428,88 @@ class CircularConv(nn.Module):
             raise ValueError("a LongConv has no official state")
         L = u.shape[1]
         n = min(L, self.reach) + L
-        k = self.filter(self.filter.max_len)
-        if self.bidirectional:
-            ahead, behind = k.chunk(2)[::-1]
-            k = F.pad(behind, (0, L)) + F.pad(ahead.flip(1), (L, 0))
+        k = _all_taps(self.filter, L, self.bidirectional)
         circle = F.pad(k, (0, max(0, n - k.shape[1])))[:, :n]  # tap p weighs x[t - p] and x[t - p + n]
         return causal_conv(u, circle[:, :L], skip=skip, k_future=circle[:, n - L + 1 :].flip(1)), None
+
+
+class BlockConv(nn.Module):
+    """The convolution of the authors' LongConv with ``block_fft_conv``:  y = Re ifft(U(x) K(k)), U and K in blocks.
+
+    As the official one does, it cuts the product of the two transforms, whose length is a power of two, to
+    n = min(L, reach) + L before the inverse: where n is no power of two, y is no convolution even if U and K are
+    Fourier transforms, and it looks ahead.
+
+    Args:
+        filter, reach, bidirectional: as in :class:`CircularConv`.
+        channels: rows of the filter a feature of the input, behind the halving.
+        block_fft_u, block_fft_k: (x (..., H, T), length) -> (..., H, length rounded up to a power of two).
+    """
+
+    def __init__(
+        self,
+        filter: FreeFilter,
+        reach: int,
+        bidirectional: bool,
+        channels: int,
+        block_fft_u: Transform,
+        block_fft_k: Transform,
+    ):
+        super().__init__()
+        self.filter, self.reach, self.bidirectional, self.channels = filter, reach, bidirectional, channels
+        self.block_fft_u, self.block_fft_k = block_fft_u, block_fft_k
+
+    def forward(self, u: Tensor, skip: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """u (B, L, C), the same H features for every channel -> y (B, L, C); there is no state."""
+        if state is not None:
+            raise ValueError("a LongConv has no official state")
+        L = u.shape[1]
+        n = min(L, self.reach) + L
+        k = _all_taps(self.filter, L, self.bidirectional).unflatten(0, (self.channels, -1))  # (channels, H, taps)
+        x = u[:, :, : k.shape[1]].transpose(1, 2)
+        spectrum = self.block_fft_u(x, n)[:, None] * self.block_fft_k(k, n)  # (B, channels, H, n or more)
+        y = torch.fft.ifft(spectrum, n=n).real[..., :L].flatten(1, 2).transpose(1, 2)
+        return y.to(u.dtype) + skip * u, None
+
+
+def _block_options(o: Options) -> Options:
+    """The official arguments of a LongConv's two transforms."""
+    if not isinstance(o.block_fft_conv_args, Mapping):
+        raise ValueError(f"the option block_fft_conv_args = {o.block_fft_conv_args!r} is no mapping")
+    try:
+        options = BLOCK_FFT_ARGS.read(o.block_fft_conv_args)
+        if options.learn_dft_matrices and options.H not in (1, o.d_model):
+            raise ValueError(f"H = {options.H} fits no input; it is 1 or d_model = {o.d_model}")
+        return options
+    except ValueError as error:
+        raise ValueError(f"block_fft_conv_args: {error}") from error
 
 
 def _taps(o: Options) -> int:
     return o.l_max if o.causal else 2 * o.l_max
 
 
+_TRANSFORMS = ("block_fft_u", "block_fft_k")
+
+
 def _long_conv_keys(o: Options) -> Shapes:
     H = o.d_model
-    return {
+    keys: Shapes = {
         "D": (o.channels, H),
         "kernel.kernel": (o.channels * (2 if o.bidirectional else 1), H, _taps(o)),
         **output_shapes(o.channels * H, H, o.postact),
     }
+    if o.block_fft_conv:
+        block = _block_keys(_block_options(o))
+        keys |= {f"{name}.{key}": shape for name in _TRANSFORMS for key, shape in block.items()}
+    return keys
+
+
+def _long_conv_aliases(o: Options) -> dict[str, str]:
+    if not o.block_fft_conv:
+        return {}
+    block = _block_aliases(_block_options(o))
+    return {f"{name}.{key}": f"{name}.{first}" for name in _TRANSFORMS for key, first in block.items()}
 
 
 def _build_long_conv(o: Options) -> ConvBlock:
@@ -358,13 +519,21 @@ def _build_long_conv(o: Options) -> ConvBlock:
     rows = o.channels * (2 if o.bidirectional else 1) * o.d_model
     filter = FreeFilter(rows, _taps(o), squash=o.lam, smooth=smooth)
     out = nn.Sequential(ELEMENTWISE[o.activation](), output_linear(o.channels * o.d_model, o.d_model, o.postact))
-    conv = CircularConv(filter, round(o.l_max / o.rate), o.bidirectional)
+    reach = round(o.l_max / o.rate)
+    conv: nn.Module = CircularConv(filter, reach, o.bidirectional)
+    if o.block_fft_conv:
+        transforms = [_build_block(_block_options(o)) for _ in _TRANSFORMS]
+        conv = BlockConv(filter, reach, o.bidirectional, o.channels, *transforms)
     return ConvBlock(conv, o.d_model, o.channels, out, transposed=o.transposed)
 
 
 def _convert_long_conv(state: State, o: Options) -> State:
-    ours = {key.replace("output_linear.", "out.1."): tensor for key, tensor in state.items()}
+    ours = {key.replace("output_linear.", "out.1."): t for key, t in state.items() if not key.startswith("block_fft")}
     ours["conv.filter.kernel"] = ours.pop("kernel.kernel").flatten(0, 1)
+    if o.block_fft_conv:
+        for name in _TRANSFORMS:
+            block = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
+            ours |= {f"conv.{name}.{key}": t for key, t in _convert_block(block, _block_options(o)).items()}
     return ours
 
 
@@ -384,15 +553,23 @@ LONG_CONV = System(
         "transposed": True,
         "rate": 1.0,
         "weight_norm": Choice(False),
-        "block_fft_conv": Choice(False),
+        "block_fft_conv": False,
+        "block_fft_conv_args": {},
     },
     ignored=frozenset(
-        {"block_fft_conv_args", "initializer", "dropout", "tie_dropout", "verbose", "kernel_dropout", "weight_init"}
+        {"initializer", "dropout", "tie_dropout", "verbose", "kernel_dropout", "weight_init"}
         | {"learning_rate", "lr", "wd"}
     ),
     keys=_long_conv_keys,
     build=_build_long_conv,
     convert=_convert_long_conv,
+    aliases=_long_conv_aliases,
 )
 
-SYSTEMS = {"h3": H3_LAYER, "hyena": HYENA, "hyenastandalone": HYENA_STANDALONE, "longconv": LONG_CONV}
+SYSTEMS = {
+    "h3": H3_LAYER,
+    "hyena": HYENA,
+    "hyenastandalone": HYENA_STANDALONE,
+    "longconv": LONG_CONV,
+    "blockfft": BLOCK_FFT,
+}

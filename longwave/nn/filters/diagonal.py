@@ -30,28 +30,33 @@ DISCRETIZATIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = 
 
 
 def init_lin(N: int) -> tuple[Tensor, Tensor]:
+    """S4D-Lin:  A = -1/2 + i pi n.  Eq. 9 of arXiv:2206.11893; as all inits: A (N/2,), B (N/2,), complex128."""
     n = torch.arange(N // 2, dtype=torch.float64)
     return torch.complex(torch.full_like(n, -0.5), math.pi * n), torch.ones(N // 2, dtype=torch.complex128)
 
 
 def init_inv(N: int) -> tuple[Tensor, Tensor]:
+    """S4D-Inv:  A = -1/2 + i (N/pi) (N/(2n+1) - 1).  Eq. 8."""
     A, B = init_lin(N)
     n = torch.arange(N // 2, dtype=torch.float64)
     return torch.complex(A.real, N / math.pi * (N / (2 * n + 1) - 1)), B
 
 
 def init_quad(N: int) -> tuple[Tensor, Tensor]:
+    """Frequencies that grow quadratically:  A = -1/2 + i (1 + 2n)^2 / pi."""
     A, B = init_lin(N)
     n = torch.arange(N // 2, dtype=torch.float64)
     return torch.complex(A.real, (1 + 2 * n) ** 2 / math.pi), B
 
 
 def init_real(N: int) -> tuple[Tensor, Tensor]:
+    """S4D-Real:  A = -(n+1), the eigenvalues of HiPPO-LegS itself."""
     n = torch.arange(N // 2, dtype=torch.float64)
     return torch.complex(-(n + 1), torch.zeros_like(n)), torch.ones(N // 2, dtype=torch.complex128)
 
 
 def init_legs(N: int) -> tuple[Tensor, Tensor]:
+    """S4D-LegS: the diagonal part of HiPPO-LegS in its NPLR form, with its B."""
     Lambda, _, B, _ = nplr("legs", N)
     B = torch.complex(B.real, B.imag.clamp(-2, 2))  # as the authors do for stability; their 1/2 on B is dropped too
     return torch.complex(torch.full_like(Lambda.real, -0.5), -Lambda.imag), B.conj().resolve_conj()

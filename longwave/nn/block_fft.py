@@ -1,0 +1,123 @@
+"""The Fourier transform as a product of small matrices, which may be learned."""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longwave.nn.module import Hint, at_least_float32
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def dft_matrices(
+    radix: int = 16, dtype: torch.dtype = torch.complex64, device: torch.device | str | None = None
+) -> dict[int, Tensor]:
+    """The matrices exp(-2 pi i j k / n), (n, n) each, for n = 2, 4, ..., radix; angles are in float64.
+
+    Raises:
+        ValueError: for a radix that is no power of two >= 2.
+    """
+    if radix < 2 or radix & (radix - 1):
+        raise ValueError(f"radix = {radix} is no power of two >= 2")
+    sizes = [2**i for i in range(1, radix.bit_length())]
+    return {n: _roots(n, n, n, device).to(dtype) for n in sizes}
+
+
+def _roots(rows: int, columns: int, period: int, device: torch.device | str | None) -> Tensor:
+    """exp(-2 pi i j k / period), (rows, columns) in complex128."""
+    turns = torch.arange(rows, device=device)[:, None] * torch.arange(columns, device=device) % period
+    angle = turns.double() * (-2 * torch.pi / period)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def block_fft(
+    x: Tensor, length: int, matrices: Mapping[int, Tensor] | None = None, activation: Activation | None = None
+) -> Tensor:
+    """The transform of Cooley and Tukey in blocks of R, with any matrices in place of the Fourier matrices.
+
+    Source: Fu et al. (2023) "Simple Hardware-Efficient Long Convolutions for Sequence Modeling", arXiv:2302.06646, on
+    FlashButterfly and its learned matrices; ``BlockFFT`` of github.com/HazyResearch/safari, which fails where
+    length <= R and here is one matrix. Of length = R n, as a matrix (R, n): multiply by the R x R matrix, by
+    exp(-2 pi i j k / length), transpose, and go on likewise with the axis of n; n <= R takes the n x n matrix.
+
+    Args:
+        x: (..., H, T) real or complex. Behind it come zeros up to the length; what is behind the length is dropped.
+        length: >= 1; rounded up to a power of two.
+        matrices: (n, n) or (H, n, n) complex, or with H = 1, for n = 2, 4, ..., R; None for the Fourier matrices up
+            to 16, which make this ``torch.fft.fft``.
+        activation: elementwise, on the real and the imaginary parts (..., 2) behind every matrix.
+    Returns:
+        (..., H, length rounded up), complex in the widest dtype of x and the matrices, at least complex64.
+    Raises:
+        ValueError: for a length < 1, or matrices of H that does not fit x.
+    Cost: O(length R log_R(length)) time.
+    """
+    if length < 1:
+        raise ValueError(f"length = {length} is below 1")
+    size = 1 << (length - 1).bit_length()
+    dtype = torch.promote_types(x.dtype, torch.complex64)
+    if matrices is None:
+        matrices = dft_matrices(dtype=dtype, device=x.device)
+    for matrix in matrices.values():
+        dtype = torch.promote_types(dtype, matrix.dtype)
+        if matrix.ndim > 2 and x.ndim > 1 and len({1, len(matrix), x.shape[-2]}) > 2:
+            raise ValueError(f"x has {x.shape[-2]} features; the matrices have {len(matrix)}")
+    if size == 1:
+        return x[..., :1].to(dtype)
+    x = F.pad(x, (0, size - x.shape[-1])).to(dtype)
+    return _columns(x[..., None], {n: matrix.to(dtype) for n, matrix in matrices.items()}, activation)[..., 0]
+
+
+def _columns(x: Tensor, matrices: Mapping[int, Tensor], activation: Activation | None) -> Tensor:
+    """The transform of every column of x (..., N, C)."""
+    N, C, R = *x.shape[-2:], max(matrices)
+    if N <= R:
+        return _apply(matrices[N], x, activation)
+    n = N // R
+    x = _apply(matrices[R], x.unflatten(-2, (R, n)).flatten(-2), activation).unflatten(-1, (n, C))  # (..., R, n, C)
+    x = x * _roots(R, n, N, x.device).to(x.dtype)[..., None]
+    x = _columns(x.transpose(-3, -2).flatten(-2), matrices, activation)  # (..., n, R C)
+    return x.unflatten(-1, (R, C)).flatten(-3, -2)
+
+
+def _apply(matrix: Tensor, x: Tensor, activation: Activation | None) -> Tensor:
+    x = matrix @ x
+    return x if activation is None else torch.view_as_complex(activation(torch.view_as_real(x)).contiguous())
+
+
+class BlockFFT(nn.Module):
+    """:func:`block_fft` with learned matrices, which start as the Fourier matrices.
+
+    Args:
+        features: H, each with its own matrices; 1 for the same ones everywhere.
+        radix: R, the largest matrix, a power of two >= 2.
+        activation: behind every matrix.
+    Parameters:
+        mat_2, mat_4, ..., mat_R: (H, n, n, 2), real and imaginary parts; those that a length does not need get no
+            gradient.
+    Raises:
+        ValueError: for any other radix.
+    """
+
+    optim_hints: ClassVar[dict[str, Hint]] = {"mat_*": Hint(max_lr=1e-3)}
+
+    def __init__(self, features: int, radix: int = 16, activation: Activation | None = None):
+        super().__init__()
+        self.radix, self.activation = radix, activation
+        for n in dft_matrices(radix):
+            self.register_parameter(f"mat_{n}", nn.Parameter(torch.empty(features, n, n, 2)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for n, matrix in dft_matrices(self.radix).items():
+            getattr(self, f"mat_{n}").copy_(torch.view_as_real(matrix))
+
+    def forward(self, x: Tensor, length: int) -> Tensor:
+        """x (..., H, T) real or complex -> (..., H, length rounded up to a power of two) complex."""
+        pairs = {int(name.removeprefix("mat_")): p for name, p in self.named_parameters(recurse=False)}
+        matrices = {n: torch.view_as_complex(at_least_float32(p)[0].contiguous()) for n, p in pairs.items()}
+        return block_fft(x, length, matrices, self.activation)

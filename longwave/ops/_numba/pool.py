@@ -1,0 +1,90 @@
+"""Kernels on all threads that torch may use, over slices of their tasks."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longwave.ops._numba.jit import tell_once
+
+SLICES_A_THREAD = 4  # enough for balance, few enough that taking the GIL for each does not count
+
+_local = threading.local()
+_pool: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+
+
+def _forget_pool() -> None:
+    """A forked child has none of its parent's threads."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="longwave")
+        return _pool
+
+
+def flat(tensor: Tensor | None) -> np.ndarray:
+    """A tensor's memory as a flat float32 array: contiguous float32 tensors are shared, others copied. None is empty."""
+    if tensor is None:
+        return np.empty(0, np.float32)
+    return tensor.detach().to(torch.float32).contiguous().view(-1).numpy()
+
+
+def scratch(size: int) -> np.ndarray:
+    """This thread's float32 scratch of at least ``size`` elements, contents undefined; kept for the next call."""
+    held: np.ndarray | None = getattr(_local, "scratch", None)
+    if held is None or held.size < size:
+        held = _local.scratch = np.empty(size, np.float32)
+    return held
+
+
+def run(kernel: Callable[..., None], tasks: int, *args: Any, scratch_size: int = 0) -> None:
+    """kernel(start, stop, scratch, *args) over slices of range(tasks), on up to torch.get_num_threads() threads.
+
+    Args:
+        kernel: compiled by :func:`longwave.ops._numba.jit.kernel`, so it releases the GIL.
+        tasks: how many there are; they write to different places.
+        args: arrays and scalars for every call.
+        scratch_size: float32 elements of scratch that a thread needs; each thread has its own.
+    """
+    tell_once()
+    threads = min(torch.get_num_threads(), tasks)
+    if threads <= 1 or getattr(_local, "inside", False):
+        if tasks:
+            kernel(0, tasks, scratch(scratch_size), *args)
+        return
+    width = -(-tasks // (SLICES_A_THREAD * threads))
+    starts = iter(range(0, tasks, width))
+    lock = threading.Lock()
+
+    def work() -> None:
+        _local.inside = True  # a call from within runs on this thread alone
+        try:
+            while True:
+                with lock:
+                    start = next(starts, None)
+                if start is None:
+                    return
+                kernel(start, min(start + width, tasks), scratch(scratch_size), *args)
+        finally:
+            _local.inside = False
+
+    others = [_threads().submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        for other in others:
+            other.result()
