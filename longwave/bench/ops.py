@@ -135,7 +135,7 @@ def measure(case: Case, L: int, repeats: int = 7) -> dict[str, Any]:
     def with_backward(run: Callable[[], Any]) -> Callable[[], Any]:
         def step() -> None:
             loss = sum(t.abs().sum() if t.is_complex() else t.sum() for t in tree_leaves(run()))
-            torch.autograd.grad(loss, inputs)  # type: ignore[arg-type]
+            torch.autograd.grad(loss, inputs)
 
         return step
 

@@ -22,7 +22,7 @@ def _key() -> str:
 
 
 def _folder() -> tuple[Path, bool]:
-    """Where compiled kernels are kept, and whether there are any yet; a temporary folder where nothing can be written."""
+    """Where compiled kernels are kept, and whether there are any; a temporary folder where nothing can be written."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "longwave" / "kernels" / _key()
     try:
@@ -34,12 +34,12 @@ def _folder() -> tuple[Path, bool]:
     return folder, any(folder.iterdir())
 
 
-numba.config.CACHE_DIR, _compiled_before = (lambda found: (str(found[0]), found[1]))(_folder())
-_told = _compiled_before
+_cache, _told = _folder()
+vars(numba.config)["CACHE_DIR"] = str(_cache)
 
 
 def kernel(function: Callable) -> Any:
-    """Compile without the GIL, with IEEE division and no bounds checks; single operations choose their own fast maths."""
+    """Compile without the GIL and without bounds checks; fast maths is for single operations to choose, not for all."""
     return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
 
 

@@ -37,7 +37,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def flat(tensor: Tensor | None) -> np.ndarray:
-    """A tensor's memory as a flat float32 array: contiguous float32 tensors are shared, others copied. None is empty."""
+    """A tensor as a flat float32 array: the memory of a contiguous float32 tensor, else a copy; None is empty."""
     if tensor is None:
         return np.empty(0, np.float32)
     return tensor.detach().to(torch.float32).contiguous().view(-1).numpy()

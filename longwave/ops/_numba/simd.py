@@ -1,8 +1,8 @@
 """Eight float32 lanes as one value in Numba code: ``x = load(a, i); store(b, i, x * x + splat(one))``.
 
-The type is LLVM's <8 x float>, which LLVM turns into one AVX register, two of SSE or NEON, or half of AVX-512: so the same
-code runs on any CPU, and no compiler is needed. ``+ - * /`` work on it; the rest are the functions below. Indices count
-float32 elements of flat arrays; nothing is checked.
+The type is LLVM's <8 x float>, which LLVM turns into one AVX register, two of SSE or NEON, or half of AVX-512: so the
+same code runs on any CPU, and no compiler is needed. ``+ - * /`` work on it; the rest are the functions below. Indices
+count float32 elements of flat arrays; nothing is checked.
 """
 
 import operator
