@@ -1,13 +1,16 @@
 """The command line: train | eval | generate | list | show | doctor."""
 
 import codecs
+import logging
 import os
 import platform
+import shlex
 import sys
 import time
 import traceback
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -28,18 +31,29 @@ app = typer.Typer(
 Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.")]
 
 
+UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it, by typer's version
+
+
 def main() -> None:
     """Run the command line; an error is one or two lines and exit code 2."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    main_process = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    for name in ("distributed", "rank_zero"):  # their banners
+        logging.getLogger(f"lightning_fabric.utilities.{name}").setLevel(logging.WARNING)
     try:
-        app()
-    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="longwave", standalone_mode=False))
+    except BrokenPipeError:  # who read our output has enough of it; nothing is left to be flushed at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UsageError, ValueError, OSError, FloatingPointError) as error:
+        message = str(error)
+        if isinstance(error, UsageError):
+            path = "longwave" if error.ctx is None else error.ctx.command_path
+            message = f"{error.format_message().rstrip('.')}; see {path} --help"
         if debug:
             traceback.print_exc()
-        elif main_process:
-            print(f"error: {error}", file=sys.stderr)
+        else:
+            _note(f"error: {message}")
         sys.exit(2)
 
 
@@ -58,28 +72,36 @@ def train(
 ) -> None:
     """Train a model by a recipe; Ctrl-C saves, and --resume goes on exactly."""
     from longwave.train import loop
+    from longwave.train.checkpoint import run_of
     from longwave.train.config import load_recipe
 
-    changes = list(changes or [])
+    every = [*([] if recipe is None else [recipe]), *(changes or [])]
+    source: str | Path | None = every.pop(0) if every and "=" not in every[0] else None
     if resume is not None:
-        run = resume.parent.parent if resume.name.startswith("step-") else resume
+        run = run_of(resume)
         if out is not None and out != run:
             raise ValueError(f"--resume goes on in {run}; leave out --out {out}")
-        if recipe is not None and "=" in recipe:
-            recipe, changes = None, [recipe, *changes]
-        if recipe is None and not (run / loop.CONFIG).is_file():
+        if source is None and not (run / loop.CONFIG).is_file():
             raise ValueError(f"{run} is no run: it has no {loop.CONFIG}")
-        loaded = load_recipe(recipe or run / loop.CONFIG, changes)
+        loaded = load_recipe(source or run / loop.CONFIG, every)
     else:
-        if recipe is None:
+        if source is None:
             raise ValueError("name a recipe (longwave list shows them) or a run by --resume")
-        loaded = load_recipe(recipe, changes)
-        run = out or Path("runs") / Path(recipe).stem
+        loaded = load_recipe(source, every)
+        run = out or Path("runs") / Path(source).stem
+    go_on = f"longwave train --resume {shlex.quote(str(run))}"
     try:
         metrics = loop.train(loaded, run, resume=resume)
     except loop.Interrupted as stop:
-        _note(f"\ninterrupted after step {stop.step}; everything is saved. Go on with\n  longwave train --resume {run}")
+        _note(f"\ninterrupted after step {stop.step}; everything is saved. Go on with\n  {go_on}")
         return
+    except KeyboardInterrupt:
+        if (run / loop.CONFIG).is_file():
+            _note(f"\nstopped at once: what was not yet saved is lost. Go on with\n  {go_on}")
+        raise
+    except OSError as error:
+        hint = f"\nwhen that is mended, go on with {go_on}" if (run / loop.CONFIG).is_file() else ""
+        raise OSError(f"{error}{hint}") from error
     _report(loaded, run, metrics)
 
 
@@ -92,17 +114,19 @@ def eval(
     run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken) or one of its checkpoints.")],
     changes: Changes = None,
 ) -> None:
-    """Evaluate a trained model on the held-out data of its task, or on a changed one."""
+    """Evaluate a trained model on the held-out data of its task, or on a changed one; on one device by default."""
     from longwave.train.evaluate import evaluate
     from longwave.train.loop import Objective, make_fabric
 
-    recipe, model = _load_run(run, list(changes or []))
-    fabric = make_fabric(recipe)
+    recipe, model = _load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
     recipe.task.prepare()
+    fabric = make_fabric(recipe)
     objective = fabric.setup(Objective(model))
     start = time.monotonic()
-    for name, value in evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch).items():
-        print(f"{name.replace('_', ' ')}  {value:.6g}")
+    metrics = evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch)
+    if fabric.is_global_zero:
+        for name, value in metrics.items():
+            print(f"{name.replace('_', ' ')}  {value:.6g}")
     _note(f"{time.monotonic() - start:.1f} s")
 
 
@@ -123,20 +147,26 @@ def generate(
 ) -> None:
     """Stream text from a trained byte-level model, through its recurrent state."""
     from longwave.models import stream
+    from longwave.tasks import Text
 
     recipe, model = _load_run(run, [])
-    if recipe.task.kind != "text":
-        raise ValueError(f"{run} was trained on {recipe.task.kind}; generate works on byte-level text models")
-    text = sys.stdin.buffer.read() if prompt is None else prompt.encode()
+    if not isinstance(recipe.task, Text):
+        kind = type(recipe.task).model_fields["kind"].default
+        raise ValueError(f"{run} was trained on {kind}; generate works on byte-level text models")
+    if prompt is None and sys.stdin.isatty():
+        _note("type the text to go on from, then Enter and Ctrl-D")
+    text = sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
     if not text:
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
-    decoder, written, states = codecs.getincrementaldecoder("utf-8")("replace"), bytearray(), []
+    decoder, written, states = codecs.getincrementaldecoder("utf-8")("replace"), bytearray(), _FirstAndLast()
     end = None if not stop else stop.encode()
-    if prompt is not None:
-        print(prompt, end="", flush=True)
     start = time.monotonic()
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    for (byte,) in stream(model, [list(text)], max_new, report=states, **options):
+    tokens = stream(model, [list(text)], max_new, report=states, **options)
+    first = list(islice(tokens, 1))  # what it objects to comes before anything is printed
+    if prompt is not None:
+        print(text.decode("utf-8", "replace"), end="", flush=True)
+    for (byte,) in chain(first, tokens):
         assert byte is not None
         written.append(byte)
         print(decoder.decode(bytes([byte])), end="", flush=True)
@@ -188,10 +218,10 @@ def show(
         return
     print(f"\n{'layer':24}{'state, bytes':>16}{'growth a token':>16}{'at 1M tokens':>18}")
     totals = [0, 0, 0]
-    for i, layer in enumerate(model.backbone.layers):
-        numbers = _state_growth(layer.mixer)
+    for i, (name, mixer) in enumerate(_mixers(model)):
+        numbers = _state_growth(mixer)
         totals = [a + b for a, b in zip(totals, numbers)]
-        print(f"{i:3} {layer.mixer.name:20}" + "".join(f"{n:>{w},}" for n, w in zip(numbers, (16, 16, 18))))
+        print(f"{i:3} {name:20}" + "".join(f"{n:>{w},}" for n, w in zip(numbers, (16, 16, 18))))
     print(f"{'all':24}" + "".join(f"{n:>{w},}" for n, w in zip(totals, (16, 16, 18))))
 
 
@@ -217,9 +247,14 @@ def doctor() -> None:
         why = "this torch is built without CUDA" if built is None else f"torch {built} finds no device or driver"
         print(f"cuda: none ({why})")
     forced = os.environ.get("LONGWAVE_BACKEND")
-    print("backends" + (f" (LONGWAVE_BACKEND={forced})" if forced else "") + ", first choice first:")
+    print("backends" + (f" (LONGWAVE_BACKEND={forced})" if forced else "") + ", first choice first, for float32:")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, op in OPS.items():
-        print(f"  {name:24}{', '.join(op.backends)}")
+        refusals = {backend: op.why_not(backend, **_sample(op, device)) for backend in op.backends}
+        print(f"  {name:24}{', '.join(backend for backend, why in refusals.items() if why is None)}")
+        for backend, reason in refusals.items():
+            if reason is not None:
+                print(f"  {'':24}not {backend}: {reason}")
     print("self-check in float64: largest change of the past by the future, largest difference of steps and parallel")
     sound = True
     for name, cls in MIXERS.items():
@@ -232,35 +267,56 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+class _FirstAndLast(list):
+    """A list that keeps the first and the last of what is appended."""
+
+    def append(self, item: Any) -> None:
+        self[1:] = [item] if self else []
+        if not self:
+            super().append(item)
+
+
+def _is_main() -> bool:
+    """Whether this is the process, among those of lightning-fabric, torchrun or SLURM, that talks."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
 def _note(text: str) -> None:
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if _is_main():
         print(text, file=sys.stderr)
 
 
 def _load_run(path: Path, changes: list[str]) -> tuple["Recipe", "LM"]:
     """The recipe of a run and its best model, or that of the checkpoint named."""
     from longwave.models import load
-    from longwave.train.checkpoint import find_best
+    from longwave.train.checkpoint import find_best, run_of
     from longwave.train.config import load_recipe
-    from longwave.train.loop import CONFIG
+    from longwave.train.loop import CONFIG, first_difference
 
-    run = path.parent.parent if path.name.startswith("step-") else path
-    if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} is no run: it has no {CONFIG}")
-    model: Any = load(find_best(path))[0]
-    return load_recipe(run / CONFIG, changes), model
+    config = run_of(path) / CONFIG
+    if not config.is_file():
+        raise ValueError(f"{run_of(path)} is no run: it has no {CONFIG}")
+    checkpoint, recipe = find_best(path), load_recipe(config, changes)
+    model, spec = load(checkpoint)
+    if spec != recipe.model:
+        change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
+        raise ValueError(f"{checkpoint} holds another model: {change}")
+    return recipe, cast("LM", model)
 
 
 def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
     """The end of a training: how good it is, where it lies, what to do next."""
+    from longwave.tasks import Text
+
     _note("\nheld out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items()))
-    if recipe.task.kind == "text" and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if isinstance(recipe.task, Text) and _is_main():
         rows = {"this model": metrics["bits_per_byte"], **recipe.task.baselines()}
         _note("bits per byte of the same held-out text:")
         for name, bits in sorted(rows.items(), key=lambda row: row[1]):
             _note(f"  {name:36}{bits:.3f}")
     _note(f"run: {run}   loss plot: {run / 'loss.png'}")
-    if recipe.task.kind == "text":
+    if isinstance(recipe.task, Text):
         _note(f'next: longwave generate {run} --prompt "The " --max-new 400')
         _note("on your own text: longwave train demo task.files=[my.txt] --out runs/mine")
     else:
@@ -275,7 +331,7 @@ def _tell_state(model: "LM", recipe: "Recipe", states: list[Any], count: int, se
     if len(states) < 2:
         return
     pairs = [(state_bytes(a), state_bytes(b)) for a, b in zip(states[0].layers, states[-1].layers)]
-    names = [layer.mixer.name for layer in model.backbone.layers]  # type: ignore[union-attr]
+    names = [name for name, _ in _mixers(model)]
     fixed = [(name, a) for name, (a, b) in zip(names, pairs) if a == b]
     grown = [(name, a, b) for name, (a, b) in zip(names, pairs) if a != b]
     if fixed:
@@ -286,6 +342,11 @@ def _tell_state(model: "LM", recipe: "Recipe", states: list[Any], count: int, se
         kinds = ", ".join(sorted({name for name, *_ in grown}))
         _note(f"cache of {len(grown)} layers ({kinds}): {sum(a for _, a, _ in grown):,} bytes after the prompt, "
               f"{sum(b for *_, b in grown):,} at the end: it grows with the text")  # fmt: skip
+
+
+def _mixers(model: "LM") -> list[tuple[str, Any]]:
+    layers: Any = model.backbone.layers
+    return [(layer.mixer.name, layer.mixer) for layer in layers]
 
 
 def _state_growth(mixer: Any) -> tuple[int, int, int]:
@@ -299,6 +360,15 @@ def _state_growth(mixer: Any) -> tuple[int, int, int]:
     _, two = mixer(x, one)
     growth = state_bytes(two) - state_bytes(one)
     return state_bytes(one), growth, state_bytes(one) + growth * 999_999
+
+
+def _sample(op: Any, device: str) -> dict[str, Any]:
+    """A small tensor for each tensor argument of an op, and a length, to ask its backends about."""
+    import torch
+
+    sizes = {name: [4 - int(axis.partition("-")[2] or 0) for axis in axes[0]] for name, axes in op.shapes.items()}
+    tensors: dict[str, Any] = {name: torch.ones(shape, device=device) for name, shape in sizes.items()}
+    return {**tensors, **({"length": 4} if "length" in op.arguments else {})}
 
 
 def _self_check(name: str, options: dict[str, Any]) -> tuple[float, float]:

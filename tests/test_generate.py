@@ -16,11 +16,11 @@ PATTERNS = {
 
 @pytest.fixture(params=PATTERNS)
 def model(request):
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     model = (
         LMSpec(vocab=20, d_model=8, pattern=PATTERNS[request.param], norm="layer", tied=False).build().double().eval()
     )
-    model.head.weight.data.mul_(50)  # sharp enough that the next token depends on the text
+    model.head.weight.data.mul_(3)  # sharp enough that the next token depends on the text
     return model
 
 
@@ -32,10 +32,10 @@ def greedy_by_hand(model, prompt, count):
 
 
 def test_greedy_is_the_whole_model_again(model):
-    prompt = [3, 1, 4, 1, 5]
-    tokens = generate(model, [prompt], 12)[0]
-    assert tokens == greedy_by_hand(model, prompt, 12)
-    assert len(set(tokens)) > 1
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3]]
+    rows = [generate(model, [prompt], 8)[0] for prompt in prompts]
+    assert rows == [greedy_by_hand(model, prompt, 8) for prompt in prompts]
+    assert len({tuple(row) for row in rows}) > 1
 
 
 def test_ragged_prompts_are_as_alone(model):

@@ -530,3 +530,19 @@ def test_files_that_may_not_be_read_are_refused(tmp_path, folder):
         if root:
             os.seteuid(0)
         locked.chmod(0o700)
+
+
+def test_fresh_batches_of_many_lengths():
+    """Log-uniform between shortest and length, one length a batch, a pure function of (seed, index)."""
+    task = InductionHeads(length=256, shortest=16)
+    lengths = [task.train_batch(2, 0, i).inputs.shape[1] for i in range(400)]
+    assert min(lengths) >= 17
+    assert max(lengths) <= 257
+    below_64 = sum(length <= 65 for length in lengths) / 400
+    assert 0.42 < below_64 < 0.58
+    assert lengths[:5] == [task.train_batch(2, 0, i).inputs.shape[1] for i in range(5)]
+    assert task.eval_batch(2, 0).inputs.shape[1] == 257
+    with pytest.raises(ValueError, match="shortest 300 must not exceed length 256"):
+        InductionHeads(length=256, shortest=300)
+    with pytest.raises(ValueError, match="leave train_examples out"):
+        InductionHeads(length=256, shortest=16, train_examples=10)

@@ -1,5 +1,7 @@
-"""Speed of the ops against the formulas of the papers' own code in plain torch: JSON lines in, a table out."""
+"""Speed and memory beside named peers: rows in, a table, JSON lines and plots out."""
 
-from longwave.bench.ops import CASES, Case, measure, record
+from longwave.bench.models import bench_models
+from longwave.bench.ops import bench_ops
+from longwave.bench.report import lines, plot, save
 
-__all__ = ["CASES", "Case", "measure", "record"]
+__all__ = ["bench_models", "bench_ops", "lines", "plot", "save"]

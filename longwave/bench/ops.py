@@ -1,171 +1,122 @@
-"""Every op beside the formula that the authors' repositories run in plain torch, interleaved in one process."""
+"""Time and memory of the ops beside their baselines: interleaved in one process, medians, ratios."""
 
-import json
-import platform
+import ctypes
+import gc
+import importlib.util
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from longwave import ops
+from longwave.bench.cases import CASES, Case
 
-RESULTS = Path("benchmarks/results")
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op and its baseline on the same inputs.
-
-    Fields:
-        op: name in :data:`longwave.ops.OPS`.
-        baseline: what the other side is.
-        inputs: makes the inputs of both for a length.
-        ours, theirs: map the inputs to outputs.
-        lengths: L to measure at.
-    """
-
-    op: str
-    baseline: str
-    inputs: Callable[[int], list[Tensor]]
-    ours: Callable[..., Any]
-    theirs: Callable[..., Any]
-    lengths: tuple[int, ...] = (1024, 16384)
+MODES = ("forward", "both")  # without and with the backward pass
+PACKAGES = {"mambapy pscan": "mambapy"}
 
 
-def _draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, requires_grad=True)
+def tune_malloc() -> None:
+    """Keep freed memory in the process from now on: glibc's default returns large temporaries and faults them anew."""
+    libc = ctypes.CDLL("libc.so.6")
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        if not libc.mallopt(parameter, value):
+            raise OSError(f"mallopt({parameter}, {value}) was refused")
 
 
-def _fft_conv(u: Tensor, k: Tensor) -> Tensor:
-    """The authors' fftconv_ref: time last, zero-padded to 2L."""
-    u, L = u.transpose(1, 2), u.shape[1]
-    y = torch.fft.irfft(torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(k, n=2 * L), n=2 * L)[..., :L]
-    return y.transpose(1, 2)
+def why_not(case: Case) -> str | None:
+    """Why a case cannot be run here, or None."""
+    package = PACKAGES.get(case.baseline)
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed; pip install -e '.[bench]'"
+    return None
 
 
-def _vandermonde(x: Tensor, c: Tensor, length: int) -> Tensor:
-    """The naive kernel of S4D: all powers at once."""
-    return 2 * (c[0, :, :, None] * torch.exp(x.log()[..., None] * torch.arange(length))).sum(1).real
-
-
-def _conv1d(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The depthwise conv1d of the authors' Mamba and Hyena."""
-    K = weight.shape[1]
-    y = F.conv1d(u.transpose(1, 2), weight[:, None], bias, padding=K - 1, groups=len(weight))[..., : u.shape[1]]
-    return y.transpose(1, 2)
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ops.attention(q, k, v, backend="reference")
-
-
-def _scan_inputs(L: int) -> list[Tensor]:
-    E, N = 768, 16
-    A = (-torch.rand(E, N)).requires_grad_()
-    return [_draw(1, L, E), torch.rand(1, L, E, requires_grad=True), A, _draw(1, L, N), _draw(1, L, N)]
-
-
-def _stable_modes(L: int) -> list[Tensor]:
-    x = torch.exp(torch.complex(-torch.rand(256, 32) / 10, torch.rand(256, 32) * 3)).requires_grad_()
-    return [x, torch.randn(1, 256, 32, dtype=torch.complex64, requires_grad=True)]
-
-
-CASES = (
-    Case("causal_conv", "torch.fft at 2L", lambda L: [_draw(4, L, 256), _draw(256, L)], ops.causal_conv, _fft_conv),
-    Case(
-        "short_conv",
-        "torch conv1d",
-        lambda L: [_draw(4, L, 256), _draw(256, 4), _draw(256)],
-        lambda *t: ops.short_conv(*t)[0],
-        _conv1d,
-    ),
-    Case(
-        "linear_scan",
-        "sequential loop",
-        lambda L: [torch.rand(1, L, 1024, requires_grad=True), _draw(1, L, 1024), _draw(1, 1024)],
-        ops.linear_scan,
-        lambda *t: ops.linear_scan(*t, backend="reference"),
-        (1024,),
-    ),
-    Case(
-        "selective_scan",
-        "sequential reference",
-        _scan_inputs,
-        lambda *t: ops.selective_scan(*t)[0],
-        lambda *t: ops.selective_scan(*t, backend="reference")[0],
-        (1024,),
-    ),
-    Case(
-        "attention",
-        "softmax of all L x L",
-        lambda L: [_draw(1, L, 8, 64) for _ in "qkv"],
-        ops.attention,
-        _softmax_attention,
-        (1024, 4096),
-    ),
-)
-VANDERMONDE = Case("vandermonde", "naive powers", _stable_modes, ops.vandermonde, _vandermonde, (1024, 16384))
-
-
-def _both(case: Case, L: int) -> tuple[Callable[[], Any], Callable[[], Any], list[Tensor]]:
+def _sides(case: Case, L: int, mode: str) -> list[Callable[[], None]]:
     inputs = case.inputs(L)
-    extra = [L] if case is VANDERMONDE else []
-    return (lambda: case.ours(*inputs, *extra)), (lambda: case.theirs(*inputs, *extra)), inputs
+    return [_runner(run, given, mode) for run, given in ((case.ours, inputs), (case.theirs, case.layout(inputs)))]
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def _runner(run: Callable[..., Any], inputs: list[Any], mode: str) -> Callable[[], None]:
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(*inputs)
+
+    def both() -> None:
+        outputs = [t for t in tree_leaves(run(*inputs)) if isinstance(t, torch.Tensor) and t.requires_grad]
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
+
+    return both if mode == "both" else forward
+
+
+def _seconds(run: Callable[[], None]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def measure(case: Case, L: int, repeats: int = 7) -> dict[str, Any]:
-    """Median milliseconds of both sides, forward and forward + backward, taken in turn, and their ratios."""
-    ours, theirs, inputs = _both(case, L)
-
-    def with_backward(run: Callable[[], Any]) -> Callable[[], Any]:
-        def step() -> None:
-            loss = sum(t.abs().sum() if t.is_complex() else t.sum() for t in tree_leaves(run()))
-            torch.autograd.grad(loss, inputs)
-
-        return step
-
-    result: dict[str, Any] = {"op": case.op, "against": case.baseline, "L": L}
-    for name, wrap in (("forward", lambda run: run), ("both", with_backward)):
-        pair = [wrap(ours), wrap(theirs)]
-        times: list[list[float]] = [[], []]
-        for turn in range(repeats + 1):
-            for side, run in enumerate(pair):
-                taken = _timed(run)
-                if turn:  # the first turn warms up
-                    times[side].append(taken)
-        a, b = (statistics.median(t) * 1e3 for t in times)
-        result |= {f"{name}_ms": round(a, 3), f"{name}_baseline_ms": round(b, 3), f"{name}_ratio": round(b / a, 2)}
-    return result
+def _peak(run: Callable[[], None]) -> float:
+    """MB that a call needs at its peak above what is held before; Linux only, else nan."""
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+    run()
+    return max(0.0, (_status("VmHWM") - before) / 1024)
 
 
-def record(rows: list[dict[str, Any]]) -> Path:
-    """Append the rows to benchmarks/results/ops.jsonl with commit, machine and versions."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    setting = {
-        "commit": commit or None,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dict[str, Any]:
+    """One row: medians of ours and theirs, in turn, the median of the pairs' ratios, and peak memory.
+
+    Args:
+        case, L, mode: what.
+        malloc: default | tuned, how this process is set, for the record and the target.
+        repeats: pairs.
+    """
+    ours, theirs = _sides(case, L, mode)
+    memory = [_peak(side) if malloc == "default" else float("nan") for side in (ours, theirs)]
+    for side in (ours, theirs):
+        side()  # warm up
+    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+    a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
+    target = case.targets.get((mode, malloc))
+    return {
+        "op": case.name,
+        "against": case.baseline,
+        "L": L,
+        "mode": mode,
+        "malloc": malloc,
         "threads": torch.get_num_threads(),
-        "malloc": "default",
+        "ms": round(a, 4),
+        "baseline_ms": round(b, 4),
+        "ratio": round(statistics.median(theirs / ours for ours, theirs in pairs), 2),
+        "target": target if torch.get_num_threads() == 1 else None,
+        "peak_mb": round(memory[0], 1),
+        "baseline_peak_mb": round(memory[1], 1),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / "ops.jsonl").open("a") as stream:
-        for row in rows:
-            stream.write(json.dumps({**setting, **row}) + "\n")
-    return RESULTS / "ops.jsonl"
+
+
+def bench_ops(names: list[str], threads: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """All rows, first as malloc comes, then tuned (which cannot be taken back in a process)."""
+    for malloc in ("default", "tuned"):
+        if malloc == "tuned":
+            tune_malloc()
+        for count in threads:
+            torch.set_num_threads(count)
+            for case in CASES:
+                if why_not(case) or (names and case.name.split()[0] not in names):
+                    continue
+                for L in case.lengths:
+                    for mode in MODES:
+                        yield measure(case, L, mode, malloc, repeats)

@@ -83,8 +83,7 @@ class Mamba(Mixer, name="mamba"):
         N, R, conv = self.A_log.shape[1], self.dt_proj.in_features, self.conv1d
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         past, ssm = (None, None) if state is None else state
-        u, past = short_conv(zero_padding(u, mask), conv.weight[:, 0], conv.bias, past)
-        u = F.silu(u)
+        u, past = short_conv(zero_padding(u, mask), conv.weight[:, 0], conv.bias, past, silu=True)
         dt, B, C = self.x_proj(u).split([R, N, N], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
         if mask is not None:

@@ -26,14 +26,18 @@ class LM(nn.Module):
         self.embedding = nn.Embedding(vocab, backbone.d_model)
         self.backbone = backbone
         self.head = nn.Linear(backbone.d_model, vocab, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
+        self.tied = tied
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for weight in {self.embedding.weight, self.head.weight}:
-            weight.normal_(std=0.02)
+        """Logits start with unit variance; so do embeddings where they may, or the blocks would drown the tokens."""
+        std = self.backbone.d_model**-0.5
+        if self.tied:
+            self.head.weight = self.embedding.weight  # again: leaving the meta device has parted them
+        else:
+            self.head.weight.normal_(std=std)
+        self.embedding.weight.normal_(std=std if self.tied else 1.0)
 
     @property
     def vocab(self) -> int:

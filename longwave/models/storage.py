@@ -2,13 +2,15 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from longwave.models.spec import MODEL_SPEC, ClassifierSpec, LMSpec
 
@@ -18,7 +20,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 def whole(tensor: Tensor) -> Tensor:
     """A tensor on the CPU, gathered from all ranks where it is sharded (then every rank must call)."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+    sharded: Any = tensor  # a DTensor, known by its method: torch.distributed.tensor takes long to import
+    return (sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -42,9 +45,65 @@ def save(folder: str | Path, model: nn.Module, spec: LMSpec | ClassifierSpec) ->
 
 
 def write(folder: Path, tensors: dict[str, Tensor], spec: LMSpec | ClassifierSpec, suffix: str = "") -> None:
-    """The two files, under their names and a suffix."""
-    save_file(tensors, folder / (WEIGHTS + suffix))
+    """The two files, under their names and a suffix.
+
+    Raises:
+        OSError: where they cannot be written.
+    """
+    write_tensors(tensors, folder / (WEIGHTS + suffix))
     (folder / (CONFIG + suffix)).write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: where it is none, naming it.
+    """
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    stored: dict[str, Tensor],
+    file: Path,
+    like: Callable[[Tensor, Tensor], Tensor] = lambda value, _: value,
+) -> None:
+    """Copy stored tensors, as :func:`weights` names them, into a model.
+
+    Args:
+        like: (whole tensor, own tensor) -> what to copy into the latter, where that is sharded.
+    Raises:
+        ValueError: where they are those of another model, naming ``file`` and the first tensor that does not fit.
+    """
+    own = dict([*model.named_parameters(), *model.named_buffers()])
+    for name in [*stored, *own]:
+        if name not in own or name not in stored:
+            here, there = ("the file", "the config") if name in stored else ("the config", "the file")
+            raise ValueError(f"{file} is of another model: {name} is in {here} but not in {there}")
+        if own[name].shape != stored[name].shape:
+            raise ValueError(
+                f"{file} is of another model: {name} has shape {tuple(stored[name].shape)} there, and "
+                f"{tuple(own[name].shape)} by the config"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(like(stored[name], tensor))
 
 
 def load(folder: str | Path) -> tuple[nn.Module, LMSpec | ClassifierSpec]:
@@ -58,12 +117,11 @@ def load(folder: str | Path) -> tuple[nn.Module, LMSpec | ClassifierSpec]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no saved model: it has no {name}")
     try:
-        spec = MODEL_SPEC.validate_json((folder / CONFIG).read_text())
+        spec = MODEL_SPEC.validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{folder / CONFIG} does not describe a model: {where}: {first['msg']}") from error
     model = spec.build()
-    try:
-        load_model(model, str(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / WEIGHTS} does not hold the model of {CONFIG}: {error}") from error
+    fill(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return model.eval(), spec

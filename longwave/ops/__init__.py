@@ -3,10 +3,12 @@
 from longwave.ops.attention import attention
 from longwave.ops.causal_conv import causal_conv
 from longwave.ops.dispatch import OPS, Op, at_least_float32
+from longwave.ops.linear_attention import linear_attention
 from longwave.ops.linear_scan import linear_scan
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.short_conv import short_conv
 from longwave.ops.vandermonde import vandermonde, vandermonde_transpose
+from longwave.ops.wkv import wkv
 
 __all__ = [
     "OPS",
@@ -14,9 +16,11 @@ __all__ = [
     "at_least_float32",
     "attention",
     "causal_conv",
+    "linear_attention",
     "linear_scan",
     "selective_scan",
     "short_conv",
     "vandermonde",
     "vandermonde_transpose",
+    "wkv",
 ]

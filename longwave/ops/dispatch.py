@@ -1,10 +1,11 @@
 """One rule for choosing an implementation: the first backend that has nothing against these inputs."""
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ WhyNot = Callable[..., str | None]
 
 _FORCED = os.environ.get("LONGWAVE_BACKEND", "auto")
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it, every op that has the backend takes it, as LONGWAVE_BACKEND does for a whole process."""
+    global _FORCED
+    before, _FORCED = _FORCED, name
+    try:
+        yield
+    finally:
+        _FORCED = before
 
 
 class Op:

@@ -1,12 +1,13 @@
 """The linear recurrence  h[t] = a[t] h[t-1] + b[t]  that diagonal state spaces, EMAs and gated linear RNNs share."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longwave.ops.dispatch import Op, at_least_float32
+from longwave.ops.dispatch import Op, at_least_float32, numba_why_not
 
 
 @Op(a="B L C", b="B L C", h0="B C")
@@ -64,36 +65,60 @@ def _groups(x: Tensor, G: int, T: int, padding: float) -> Tensor:
 
 
 @torch.library.custom_op("longwave::linear_scan", mutates_args=())
-def _scan(a: Tensor, b: Tensor, h0: Tensor, reverse: bool = False) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), h0.dtype)
+def _scan(a: Tensor, b: Tensor, h0: Tensor, reverse: bool = False, backend: str = "torch") -> Tensor:
+    if backend == "numba":
+        from longwave.ops._numba import linear_scan as kernels
+
+        return kernels.forward(a, b, h0, reverse)
+    dtype = _promoted(a, b, h0)
     work = dtype if dtype.is_complex else at_least_float32(dtype)
     return scan_(a.to(work), b.to(work), h0.to(work), reverse).to(dtype).contiguous()
 
 
 @_scan.register_fake
-def _(a, b, h0, reverse=False):
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), h0.dtype)
-    return torch.empty(b.shape, dtype=dtype, device=b.device)
+def _(a, b, h0, reverse=False, backend="torch"):
+    return torch.empty(b.shape, dtype=_promoted(a, b, h0), device=b.device)
 
 
-def _save(ctx, inputs, output):
-    a, b, h0, ctx.reverse = inputs
-    ctx.save_for_backward(a, b, h0, output)
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
-def _backward(ctx, dh):
-    a, b, h0, h = ctx.saved_tensors
-    if ctx.reverse:
+@torch.library.custom_op("longwave::linear_scan_backward", mutates_args=())
+def _scan_backward(
+    a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, reverse: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and h0, that of b in the dtype of h."""
+    if backend == "numba":
+        from longwave.ops._numba import linear_scan as kernels
+
+        return kernels.backward(a, h0, h, dh, reverse)
+    if reverse:
         later, before, first = F.pad(a[:, :-1], (0, 0, 1, 0)), torch.cat([h[:, 1:], h0[:, None].to(h.dtype)], 1), -1
     else:
         later, before, first = F.pad(a[:, 1:], (0, 0, 0, 1)), torch.cat([h0[:, None].to(h.dtype), h[:, :-1]], 1), 0
-    db = _scan(later.conj().resolve_conj().to(dh.dtype), dh, torch.zeros_like(dh[:, 0]), not ctx.reverse)
-    grads = (db * before.conj(), db, a[:, first].conj() * db[:, first])
-    return *(_as(grad, like) for grad, like in zip(grads, (a, b, h0))), None
+    db = _scan(later.conj().resolve_conj().to(dh.dtype), dh, torch.zeros_like(dh[:, 0]), not reverse)
+    return _as(db * before.conj(), a), db, _as(a[:, first].conj() * db[:, first], h0)
+
+
+@_scan_backward.register_fake
+def _(a, h0, h, dh, reverse, backend):
+    return tuple(x.new_empty(x.shape) for x in (a, h, h0))
+
+
+def _save(ctx, inputs, output):
+    a, b, h0, ctx.reverse, ctx.backend = inputs
+    ctx.b = b.new_empty(0)
+    ctx.save_for_backward(a, h0, output)
+
+
+def _backward(ctx, dh):
+    da, db, dh0 = _scan_backward(*ctx.saved_tensors, dh, ctx.reverse, ctx.backend)
+    return da, _as(db, ctx.b), dh0, None, None
 
 
 def _as(grad: Tensor, like: Tensor) -> Tensor:
-    return (grad.real if grad.is_complex() and not like.is_complex() else grad).to(like.dtype)
+    return (grad.real if grad.is_complex() and not like.is_complex() else grad).to(like.dtype).contiguous()
 
 
 torch.library.register_autograd("longwave::linear_scan", _backward, setup_context=_save)
@@ -102,3 +127,14 @@ torch.library.register_autograd("longwave::linear_scan", _backward, setup_contex
 @linear_scan.backend("torch")
 def _(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     return _scan(a, b, h0)
+
+
+def _why_not_numba(a: Tensor, b: Tensor, h0: Tensor) -> str | None:
+    if len({x.is_complex() for x in (a, b, h0)}) == 2:
+        return "some tensors are real and some complex; the kernel takes one kind"
+    return numba_why_not(a, b, h0)
+
+
+@linear_scan.backend("numba", why_not=_why_not_numba)
+def _(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    return _scan(a, b, h0, backend="numba")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longwave.ops.dispatch import Op, at_least_float32
+from longwave.ops.dispatch import Op, at_least_float32, numba_why_not
 from longwave.ops.linear_scan import scan_
 
 
@@ -70,17 +70,23 @@ def _prepare(u, dt, A, B, C, state, dt_bias, softplus):
     E, N = A.shape
     work = at_least_float32(torch.promote_types(u.dtype, A.real.dtype))
     inner = torch.promote_types(work, A.dtype)
+    B, C = _grouped(B, C, E)
+    dt = dt.to(work)
+    dt = dt if dt_bias is None else dt + dt_bias.to(work)
+    dt = F.softplus(dt) if softplus else dt
+    h = torch.zeros(len(u), E, N, dtype=inner, device=u.device) if state is None else state.to(inner)
+    return u.to(work), dt, B.to(inner), C.to(inner), h
+
+
+def _grouped(B: Tensor, C: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """Both (B, L, G, N)."""
     B, C = (x[:, :, None] if x.ndim == 3 else x for x in (B, C))
     if B.shape[2] != C.shape[2] or E % B.shape[2]:
         raise ValueError(
             f"selective_scan: B has {B.shape[2]} groups and C {C.shape[2]}; both need the same number, "
             f"which divides E = {E}"
         )
-    dt = dt.to(work)
-    dt = dt if dt_bias is None else dt + dt_bias.to(work)
-    dt = F.softplus(dt) if softplus else dt
-    h = torch.zeros(len(u), E, N, dtype=inner, device=u.device) if state is None else state.to(inner)
-    return u.to(work), dt, B.to(inner), C.to(inner), h
+    return B, C
 
 
 def _finish(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -168,3 +174,74 @@ def _backward(ctx, dy, _, dh):
 
 
 torch.library.register_autograd("longwave::selective_scan", _backward, setup_context=_save)
+
+
+def _why_not_fused(u, dt, A, B, C, D=None, state=None, *, z=None, dt_bias=None, softplus=False):
+    tensors = (u, dt, A, B, C, D, state, z, dt_bias)
+    if any(x is not None and x.is_complex() for x in tensors):
+        return "a tensor is complex; the kernel computes in real numbers"
+    return numba_why_not(*tensors)
+
+
+@selective_scan.backend("numba", why_not=_why_not_fused)
+def _(u, dt, A, B, C, D=None, state=None, *, z=None, dt_bias=None, softplus=False):
+    E, N = A.shape
+    B, C = _grouped(B, C, E)
+    if N % 2:  # the kernel takes states in pairs
+        A, B, C = (F.pad(x, (0, 1)) for x in (A, B, C))
+        state = None if state is None else F.pad(state, (0, 1))
+    inputs = (u, dt, A, B, C, D, state, z, dt_bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, h, _ = _fused(*inputs, softplus, keep)
+    return y, h[..., :N] if N % 2 else h
+
+
+_EVERY = 32  # steps between two states that the fused form keeps
+
+
+@torch.library.custom_op("longwave::selective_scan_fused", mutates_args=())
+def _fused(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, softplus: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, the state after the last step, the state before every 32nd (B, L / 32, N, E) for the backward pass)."""
+    from longwave.ops._numba import selective_scan as kernels
+
+    return kernels.forward(u, dt, A, B, C, D, state, z, dt_bias, softplus, keep)
+
+
+@_fused.register_fake
+def _(u, dt, A, B, C, D, state, z, dt_bias, softplus, keep):
+    h = u.new_empty(len(u), *A.shape, dtype=torch.float32)
+    return u.new_empty(u.shape), h, h.new_empty(len(u), -(-u.shape[1] // _EVERY) if keep else 0, *A.shape[::-1])
+
+
+@torch.library.custom_op("longwave::selective_scan_fused_backward", mutates_args=())
+def _fused_backward(
+    dy: Tensor, dh: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, kept: Tensor, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of u, dt, A, B, C, D, state, z and dt_bias; of what is None something to be ignored."""
+    from longwave.ops._numba import selective_scan as kernels
+
+    return kernels.backward(dy, dh, u, dt, A, B, C, D, z, dt_bias, kept, softplus)
+
+
+@_fused_backward.register_fake
+def _(dy, dh, u, dt, A, B, C, D, z, dt_bias, kept, softplus):
+    shapes = (u.shape, u.shape, A.shape, B.shape, C.shape, A.shape[:1], dh.shape, u.shape if z is not None else (0,))
+    return tuple(u.new_empty(shape, dtype=torch.float32) for shape in (*shapes, A.shape[:1]))
+
+
+def _save_fused(ctx, inputs, output):
+    u, dt, A, B, C, D, _, z, dt_bias, ctx.softplus, _ = inputs
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:9]]
+    ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, output[2])
+
+
+def _backward_fused(ctx, dy, dh, _):
+    grads = _fused_backward(dy, dh, *ctx.saved_tensors, ctx.softplus)
+    return *(None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)), None, None
+
+
+torch.library.register_autograd("longwave::selective_scan_fused", _backward_fused, setup_context=_save_fused)

@@ -35,6 +35,8 @@ class Synthetic(Task):
     """The size of the evaluation set."""
     eval_length: int | None = Field(None, ge=1)
     """The length of evaluation sequences; None is that of training sequences."""
+    shortest: int | None = Field(None, ge=1)
+    """Every fresh training batch draws its length between this and `length`, log-uniformly; None is always `length`."""
 
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
@@ -42,7 +44,13 @@ class Synthetic(Task):
     @model_validator(mode="after")
     def _options_fit(self) -> "Synthetic":
         self._check()
-        for name, length in (("length", self.length), ("eval_length", self.eval_length)):
+        if self.shortest is not None and (self.shortest > self.length or self.train_examples is not None):
+            raise ValueError(
+                f"shortest {self.shortest} must not exceed length {self.length}, and goes with fresh examples only: "
+                "leave train_examples out"
+            )
+        lengths = (("length", self.length), ("eval_length", self.eval_length), ("shortest", self.shortest))
+        for name, length in lengths:
             if length is not None and length < self._least_length:
                 raise ValueError(
                     f"{name} {length} is too short for the other options of {type(self).__name__}; "
@@ -70,7 +78,11 @@ class Synthetic(Task):
     def train_batch(self, size: int, seed: int, index: int) -> Batch:
         """Fresh examples, or the next ones of the training set in the order of the epoch."""
         if self.train_examples is None:
-            return self._draw(random_stream(seed, TRAIN, index), size, self.length)
+            random = random_stream(seed, TRAIN, index)
+            if self.shortest is None:
+                return self._draw(random, size, self.length)
+            length = round(math.exp(random.uniform(math.log(self.shortest), math.log(self.length))))
+            return self._draw(random, size, length)
         visits = (divmod(visit, self.train_examples) for visit in range(size * index, size * (index + 1)))
         numbers = (int(_epoch_order(seed, epoch, self.train_examples)[place]) for epoch, place in visits)
         return self._examples(seed, TRAIN, numbers, self.length)

@@ -8,18 +8,17 @@ processes wrote them, so any number of processes reads them.
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longwave.models import ClassifierSpec, LMSpec, weights
-from longwave.models.storage import WEIGHTS, whole, write
+from longwave.models.storage import WEIGHTS, fill, read_tensors, whole, write, write_tensors
 
 OPTIMIZER, TRAINER, MANIFEST = "optimizer.safetensors", "trainer.json", "manifest.json"
 
@@ -37,17 +36,47 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is named as :func:`name_of` names checkpoints."""
+    return re.fullmatch(r"step-\d{8,}", path.name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The inverse of :func:`name_of`."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def run_of(path: Path) -> Path:
+    """The run of a checkpoint; a run itself."""
+    return path.parent.parent if is_checkpoint(path) else path
+
+
 def saved_steps(run: Path) -> list[int]:
     """Steps of the checkpoints in a run, ascending. Unfinished ones have another name and do not count."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    return sorted(step_of(path) for path in (run / "checkpoints").glob("step-*") if is_checkpoint(path))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file as a whole: whenever the process is killed, the old or the new text is there."""
+    part = file.with_name("." + file.name + ".part")
+    try:
+        part.write_text(text)
+        _sync(part)
+        os.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights and optimiser state, whole and on the CPU. Every rank must call."""
-    moments = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}/{key}"] = whole(value)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert all(parameter in names for parameter in optimizer.state), "the optimiser holds what is not in the model"
+    moments = {
+        f"{name}/{key}": whole(value)
+        for parameter, name in names.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
     return weights(model), moments
 
 
@@ -61,32 +90,44 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint after ``step`` steps, then forget all but the last ``keep`` and the best.
 
+    Checkpoints of ``step`` and beyond, from before a resume, give way to it.
+
     Raises:
         OSError: where it cannot be written; nothing half-written stays, and no older checkpoint is touched.
     """
     folder = run / "checkpoints" / name_of(step)
     part = folder.with_name("." + folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    for rest in folder.parent.glob(".step-*"):  # of a process that was killed
+        shutil.rmtree(rest)
     try:
         part.mkdir(parents=True)
         write(part, tensors[0], spec)
-        save_file(tensors[1], part / OPTIMIZER)
+        write_tensors(tensors[1], part / OPTIMIZER)
         trainer = {"step": step, "best": None if best is None else vars(best)}
         (part / TRAINER).write_text(json.dumps(trainer) + "\n")
         manifest = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(part.iterdir())}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for file in part.iterdir():
             _sync(file)
+        _sync(part)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier run to the same step, from before a resume
+    for late in saved_steps(run):
+        if late >= step:
+            _remove(run, late)
     os.rename(part, folder)
     _sync(folder.parent)
     for old in saved_steps(run)[:-keep]:
         if best is None or old != best.step:
-            shutil.rmtree(run / "checkpoints" / name_of(old))
+            _remove(run, old)
     return folder
+
+
+def _remove(run: Path, step: int) -> None:
+    """Rename first: a process killed while it deletes leaves nothing that looks like a checkpoint."""
+    folder = run / "checkpoints" / name_of(step)
+    shutil.rmtree(folder.rename(folder.with_name("." + folder.name + ".old")))
 
 
 def verify(folder: Path) -> None:
@@ -115,7 +156,7 @@ def find(path: Path) -> Path:
     Raises:
         ValueError: where there is none, or it is broken.
     """
-    if path.name.startswith("step-"):
+    if is_checkpoint(path):
         if not path.is_dir():
             raise ValueError(f"there is no checkpoint {path}{_choice(path.parent.parent)}")
         folder = path
@@ -134,36 +175,30 @@ def find_best(path: Path) -> Path:
     """As :func:`find`, but of a run the best checkpoint."""
     latest = find(path)
     best = _trainer(latest)["best"]
-    if latest == path or best is None:
+    if latest == path or best is None or not (folder := latest.with_name(name_of(best["step"]))).is_dir():
         return latest
-    return find(latest.with_name(name_of(best["step"])))
+    return find(folder)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, Best | None]:
-    """Fill model and optimiser, sharded or not, from a checkpoint; returns the step to go on from, and the best."""
-    stored, moments = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
-    own = dict([*model.named_parameters(), *model.named_buffers()])
-    if set(stored) != set(own):
-        odd = sorted(set(stored) ^ set(own))[0]
-        raise ValueError(f"{folder / WEIGHTS} is of another model: {odd!r} is in one of them only")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != stored[name].shape:
-                raise ValueError(
-                    f"{folder / WEIGHTS} is of another model: {name} has shape {tuple(stored[name].shape)} there and "
-                    f"{tuple(tensor.shape)} here"
-                )
-            tensor.copy_(_like(stored[name], tensor))
+    """Fill model and optimiser, sharded or not, from a checkpoint; returns the step to go on from, and the best.
+
+    Where the checkpoint of the best is gone, none is the best.
+    """
+    fill(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS, _like)
     parameters = dict(model.named_parameters())
-    for key, value in moments.items():
+    for key, value in read_tensors(folder / OPTIMIZER).items():
         name, _, moment = key.rpartition("/")
         parameter = parameters[name]
         optimizer.state[parameter][moment] = _like(value, parameter) if value.ndim else value
     trainer = _trainer(folder)
-    return trainer["step"], None if trainer["best"] is None else Best(**trainer["best"])
+    best = None if trainer["best"] is None else Best(**trainer["best"])
+    return trainer["step"], best if best is not None and folder.with_name(name_of(best.step)).is_dir() else None
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor, distribute_tensor  # takes long to import
+
     value = value.to(device=like.device, dtype=like.dtype)
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 
@@ -173,7 +208,7 @@ def _trainer(folder: Path) -> dict[str, Any]:
 
 
 def _broken(file: Path, what: str) -> str:
-    return f"{file} {what}{_choice(file.parent.parent.parent, int(file.parent.name.removeprefix('step-')))}"
+    return f"{file} {what}{_choice(file.parent.parent.parent, step_of(file.parent))}"
 
 
 def _choice(run: Path, below: int | None = None) -> str:

@@ -4,7 +4,7 @@ import functools
 import operator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
@@ -12,13 +12,16 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from longwave.mixers import nearest
 from longwave.models import ClassifierSpec, LMSpec, ModelSpec
 from longwave.models.spec import AnyChannelMixer, AnyMixer, Spec
-from longwave.tasks import TASKS
+from longwave.tasks import TASKS, Task
 
-AnyTask = Annotated[
-    functools.reduce(operator.or_, TASKS.values()),
-    Field(discriminator="kind"),
-    BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
-]
+if TYPE_CHECKING:
+    AnyTask = Task
+else:
+    AnyTask = Annotated[
+        functools.reduce(operator.or_, TASKS.values()),
+        Field(discriminator="kind"),
+        BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
+    ]
 
 
 class Recipe(Spec):
@@ -42,7 +45,7 @@ class Recipe(Spec):
     """
 
     model: ModelSpec
-    task: AnyTask  # type: ignore[valid-type]
+    task: AnyTask
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     accumulate: int = Field(1, ge=1)
@@ -111,7 +114,7 @@ def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = ()) -
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not valid YAML: {error}") from error
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{where} is not a recipe: it must hold fields such as model, task and steps")
     for change in changes:
@@ -119,7 +122,9 @@ def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = ()) -
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(e) for e in error.errors())) from error
+        lines = [_explain(e) for e in error.errors()]
+        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+        raise ValueError("\n".join(lines[:2]) + more) from error
 
 
 def _read(source: str) -> tuple[str, str]:
@@ -132,8 +137,8 @@ def _read(source: str) -> tuple[str, str]:
             return path.read_text(), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"recipe {path} cannot be read: {error}") from error
-    known = ", ".join(shipped)
-    raise ValueError(f"no recipe is called {source!r} and no file; there are {known}{nearest(source, shipped)}")
+    hint = nearest(source, shipped) or f"; the recipes are {', '.join(shipped)}"
+    raise ValueError(f"{source!r} is neither a recipe nor a YAML file{hint}")
 
 
 def _change(tree: dict, change: str) -> None:
@@ -142,11 +147,12 @@ def _change(tree: dict, change: str) -> None:
         raise ValueError(f"{change!r} is no change: write key=value, such as lr=3e-3 or task.length=512")
     *parents, last = path.split(".")
     node: Any = tree
-    for depth, key in enumerate([*parents, last]):
+    for depth, part in enumerate([*parents, last]):
+        key: Any = part
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not part.isdigit() or int(part) >= len(node):
                 raise ValueError(f"{change}: {'.'.join(path.split('.')[:depth])} has entries 0..{len(node) - 1}")
-            key = int(key)
+            key = int(part)
         elif not isinstance(node, dict):
             raise ValueError(f"{change}: {'.'.join(path.split('.')[:depth])} has no fields")
         if depth == len(parents):
@@ -188,7 +194,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         fields = [name for name in owner.model_fields if name != "kind"]
         inside = "a recipe" if owner is Recipe else f"{owner.model_fields['kind'].default!r}"
-        return f"{where}: {inside} has no field {path[-1]!r}; it has {', '.join(fields)}{nearest(path[-1], fields)}"
+        hint = nearest(path[-1], fields) or f"; it has {', '.join(fields)}"
+        return f"{where}: {inside} has no field {path[-1]!r}{hint}"
     if error["type"] == "union_tag_invalid":
         tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
         what = next((name for name, table in TAGGED.items() if set(table) == set(known)), "kind")

@@ -1,14 +1,18 @@
 """Metrics of a model on a task's evaluation data."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from longwave.tasks.base import Task
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 
 @torch.no_grad()
-def evaluate(fabric: Fabric, objective: nn.Module, task: Task, batch: int) -> dict[str, float]:
+def evaluate(fabric: "Fabric", objective: nn.Module, task: Task, batch: int) -> dict[str, float]:
     """The task's metrics over all of its evaluation batches, shared out over the processes.
 
     Args:

@@ -1,27 +1,39 @@
 """The training loop: a function of a recipe, with nothing hidden and nothing to subclass."""
 
+import atexit
+import contextlib
 import math
 import os
 import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from longwave.models import LM, Classifier, Score
 from longwave.models.backbone import Block
+from longwave.models.storage import whole
 from longwave.tasks.base import Batch
-from longwave.train.checkpoint import Best, find, gather, load_checkpoint, save_checkpoint, saved_steps
+from longwave.train.checkpoint import (
+    Best,
+    find,
+    gather,
+    load_checkpoint,
+    save_checkpoint,
+    saved_steps,
+    step_of,
+    write_text,
+)
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
 from longwave.train.monitor import Monitor, plot_loss
 from longwave.train.optim import build_optimizer, set_lr
+
+if TYPE_CHECKING:  # takes long to import, and only training needs it
+    from lightning_fabric import Fabric
 
 CONFIG = "config.yaml"
 MAY_DIFFER = {
@@ -52,7 +64,8 @@ class Objective(nn.Module):
 class StopFlag:
     """Turns SIGINT and SIGTERM into a flag while it is entered; a second one acts as it would have without."""
 
-    raised = False
+    def __init__(self, tell: bool):
+        self.raised, self.tell = False, tell
 
     def __enter__(self) -> "StopFlag":
         self.before = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -64,34 +77,63 @@ class StopFlag:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.raised = True
+        if self.tell:  # not print: the signal may come while another print is at work
+            os.write(2, b"\nstopping: this step is finished and saved first; once more to stop at once\n")
         signal.signal(number, self.before[signal.Signals(number)])
 
 
-def make_fabric(recipe: Recipe) -> Fabric:
-    """A launched lightning-fabric for the recipe's devices; several nodes under torchrun or SLURM."""
+def make_fabric(recipe: Recipe) -> "Fabric":
+    """A launched lightning-fabric for the recipe's devices; several nodes under torchrun or SLURM.
+
+    Raises:
+        ValueError: where the machine does not have them, or torchrun started another number of processes.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import ModelParallelStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    world = recipe.devices * recipe.nodes
+    started = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else world
+    if started != world:
+        raise ValueError(
+            f"torchrun started {started} processes, and devices x nodes = {recipe.devices} x {recipe.nodes}; set "
+            f"devices to its --nproc-per-node and nodes to its --nnodes"
+        )
     strategy: Any = recipe.strategy
     if strategy == "fsdp2":
-        strategy = ModelParallelStrategy(
-            parallelize_fn=_shard, data_parallel_size=recipe.devices * recipe.nodes, tensor_parallel_size=1
-        )
+        strategy = ModelParallelStrategy(parallelize_fn=_shard, data_parallel_size=world, tensor_parallel_size=1)
     elif strategy == "auto":
-        strategy = "ddp" if recipe.devices * recipe.nodes > 1 else "auto"
-    fabric = Fabric(
-        accelerator=recipe.accelerator,
-        devices=recipe.devices,
-        num_nodes=recipe.nodes,
-        strategy=strategy,
-        precision=recipe.precision,
-    )
+        strategy = "ddp" if world > 1 else "auto"
+    try:
+        fabric = Fabric(
+            accelerator=recipe.accelerator,
+            devices=recipe.devices,
+            num_nodes=recipe.nodes,
+            strategy=strategy,
+            precision=recipe.precision,
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"accelerator = {recipe.accelerator}, devices = {recipe.devices}: {reason}") from error
     fabric.launch()
+    if torch.distributed.is_initialized():
+        atexit.register(_leave)
     return fabric
 
 
+def _leave() -> None:
+    """Or gloo's threads outlive the interpreter now and then, and the process ends with abort()."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _shard(objective: nn.Module, mesh: Any) -> nn.Module:
-    for module in objective.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh["data_parallel"])
-    fully_shard(objective, mesh=mesh["data_parallel"])
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    for module in [*blocks, objective]:
+        # also the outermost: else its parameters stay whole after an evaluation, and are not those of the optimiser
+        fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)
     return objective
 
 
@@ -112,18 +154,23 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
         Interrupted: after SIGINT or SIGTERM, when everything is saved.
     """
     run = Path(run)
-    fabric = make_fabric(recipe)
-    checkpoint = _open_run(fabric, recipe, run, resume)
     recipe.task.prepare()
+    with torch.device("meta"):  # what the model objects to is said before any process is started
+        recipe.model.build()
+    fabric = make_fabric(recipe)
+    checkpoint = fabric.broadcast(_on_main(fabric, _open_run, recipe, run, resume))
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     objective = fabric.setup(Objective(model))
     optimizer = build_optimizer(model, recipe)
     wrapped = fabric.setup_optimizers(optimizer)
     start, best = (0, None) if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)
+    _rehearse(fabric, objective, recipe)
     world, parameters = fabric.world_size, [p for p in model.parameters() if p.requires_grad]
     rows = recipe.batch // (world * recipe.accumulate)
     metrics: dict[str, float] = {}
+    saved = start if checkpoint is not None else -1
+    monitor = _on_main(fabric, _start_monitor, recipe, run, start)
 
     def batches(step: int) -> list[Batch]:
         first = step * recipe.accumulate
@@ -133,51 +180,36 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
     def save(step: int) -> None:
         nonlocal saved
         tensors = gather(model, optimizer)
-        trouble = None
-        if fabric.is_global_zero:
-            try:
-                save_checkpoint(run, step, tensors, recipe.model, best, recipe.keep)
-            except OSError as error:
-                trouble = error
-        if fabric.broadcast(trouble is not None):
-            kept = saved_steps(run)
-            stays = f"; the checkpoint of step {kept[-1]} stays" if kept else ""
-            raise OSError(f"checkpoint of step {step} cannot be written to {run}: {trouble}{stays}")
+        for name, tensor in tensors[0].items():
+            if not tensor.isfinite().all():
+                raise _diverged(run, name, step)
+        _on_main(fabric, _save, run, step, tensors, recipe, best)
         saved = step
 
     def assess(step: int) -> dict[str, float]:
         nonlocal best
         result = evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch)
         value = result[recipe.task.metric]
-        if best is None or (value > best.value) == recipe.task.higher_is_better and value != best.value:
+        if not math.isfinite(result["loss"]):
+            raise _diverged(run, "the held-out loss", step)
+        if best is None or (value > best.value if recipe.task.higher_is_better else value < best.value):
             best = Best(step, value)
-        if monitor is not None:
-            monitor.evaluation(step, result)
         return result
 
-    saved = start if checkpoint is not None else -1
-    monitor = None
-    if fabric.is_global_zero:
-        tokens = rows * world * recipe.accumulate * recipe.task.train_batch(1, 0, 0).inputs.shape[1]
-        monitor = Monitor(run, recipe.steps, start, tokens, recipe.task.metric)
     try:
-        with StopFlag() as stop, monitor or StopFlag():
+        with StopFlag(tell=fabric.is_global_zero) as stop, monitor or contextlib.nullcontext():
             for step in range(start, recipe.steps):
                 lr = set_lr(optimizer, step, recipe)
                 torch.manual_seed(_step_seed(recipe.seed, step, fabric.global_rank))
                 loss, norm = _step(fabric, objective, wrapped, parameters, batches(step), recipe)
                 done = step + 1
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    kept = saved_steps(run)
-                    raise FloatingPointError(
-                        f"the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {done}; "
-                        + (f"the checkpoint of step {kept[-1]} stays" if kept else "there is no checkpoint yet")
-                        + "; try a lower lr or a longer warmup"
-                    )
-                if monitor is not None and (done % recipe.log_every == 0 or done == recipe.steps):
-                    monitor.train(done, loss, lr, norm)
+                    raise _diverged(run, "the gradient" if math.isfinite(loss) else "the loss", done)
+                if done % recipe.log_every == 0 or done == recipe.steps:
+                    _on_main(fabric, Monitor.train, monitor, done, loss, lr, norm)
                 if done % recipe.eval_every == 0 or done == recipe.steps:
                     metrics = assess(done)
+                    _on_main(fabric, Monitor.evaluation, monitor, done, metrics)
                     if best is not None and best.step == done:
                         save(done)
                 if saved != done and (done % recipe.checkpoint_every == 0 or done == recipe.steps):
@@ -188,14 +220,66 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
                     raise Interrupted(done, run)
             if not metrics:  # nothing was left to do
                 metrics = assess(recipe.steps)
-    finally:
-        if fabric.is_global_zero:
-            plot_loss(run, recipe.task.metric)
+    except (Interrupted, FloatingPointError):
+        _on_main(fabric, plot_loss, run, recipe.task.metric)
+        raise
+    _on_main(fabric, plot_loss, run, recipe.task.metric)
     return metrics
 
 
+def _on_main(fabric: "Fabric", action: Callable[..., Any], *arguments: Any) -> Any:
+    """Call on the main process alone. What it returns is returned there, what it raises is raised on every process."""
+    result, trouble = None, None
+    if fabric.is_global_zero:
+        try:
+            result = action(*arguments)
+        except (ValueError, OSError) as error:
+            trouble = error
+    trouble = fabric.broadcast(trouble)
+    if trouble is not None:
+        raise trouble
+    return result
+
+
+def _rehearse(fabric: "Fabric", objective: nn.Module, recipe: Recipe) -> None:
+    """Run a row of each kind, so that what a sequence is too long for is told before a run begins, not at its end."""
+    objective.eval()
+    with torch.no_grad():
+        for batch in (recipe.task.train_batch(1, recipe.seed, 0), recipe.task.eval_batch(1, 0)):
+            objective(*fabric.to_device(batch))
+    objective.train()
+
+
+def _start_monitor(recipe: Recipe, run: Path, start: int) -> Monitor:
+    """Only now, when nothing objects, the run has a folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / CONFIG, recipe.to_yaml())
+    tokens = recipe.batch * recipe.task.train_batch(1, 0, 0).inputs.shape[1]
+    return Monitor(run, recipe.steps, start, tokens, recipe.task.metric)
+
+
+def _save(
+    run: Path, step: int, tensors: tuple[dict[str, Tensor], dict[str, Tensor]], recipe: Recipe, best: Best | None
+) -> None:
+    try:
+        save_checkpoint(run, step, tensors, recipe.model, best, recipe.keep)
+    except OSError as error:
+        raise OSError(f"the checkpoint of step {step} cannot be written: {error}; {_what_stays(run)}") from error
+
+
+def _diverged(run: Path, what: str, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what} is not finite at step {step}; {_what_stays(run)}; start another run with a lower lr or longer warmup"
+    )
+
+
+def _what_stays(run: Path) -> str:
+    kept = saved_steps(run)
+    return f"the checkpoint of step {kept[-1]} stays" if kept else "there is no checkpoint yet"
+
+
 def _step(
-    fabric: Fabric,
+    fabric: "Fabric",
     objective: Any,
     optimizer: Any,
     parameters: list[nn.Parameter],
@@ -206,7 +290,7 @@ def _step(
 
     Where either is not finite, nothing is changed.
     """
-    count = fabric.all_reduce(torch.stack([(b.targets >= 0).sum() for b in batches]).sum(), reduce_op="sum")
+    count = _sum(fabric, torch.stack([(b.targets >= 0).sum() for b in batches]).sum())
     total = torch.zeros((), device=fabric.device)
     optimizer.zero_grad()
     for i, batch in enumerate(batches):
@@ -214,9 +298,8 @@ def _step(
             score = objective(*batch)
             fabric.backward(score.loss * (fabric.world_size / count))  # gradients are averaged over processes
         total += score.loss.detach().float()
-    loss = (fabric.all_reduce(total, reduce_op="sum") / count).item()  # type: ignore[operator, union-attr]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    loss = (_sum(fabric, total) / count).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)).item()
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
     return loss, norm
@@ -227,57 +310,50 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(torch.tensor([seed, step, rank]).mul(torch.tensor([1, 1_000_003, 7_919])).sum()) % 2**63
 
 
-def _any_rank(fabric: Fabric, flag: bool) -> bool:
-    if fabric.world_size == 1:
-        return flag
-    return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum") > 0)
+def _any_rank(fabric: "Fabric", flag: bool) -> bool:
+    return bool(_sum(fabric, torch.tensor(float(flag), device=fabric.device)) > 0)
 
 
-def _open_run(fabric: Fabric, recipe: Recipe, run: Path, resume: str | Path | None) -> Path | None:
-    """Make the folder of a new run, or find the checkpoint to go on from; the same answer or error on every rank."""
-    trouble, checkpoint = None, None
-    if fabric.is_global_zero:
-        try:
-            checkpoint = _new_run(recipe, run) if resume is None else _old_run(recipe, run, Path(resume))
-        except (ValueError, OSError) as error:
-            trouble = str(error)
-    trouble = fabric.broadcast(trouble)
-    if trouble is not None:
-        raise ValueError(trouble)
-    return fabric.broadcast(checkpoint)
+def _sum(fabric: "Fabric", tensor: Tensor) -> Tensor:
+    """Of the tensors of all processes."""
+    total = fabric.all_reduce(tensor, reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total
 
 
-def _new_run(recipe: Recipe, run: Path) -> None:
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"{run} exists already: go on with it by --resume {run}, or choose another folder by --out")
-    run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG).write_text(recipe.to_yaml())
-
-
-def _old_run(recipe: Recipe, run: Path, resume: Path) -> Path:
+def _open_run(recipe: Recipe, run: Path, resume: str | Path | None) -> Path | None:
+    """The checkpoint to go on from, or None to start: a new run, or one that was killed before it had a checkpoint."""
+    if resume is None:
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ValueError(
+                f"{run} exists already: go on with it by --resume {run}, or choose another folder by --out"
+            )
+        return None
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run: it has no {CONFIG}")
     old, new = load_recipe(run / CONFIG).model_dump(), recipe.model_dump()
     for field, value in new.items():
         if field not in MAY_DIFFER and value != old[field]:
             raise ValueError(
-                f"{run} was made with another config: {_first_difference(field, old[field], value)}; "
+                f"{run} was made with another config: {first_difference(field, old[field], value)}; "
                 "resume it without that change"
             )
-    checkpoint = find(resume)
-    if (step := int(checkpoint.name.removeprefix("step-"))) > recipe.steps:
+    if Path(resume) == run and not saved_steps(run):
+        return None
+    checkpoint = find(Path(resume))
+    if (step := step_of(checkpoint)) > recipe.steps:
         raise ValueError(f"{checkpoint} is beyond steps = {recipe.steps}; set steps to at least {step}")
-    (run / CONFIG).write_text(recipe.to_yaml())
     return checkpoint
 
 
-def _first_difference(path: str, old: Any, new: Any) -> str:
+def first_difference(path: str, old: Any, new: Any) -> str:
+    """The first place where two trees differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             if old.get(key) != new.get(key):
-                return _first_difference(f"{path}.{key}", old.get(key), new.get(key))
+                return first_difference(f"{path}.{key}", old.get(key), new.get(key))
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new)):
             if a != b:
-                return _first_difference(f"{path}.{i}", a, b)
+                return first_difference(f"{path}.{i}", a, b)
     return f"{path} was {old!r} and is now {new!r}"

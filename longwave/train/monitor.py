@@ -1,12 +1,15 @@
 """What a run tells: a progress bar, metrics.jsonl, TensorBoard events and a plot of the loss."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longwave.train.checkpoint import write_text
 
 METRICS = "metrics.jsonl"
 
@@ -28,19 +31,22 @@ class Monitor:
         self.run, self.metric, self.console = run, metric, Console(stderr=True)
         self.file = run / METRICS
         kept = [line for line in read_metrics(run) if line["step"] <= start]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(str(run), purge_step=start + 1)
         self.start, self.steps, self.tokens_a_step = start, steps, tokens_a_step
-        self.clock, self.last_step = time.monotonic(), start
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        self.clock, self.last_step, self.last_said = time.monotonic(), start, start
+        columns = [
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+        ]
+        room = self.console.width - 64  # what the numbers leave
+        self.progress = Progress(
+            *([BarColumn(min(40, room))] if room >= 8 else []),
+            *columns,
             console=self.console,
+            disable=not self.console.is_terminal,
         )
         self.bar = self.progress.add_task("training", total=steps, completed=start, numbers="")
 
@@ -48,9 +54,10 @@ class Monitor:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.progress.stop()
-        self.board.close()
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error counts
+            self.board.close()
 
     def train(self, step: int, loss: float, lr: float, norm: float) -> None:
         """After ``step`` steps: loss in nats a token, and tokens a second since the last call."""
@@ -59,7 +66,8 @@ class Monitor:
         self.clock, self.last_step = now, step
         self._write(step, {"loss": loss, "lr": lr, "gradient_norm": norm, "tokens_per_second": round(rate)})
         self.progress.update(self.bar, completed=step, numbers=f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-        if not self.console.is_terminal and step % max(1, self.steps // 20) == 0:
+        if not self.console.is_terminal and step - self.last_said >= self.steps / 20:
+            self.last_said = step
             self.say(f"step {step}/{self.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
@@ -73,8 +81,11 @@ class Monitor:
         self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
-        with self.file.open("a") as stream:
-            stream.write(json.dumps({"step": step, **numbers}) + "\n")
+        try:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"step": step, **numbers}) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.file} cannot be written: {error.strerror}") from error
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
 

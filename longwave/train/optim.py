@@ -14,7 +14,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
     Every group carries ``max_lr``, the highest rate that :func:`set_lr` gives it, or None.
     """
-    hints, groups = optim_hints(model), {}
+    hints = optim_hints(model)
+    groups: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         hint = hints.get(name, Hint(decay=parameter.ndim >= 2))
         key = (hint.max_lr, recipe.weight_decay if hint.decay else 0.0)

@@ -293,3 +293,20 @@ def transpose(context, target, i, target_stride, source, j, source_stride):
         return ctx.get_dummy_value()
 
     return types.void(target, types.intp, types.intp, source, types.intp, types.intp), emit
+
+
+even_lanes = _unary(lambda builder, x: _shuffle(builder, x, x, [0, 0, 2, 2, 4, 4, 6, 6]), "Lanes 0 0 2 2 4 4 6 6.")
+odd_lanes = _unary(lambda builder, x: _shuffle(builder, x, x, [1, 1, 3, 3, 5, 5, 7, 7]), "Lanes 1 1 3 3 5 5 7 7.")
+swap_pairs = _unary(lambda builder, x: _shuffle(builder, x, x, [1, 0, 3, 2, 5, 4, 7, 6]), "Lanes 1 0 3 2 5 4 7 6.")
+
+absolute = _unary(lambda builder, x: _call(builder, "llvm.fabs.v8f32", [x]), "|x|.")
+
+
+@intrinsic
+def where_less(context, a, b, x, y):
+    """x in the lanes where a < b, else y."""
+
+    def emit(ctx, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
+
+    return float32x8(float32x8, float32x8, float32x8, float32x8), emit

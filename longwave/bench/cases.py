@@ -1,0 +1,229 @@
+"""What the bench compares: every op beside what a peer runs on a CPU, on the same inputs.
+
+The baselines are the formulas of the authors' repositories in plain torch, and the packages mambapy and transformers
+where they are installed (``pip install -e '.[bench]'``).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longwave import ops
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op and its baseline on the same inputs.
+
+    Fields:
+        name: of the row, the op first.
+        baseline: what the other side is.
+        inputs: makes the inputs of both sides for a length; those that require grad are differentiated.
+        ours, theirs: map the inputs to outputs.
+        lengths: L to measure at.
+        layout: makes the baseline's inputs of ours, in the layout that it likes best; outside of what is timed.
+        targets: of the ratios: {("forward" | "both", malloc): at least}.
+    """
+
+    name: str
+    baseline: str
+    inputs: Callable[[int], list[Any]]
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+    lengths: tuple[int, ...]
+    layout: Callable[[list[Any]], list[Any]] = list
+    targets: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+def randn(*shape: int) -> Tensor:
+    """Normal numbers to be differentiated."""
+    return torch.randn(*shape, requires_grad=True)
+
+
+def rand(*shape: int) -> Tensor:
+    """Uniform numbers in (0, 1) to be differentiated."""
+    return torch.rand(*shape, requires_grad=True)
+
+
+def time_last(inputs: list[Tensor]) -> list[Tensor]:
+    """(B, L, C) as contiguous (B, C, L), the rest as it is."""
+    return [t if t.ndim < 3 else t.detach().transpose(1, 2).contiguous().requires_grad_() for t in inputs]
+
+
+def _width(L: int) -> tuple[int, int]:
+    """(B, C) that keep a convolution's work in reason."""
+    return {1024: (4, 256), 4096: (4, 256), 16384: (4, 256), 65536: (1, 256), 262144: (1, 64)}.get(L, (1, 16))
+
+
+def fft_conv(u: Tensor, k: Tensor, D: Tensor) -> Tensor:
+    """The authors' fftconv_ref: time last, (B, C, L), zero-padded to 2L."""
+    L = u.shape[-1]
+    k_f = torch.fft.rfft(k, n=2 * L) / (2 * L)
+    y = torch.fft.irfft(torch.fft.rfft(u, n=2 * L) * k_f, n=2 * L, norm="forward")[..., :L]
+    return y + u * D[:, None]
+
+
+def _conv_inputs(L: int) -> list[Tensor]:
+    B, C = _width(L)
+    return [randn(B, L, C), randn(C, L), randn(C)]
+
+
+def _gated_inputs(L: int) -> list[Tensor]:
+    B, C = _width(L)
+    return [*(randn(B, L, C) for _ in "qkv"), randn(C, L), randn(C)]
+
+
+def naive_vandermonde(x: Tensor, c: Tensor, length: int) -> Tensor:
+    """The naive kernel of S4D: all powers at once."""
+    return 2 * (c[0, :, :, None] * torch.exp(x.log()[..., None] * torch.arange(length))).sum(1).real
+
+
+def _modes(L: int) -> list[Any]:
+    C = 256 if L <= 16384 else 16
+    x = torch.exp(torch.complex(-torch.rand(C, 32) / 10, torch.rand(C, 32) * 3)).requires_grad_()
+    return [x, torch.randn(1, C, 32, dtype=torch.complex64, requires_grad=True), L]
+
+
+def conv1d_silu(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The depthwise conv1d and silu of the authors' Mamba, (B, C, L)."""
+    K = weight.shape[1]
+    return F.silu(F.conv1d(u, weight[:, None], bias, padding=K - 1, groups=len(weight))[..., : u.shape[-1]])
+
+
+def _scan_inputs(L: int) -> list[Tensor]:
+    E, N = 768, 16
+    A = (-torch.arange(1.0, N + 1).expand(E, N)).clone().requires_grad_()
+    return [randn(1, L, E), rand(1, L, E), A, randn(1, L, N), randn(1, L, N), randn(E)]
+
+
+def mambapy_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Mamba's scan as mambapy runs it: all of (B, L, E, N), a parallel scan of Blelloch's."""
+    from mambapy.pscan import pscan
+
+    h = pscan(torch.exp(dt[..., None] * A), dt[..., None] * B[:, :, None] * u[..., None])
+    return (h @ C[..., None]).squeeze(3) + D * u
+
+
+def wkv_loop(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """transformers' rwkv_linear_attention_cpu."""
+    num, den, top = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), torch.full_like(k[:, 0], -1e38)
+    ys = []
+    for t in range(k.shape[1]):
+        best = torch.maximum(top, k[:, t] + u)
+        e1, e2 = torch.exp(top - best), torch.exp(k[:, t] + u - best)
+        ys.append((e1 * num + e2 * v[:, t]) / (e1 * den + e2))
+        best = torch.maximum(top + w, k[:, t])
+        e1, e2 = torch.exp(top + w - best), torch.exp(k[:, t] - best)
+        num, den, top = e1 * num + e2 * v[:, t], e1 * den + e2, best
+    return torch.stack(ys, dim=1)
+
+
+def parallel_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """The quadratic form of linear attention: all L x L products, masked by their decay."""
+    total = decay.cumsum(1).transpose(1, 2)  # (B, H, L)
+    mask = (total[..., None] - total[:, :, None]).tril().exp().tril()
+    scores = torch.einsum("blhn,bshn->bhls", q, k) * mask
+    return torch.einsum("bhls,bshp->blhp", scores, v)
+
+
+def _retention_inputs(L: int) -> list[Tensor]:
+    return [*(randn(1, L, 4, 64) for _ in "qkv"), (-torch.rand(1, L, 4) / 10).requires_grad_()]
+
+
+CASES = (
+    Case(
+        "causal_conv",
+        "torch.fft at 2L",
+        _conv_inputs,
+        lambda u, k, D: ops.causal_conv(u, k, skip=D),
+        fft_conv,
+        (1024, 4096, 16384, 65536, 262144, 1048576),
+        time_last,
+        targets={("forward", "default"): 5, ("forward", "tuned"): 4, ("both", "default"): 8, ("both", "tuned"): 6},
+    ),
+    Case(
+        "causal_conv gated",
+        "torch.fft at 2L, gates apart",
+        _gated_inputs,
+        lambda q, k, v, h, D: ops.causal_conv(v, h, skip=D, gate_in=k, gate_out=q),
+        lambda q, k, v, h, D: q * fft_conv(k * v, h, D),
+        (1024, 4096, 16384),
+        time_last,
+        targets={("both", "default"): 7, ("both", "tuned"): 5},
+    ),
+    Case(
+        "selective_scan",
+        "sequential reference",
+        _scan_inputs,
+        lambda *t: ops.selective_scan(*t)[0],
+        lambda *t: ops.selective_scan(*t, backend="reference")[0],
+        (1024,),
+        targets={("forward", "default"): 50, ("forward", "tuned"): 30},
+    ),
+    Case(
+        "selective_scan",
+        "mambapy pscan",
+        _scan_inputs,
+        lambda *t: ops.selective_scan(*t)[0],
+        mambapy_scan,
+        (1024, 4096),
+        targets={("both", "default"): 58, ("both", "tuned"): 50},
+    ),
+    Case(
+        "linear_scan",
+        "sequential loop",
+        lambda L: [rand(1, L, 1024), randn(1, L, 1024), randn(1, 1024)],
+        ops.linear_scan,
+        lambda *t: ops.linear_scan(*t, backend="reference"),
+        (1024, 4096),
+    ),
+    Case(
+        "vandermonde",
+        "naive powers",
+        _modes,
+        ops.vandermonde,
+        naive_vandermonde,
+        (1024, 16384, 65536),
+        targets={("both", "default"): 100, ("both", "tuned"): 100},
+    ),
+    Case(
+        "short_conv + silu",
+        "torch conv1d + silu",
+        lambda L: [randn(2, L, 1536), randn(1536, 4), randn(1536)],
+        lambda *t: ops.short_conv(*t, silu=True)[0],
+        conv1d_silu,
+        (1024, 4096),
+        time_last,
+        targets={("both", "default"): 2.7, ("both", "tuned"): 2.5},
+    ),
+    Case(
+        "wkv",
+        "transformers' loop",
+        lambda L: [randn(2, L, 768), randn(2, L, 768), (-torch.rand(768)).requires_grad_(), randn(768)],
+        lambda *t: ops.wkv(*t)[0],
+        wkv_loop,
+        (1024,),
+        targets={("both", "default"): 50, ("both", "tuned"): 30},
+    ),
+    Case(
+        "linear_attention",
+        "parallel form",
+        _retention_inputs,
+        lambda *t: ops.linear_attention(*t)[0],
+        parallel_retention,
+        (2048, 8192),
+        targets={("both", "default"): 60, ("both", "tuned"): 40},
+    ),
+    Case(
+        "attention",
+        "softmax of all L x L",
+        lambda L: [randn(1, L, 8, 64) for _ in "qkv"],
+        ops.attention,
+        lambda *t: ops.attention(*t, backend="reference"),
+        (1024, 4096),
+    ),
+)

@@ -1,0 +1,114 @@
+"""Training steps of whole models: tokens a second beside a peer, and the cost of a token as sequences grow."""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from longwave.models import LMSpec
+from longwave.ops.dispatch import use_backend
+
+VOCAB = 256
+
+
+def _step(model: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], L: int) -> Callable[[], None]:
+    """One training step (forward, backward, AdamW) on a sequence of L random tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(0, VOCAB, (1, L + 1))
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss(ids).backward()
+        optimizer.step()
+
+    return run
+
+
+def _ours(pattern: list[Any], L: int, d_model: int, layers: int, channel: str | None = None) -> Callable[[], None]:
+    model: Any = LMSpec(vocab=VOCAB, d_model=d_model, pattern=pattern, layers=layers, channel=channel).build()
+    return _step(model, lambda ids: model.score(ids[:, :-1], ids[:, 1:]).loss / L, L)
+
+
+def _transformers_mamba(L: int, d_model: int, layers: int) -> Callable[[], None]:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=d_model, num_hidden_layers=layers, use_mambapy=True)
+    model = MambaForCausalLM(config)
+    return _step(model, lambda ids: model(ids[:, :-1], labels=ids[:, :-1]).loss, L)
+
+
+def _on(backend: str, run: Callable[[], None]) -> Callable[[], None]:
+    def forced() -> None:
+        with use_backend(backend):
+            run()
+
+    return forced
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _compare(
+    name: str, against: str, L: int, ours: Callable, theirs: Callable, target: float, n: int
+) -> dict[str, Any]:
+    for run in (ours, theirs):
+        run()
+    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(n)]
+    a, b = (statistics.median(column) for column in zip(*pairs))
+    return {
+        "op": name,
+        "against": against,
+        "L": L,
+        "mode": "training step",
+        "malloc": "default",
+        "threads": torch.get_num_threads(),
+        "ms": round(a * 1e3, 2),
+        "baseline_ms": round(b * 1e3, 2),
+        "ratio": round(statistics.median(theirs / ours for ours, theirs in pairs), 2),
+        "target": target,
+        "tokens_per_second": round(L / a),
+    }
+
+
+PATTERNS: dict[str, Callable[[int], list[Any]]] = {
+    "mamba": lambda L: ["mamba"],
+    "hyena": lambda L: [{"kind": "hyena", "max_len": L}],
+    "h3": lambda L: ["h3"],
+    "s4d": lambda L: ["s4d"],
+}
+
+
+def bench_models(repeats: int) -> Iterator[dict[str, Any]]:
+    """Our Mamba beside transformers'; our Hyena and H3 beside themselves on plain torch; a token at 64k beside 1k."""
+    for L in (1024, 8192):
+        if importlib.util.find_spec("transformers") is not None:
+            sides = [partial(make, L, 256, 4) for make in (partial(_ours, ["mamba"]), _transformers_mamba)]
+            n = repeats if L == 1024 else 3
+            yield _compare("mamba", "transformers", L, sides[0](), sides[1](), 10, n)
+        for name in ("hyena", "h3"):
+            run = _ours(PATTERNS[name](L), L, 256, 4)
+            yield _compare(name, "torch backend", L, run, _on("torch", run), 2, repeats)
+    for name, pattern in PATTERNS.items():
+        short, long = (_ours(pattern(L), L, 64, 2) for L in (1024, 65536))
+        short()
+        long()
+        times = [(_seconds(short) / 1024, _seconds(long) / 65536) for _ in range(max(3, repeats // 2))]
+        yield {
+            "op": name,
+            "against": "a token at 1k",
+            "L": 65536,
+            "mode": "cost a token",
+            "malloc": "default",
+            "threads": torch.get_num_threads(),
+            "ms": round(statistics.median(long for _, long in times) * 1e3, 5),
+            "baseline_ms": round(statistics.median(short for short, _ in times) * 1e3, 5),
+            "ratio": round(statistics.median(long / short for short, long in times), 2),
+            "target": "<= 1.3",
+        }

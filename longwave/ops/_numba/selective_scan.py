@@ -1,0 +1,346 @@
+# mypy: no-check-untyped-defs
+"""The selective scan in one pass over time, and its gradient from a state kept every T steps.
+
+The lanes are neighbouring channels. A task is a strip of up to STRIP blocks of LANES channels in one group, for which a
+row of B and C is read once. It walks through time in chunks of T steps, and in each from block to block: what a block
+needs of a chunk, (T, LANES) an array, stays in the L1 cache. Its states are taken two at a time (N is even) and stay in
+registers for the whole chunk. States and A come with the channel last, (N, E), as everything else does.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longwave.ops._numba.jit import kernel
+from longwave.ops._numba.pool import flat, run
+from longwave.ops._numba.simd import (
+    LANES,
+    exp2,
+    fma,
+    load,
+    load_splat,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    sum_lanes,
+    zero,
+)
+
+T = 32  # steps between two kept states
+STRIP = 8  # fewer blocks a task make more partial sums of dB and dC, more leave threads idle
+ROW = T * LANES
+LOG2_E, LN_2, ONE = np.float32(1.4426950408889634), np.float32(0.6931471805599453), np.float32(1.0)
+
+
+@kernel
+def _fetch(target, source, place, stride, rows, width):
+    """target[r, lane] = source[place + r * stride + lane], and zero from lane ``width`` on."""
+    if width == LANES:
+        for r in range(rows):
+            store(target, r * LANES, load(source, place + r * stride))
+    else:
+        for r in range(rows):
+            store(target, r * LANES, zero())
+            for lane in range(width):
+                target[r * LANES + lane] = source[place + r * stride + lane]
+
+
+@kernel
+def _put(target, place, stride, source, rows, width):
+    """The way back: target[place + r * stride + lane] = source[r, lane]  for lane < width."""
+    if width == LANES:
+        for r in range(rows):
+            store(target, place + r * stride, load(source, r * LANES))
+    else:
+        for r in range(rows):
+            for lane in range(width):
+                target[place + r * stride + lane] = source[r * LANES + lane]
+
+
+@kernel
+def _add(target, place, source, width):
+    """target[place + lane] += source[lane] in float64: the sums over time of the gradients of parameters."""
+    for lane in range(width):
+        target[place + lane] += source[lane]
+
+
+@kernel
+def _strip(task, parts, E, G):
+    """The batch, the group and the channels from ``low`` to ``high`` of a task."""
+    group = task // parts % G
+    low = group * (E // G) + task % parts * (STRIP * LANES)
+    return task // parts // G, group, low, min(low + STRIP * LANES, (group + 1) * (E // G))
+
+
+@kernel
+def _scale(x, count, factor):
+    for i in range(0, count, LANES):
+        store(x, i, load(x, i) * splat(factor))
+
+
+@kernel
+def _forward(
+    start, stop, scratch,
+    u, dt, A, B, C, D, state, z, dt_bias, y, last, kept,
+    L, E, N, G, parts, z_stride, with_softplus, with_gate, keep,
+):  # fmt: skip
+    size = N * LANES  # of the states of a block
+    decays, states = scratch[: STRIP * size], scratch[STRIP * size : 2 * STRIP * size]
+    rest = scratch[2 * STRIP * size :]
+    step, drive, out, gate = rest[:ROW], rest[ROW : 2 * ROW], rest[2 * ROW : 3 * ROW], rest[3 * ROW : 4 * ROW]
+    skip, bias = rest[4 * ROW : 5 * ROW], rest[5 * ROW : 6 * ROW]
+    chunks = (L + T - 1) // T
+    for task in range(start, stop):
+        batch, group, low, high = _strip(task, parts, E, G)
+        blocks = (high - low + LANES - 1) // LANES
+        for k in range(blocks):
+            e = low + k * LANES
+            width = min(LANES, high - e)
+            _fetch(decays[k * size :], A, e, E, N, width)
+            _fetch(states[k * size :], state, batch * N * E + e, E, N, width)
+            _fetch(skip[k * LANES :], D, e, 0, 1, width)
+            _fetch(bias[k * LANES :], dt_bias, e, 0, 1, width)
+        _scale(decays, blocks * size, LOG2_E)
+        for chunk in range(chunks):
+            first = batch * L + chunk * T  # row of (B L)
+            rows = min(T, L - chunk * T)
+            for k in range(blocks):
+                e = low + k * LANES
+                width = min(LANES, high - e)
+                if keep:
+                    _put(kept, (batch * chunks + chunk) * N * E + e, E, states[k * size :], N, width)
+                _fetch(step, dt, first * E + e, E, rows, width)
+                _fetch(drive, u, first * E + e, E, rows, width)
+                for t in range(0, rows * LANES, LANES):
+                    dt_t = load(step, t) + load(bias, k * LANES)
+                    if with_softplus:
+                        dt_t = softplus(dt_t)
+                    u_t = load(drive, t)
+                    store(step, t, dt_t)
+                    store(drive, t, dt_t * u_t)
+                    store(out, t, load(skip, k * LANES) * u_t)
+                for n in range(0, N, 2):
+                    i = k * size + n * LANES
+                    A0, A1 = load(decays, i), load(decays, i + LANES)
+                    h0, h1 = load(states, i), load(states, i + LANES)
+                    m = (first * G + group) * N + n
+                    for t in range(0, rows * LANES, LANES):
+                        dt_t, drive_t = load(step, t), load(drive, t)
+                        h0 = fma(exp2(dt_t * A0), h0, drive_t * load_splat(B, m))
+                        h1 = fma(exp2(dt_t * A1), h1, drive_t * load_splat(B, m + 1))
+                        y_t = fma(h0, load_splat(C, m), load(out, t))
+                        store(out, t, fma(h1, load_splat(C, m + 1), y_t))
+                        m += G * N
+                    store(states, i, h0)
+                    store(states, i + LANES, h1)
+                if with_gate:
+                    _fetch(gate, z, first * z_stride + e, z_stride, rows, width)
+                    for t in range(0, rows * LANES, LANES):
+                        z_t = load(gate, t)
+                        store(out, t, load(out, t) * (z_t * sigmoid(z_t)))
+                _put(y, first * E + e, E, out, rows, width)
+        for k in range(blocks):
+            e = low + k * LANES
+            _put(last, batch * N * E + e, E, states[k * size :], N, min(LANES, high - e))
+
+
+@kernel
+def _backward(
+    start, stop, scratch,
+    u, dt, A, B, C, D, z, dt_bias, kept, dy, dlast,
+    du, ddt, dA, dB, dC, dD, dstate, dz, ddt_bias,
+    L, E, N, G, parts, z_stride, with_softplus, with_gate,
+):  # fmt: skip
+    size = N * LANES
+    decays, carries = scratch[: STRIP * size], scratch[STRIP * size : 2 * STRIP * size]
+    rest = scratch[2 * STRIP * size :]
+    sum_B, sum_C = rest[: T * size], rest[T * size : 2 * T * size]  # (T, N, LANES) over the blocks
+    rest = rest[2 * T * size :]
+    step, slope, value, drive = rest[:ROW], rest[ROW : 2 * ROW], rest[2 * ROW : 3 * ROW], rest[3 * ROW : 4 * ROW]
+    out, grad, gate = rest[4 * ROW : 5 * ROW], rest[5 * ROW : 6 * ROW], rest[6 * ROW : 7 * ROW]
+    d_step, d_drive = rest[7 * ROW : 8 * ROW], rest[8 * ROW : 9 * ROW]
+    factors, before = rest[9 * ROW : 11 * ROW], rest[11 * ROW : 13 * ROW]  # (T, 2, LANES): two states' decays, h[t-1]
+    skip, bias, sums = rest[13 * ROW : 14 * ROW], rest[14 * ROW : 15 * ROW], rest[15 * ROW : 16 * ROW]
+    chunks = (L + T - 1) // T
+    one = splat(ONE)
+    for task in range(start, stop):
+        batch, group, low, high = _strip(task, parts, E, G)
+        blocks = (high - low + LANES - 1) // LANES
+        for k in range(blocks):
+            e = low + k * LANES
+            width = min(LANES, high - e)
+            _fetch(decays[k * size :], A, e, E, N, width)
+            _fetch(carries[k * size :], dlast, batch * N * E + e, E, N, width)
+            _fetch(skip[k * LANES :], D, e, 0, 1, width)
+            _fetch(bias[k * LANES :], dt_bias, e, 0, 1, width)
+        _scale(decays, blocks * size, LOG2_E)
+        for chunk in range(chunks - 1, -1, -1):
+            first = batch * L + chunk * T
+            rows = min(T, L - chunk * T)
+            for i in range(0, rows * size, LANES):
+                store(sum_B, i, zero())
+                store(sum_C, i, zero())
+            for k in range(blocks):
+                e = low + k * LANES
+                width = min(LANES, high - e)
+                _fetch(step, dt, first * E + e, E, rows, width)
+                _fetch(value, u, first * E + e, E, rows, width)
+                _fetch(grad, dy, first * E + e, E, rows, width)
+                if with_gate:
+                    _fetch(gate, z, first * z_stride + e, z_stride, rows, width)
+                    for t in range(0, rows * LANES, LANES):
+                        z_t, dy_t = load(gate, t), load(grad, t)
+                        s = sigmoid(z_t)
+                        store(grad, t, dy_t * (z_t * s))
+                        store(gate, t, dy_t * (s * fma(z_t, one - s, one)))  # times y before the gate it is dz
+                for t in range(0, rows * LANES, LANES):
+                    dt_t = load(step, t) + load(bias, k * LANES)
+                    if with_softplus:
+                        store(slope, t, sigmoid(dt_t))
+                        dt_t = softplus(dt_t)
+                    else:
+                        store(slope, t, one)
+                    u_t = load(value, t)
+                    store(step, t, dt_t)
+                    store(drive, t, dt_t * u_t)
+                    store(out, t, load(skip, k * LANES) * u_t)
+                    store(d_step, t, zero())
+                    store(d_drive, t, zero())
+                for n in range(0, N, 2):
+                    i = k * size + n * LANES
+                    A0, A1 = load(decays, i), load(decays, i + LANES)
+                    _fetch(sums, kept, ((batch * chunks + chunk) * N + n) * E + e, E, 2, width)
+                    h0, h1 = load(sums, 0), load(sums, LANES)
+                    m = (first * G + group) * N + n
+                    for t in range(0, rows * LANES, LANES):
+                        dt_t, drive_t = load(step, t), load(drive, t)
+                        store(before, 2 * t, h0)
+                        store(before, 2 * t + LANES, h1)
+                        a0, a1 = exp2(dt_t * A0), exp2(dt_t * A1)
+                        store(factors, 2 * t, a0)
+                        store(factors, 2 * t + LANES, a1)
+                        h0 = fma(a0, h0, drive_t * load_splat(B, m))
+                        h1 = fma(a1, h1, drive_t * load_splat(B, m + 1))
+                        y_t = fma(h0, load_splat(C, m), load(out, t))
+                        store(out, t, fma(h1, load_splat(C, m + 1), y_t))
+                        m += G * N
+                    g0, g1 = load(carries, i), load(carries, i + LANES)
+                    dA0, dA1 = zero(), zero()
+                    for t in range((rows - 1) * LANES, -1, -LANES):
+                        m -= G * N
+                        dt_t, drive_t, dy_t = load(step, t), load(drive, t), load(grad, t)
+                        g0 = fma(dy_t, load_splat(C, m), g0)  # of h[t]
+                        g1 = fma(dy_t, load_splat(C, m + 1), g1)
+                        j = t * N + n * LANES
+                        store(sum_C, j, fma(dy_t, h0, load(sum_C, j)))
+                        store(sum_C, j + LANES, fma(dy_t, h1, load(sum_C, j + LANES)))
+                        store(sum_B, j, fma(g0, drive_t, load(sum_B, j)))
+                        store(sum_B, j + LANES, fma(g1, drive_t, load(sum_B, j + LANES)))
+                        x = fma(g0, load_splat(B, m), load(d_drive, t))
+                        store(d_drive, t, fma(g1, load_splat(B, m + 1), x))
+                        h0, h1 = load(before, 2 * t), load(before, 2 * t + LANES)
+                        g0, g1 = g0 * load(factors, 2 * t), g1 * load(factors, 2 * t + LANES)  # of h[t-1], so far
+                        x0, x1 = g0 * h0, g1 * h1  # of dt A
+                        dA0, dA1 = fma(x0, dt_t, dA0), fma(x1, dt_t, dA1)
+                        store(d_step, t, fma(x1, A1, fma(x0, A0, load(d_step, t))))
+                    store(carries, i, g0)
+                    store(carries, i + LANES, g1)
+                    store(sums, 0, dA0)
+                    store(sums, LANES, dA1)
+                    _add(dA, (batch * N + n) * E + e, sums, width)
+                    _add(dA, (batch * N + n + 1) * E + e, sums[LANES:], width)
+                sum_D, sum_bias = zero(), zero()
+                for t in range(0, rows * LANES, LANES):
+                    dy_t, u_t, d_drive_t = load(grad, t), load(value, t), load(d_drive, t)
+                    x = fma(load(d_step, t), splat(LN_2), d_drive_t * u_t) * load(slope, t)
+                    sum_D, sum_bias = fma(dy_t, u_t, sum_D), sum_bias + x
+                    store(d_step, t, x)
+                    store(d_drive, t, fma(d_drive_t, load(step, t), dy_t * load(skip, k * LANES)))
+                    store(gate, t, load(gate, t) * load(out, t))
+                _put(ddt, first * E + e, E, d_step, rows, width)
+                _put(du, first * E + e, E, d_drive, rows, width)
+                if with_gate:
+                    _put(dz, first * E + e, E, gate, rows, width)
+                store(sums, 0, sum_D)
+                store(sums, LANES, sum_bias)
+                _add(dD, batch * E + e, sums, width)
+                _add(ddt_bias, batch * E + e, sums[LANES:], width)
+            part = task % parts * (len(dB) // parts)
+            for t in range(rows):
+                m = part + ((first + t) * G + group) * N
+                for n in range(N):
+                    dB[m + n] = sum_lanes(load(sum_B, t * size + n * LANES))
+                    dC[m + n] = sum_lanes(load(sum_C, t * size + n * LANES))
+        for k in range(blocks):
+            e = low + k * LANES
+            _put(dstate, batch * N * E + e, E, carries[k * size :], N, min(LANES, high - e))
+
+
+def _channel_last(x: Tensor) -> np.ndarray:
+    """(..., E, N) as flat (..., N, E)."""
+    return flat(x.detach().transpose(-1, -2))
+
+
+def _rows(x: Tensor | None) -> tuple[np.ndarray, int]:
+    """x (B, L, E) and the distance of its rows; one half of a wider tensor, as a gate often is, is not copied."""
+    if x is None:
+        return flat(None), 0
+    B, L, E = x.shape
+    stride = x.stride(1)
+    regular = x.numel() > 0 and x.stride(2) == 1 and stride >= E and (B == 1 or x.stride(0) == L * stride)
+    if regular and x.dtype == torch.float32:
+        return x.detach().as_strided(((B * L - 1) * stride + E,), (1,)).numpy(), stride
+    return flat(x), E
+
+
+def _sizes(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, int, int, int, int]:
+    """L, E, N, G and the strips in a group."""
+    E, N = A.shape
+    G = B.shape[2] if B.ndim == 4 else 1
+    return u.shape[1], E, N, G, -(-E // (G * STRIP * LANES))
+
+
+def forward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, softplus: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (B, L, E), the last state (B, E, N), and the state before each chunk (B, chunks, N, E) or nothing."""
+    L, E, N, G, parts = _sizes(u, A, B)
+    batch = len(u)
+    y = torch.empty(u.shape, dtype=torch.float32)
+    last = torch.empty(batch, N, E)
+    kept = torch.empty(batch, -(-L // T) if keep else 0, N, E)
+    state = torch.zeros(batch, E, N) if state is None else state
+    D, dt_bias = (torch.zeros(E) if x is None else x for x in (D, dt_bias))
+    z_rows, z_stride = _rows(z)
+    inputs = (*map(flat, (u, dt)), _channel_last(A), *map(flat, (B, C, D)), _channel_last(state), z_rows, flat(dt_bias))
+    sizes = (L, E, N, G, parts, z_stride, softplus, z is not None, keep)
+    space = 2 * STRIP * N * LANES + 6 * ROW
+    run(_forward, batch * G * parts, *inputs, *map(flat, (y, last, kept)), *sizes, scratch_size=space)
+    return y.to(u.dtype), last.transpose(1, 2).contiguous(), kept
+
+
+def backward(
+    dy: Tensor, dlast: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, kept: Tensor, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of u, dt, A, B, C, D, state, z, dt_bias in float32; of z an empty one if there is none."""
+    L, E, N, G, parts = _sizes(u, A, B)
+    batch = len(u)
+    du, ddt = (torch.empty(u.shape, dtype=torch.float32) for _ in "ud")
+    dz = torch.empty(u.shape if z is not None else 0, dtype=torch.float32)
+    dA, dD, ddt_bias = (torch.zeros(batch, *size, E, dtype=torch.float64) for size in ((N,), (), ()))
+    dB, dC = (torch.empty(parts, *B.shape) for _ in "BC")
+    dstate = torch.empty(batch, N, E)
+    D, bias = (torch.zeros(E) if x is None else x for x in (D, dt_bias))
+    z_rows, z_stride = _rows(z)
+    inputs = (*map(flat, (u, dt)), _channel_last(A), *map(flat, (B, C, D)), z_rows, *map(flat, (bias, kept, dy)))
+    grads = (du, ddt, dA, dB, dC, dD, dstate, dz, ddt_bias)
+    arrays = (grad.view(-1).numpy() for grad in grads)
+    sizes = (L, E, N, G, parts, z_stride, softplus, z is not None)
+    space = 2 * (STRIP + T) * N * LANES + 16 * ROW
+    run(_backward, batch * G * parts, *inputs, _channel_last(dlast), *arrays, *sizes, scratch_size=space)
+    dB, dC = (x[0] if parts == 1 else x.sum(0) for x in (dB, dC))
+    dA, dD, ddt_bias = (x.sum(0).to(torch.float32) for x in (dA, dD, ddt_bias))
+    return du, ddt, dA.T.contiguous(), dB, dC, dD, dstate.transpose(1, 2).contiguous(), dz, ddt_bias

@@ -1,0 +1,36 @@
+"""The bench compares like with like: both sides of every case compute the same thing."""
+
+import json
+
+import pytest
+import torch
+
+from longwave.bench import lines, plot, save
+from longwave.bench import report as report_module
+from longwave.bench.cases import CASES
+from longwave.bench.ops import measure, why_not
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.baseline}")
+def test_both_sides_compute_the_same(case):
+    if reason := why_not(case):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    inputs = case.inputs(96)
+    ours, theirs = case.ours(*inputs), case.theirs(*case.layout(inputs))
+    theirs = theirs[None] if theirs.ndim < ours.ndim else theirs
+    theirs = theirs if theirs.shape == ours.shape else theirs.transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_are_recorded_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "RESULTS", tmp_path)
+    rows = [measure(CASES[0], L, mode, "default", repeats=1) for L in (64, 128) for mode in ("forward", "both")]
+    assert all(row["ms"] > 0 and row["baseline_ms"] > 0 and row["peak_mb"] >= 0 for row in rows)
+    written = [json.loads(line) for line in save("ops", rows).read_text().splitlines()]
+    assert [row["L"] for row in written] == [64, 64, 128, 128]
+    assert {"commit", "machine", "torch", "malloc", "threads"} <= set(written[0])
+    assert [path.name for path in plot([{**row, "threads": 1} for row in rows])] == ["causal_conv.png"]
+    table = list(lines([{**rows[0], "target": 1e9}]))
+    assert "causal_conv" in table[1]
+    assert table[1].endswith("missed")

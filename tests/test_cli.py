@@ -1,0 +1,383 @@
+"""The command line as a user meets it: what it prints, what it exits with, and that no kill costs a run."""
+
+import io
+import json
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longwave import cli
+from longwave.mixers import MIXERS
+from longwave.tasks import TASKS
+from longwave.tasks.text import BOOKS
+from longwave.train import load_recipe, recipe_names, train
+from longwave.train.checkpoint import find, saved_steps
+from longwave.train.monitor import read_metrics
+
+TINY = {
+    "model": {"kind": "lm", "d_model": 8, "pattern": ["s4d", {"kind": "attention", "heads": 2}], "dropout": 0.1},
+    "task": {"kind": "text", "length": 16, "held_out": 0.01},
+    "steps": 6,
+    "batch": 4,
+    "lr": 3e-3,
+    "schedule": "constant",
+    "eval_every": 10,
+    "checkpoint_every": 1,
+    "log_every": 1,
+    "accelerator": "cpu",
+}
+FOREVER = "steps=1000000"
+LONGWAVE = [sys.executable, "-m", "longwave.cli"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """``call("show", "demo")`` in this process -> (exit code, stdout, stderr)."""
+
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["longwave", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A recipe file and a finished run of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "text.txt"
+    text.write_bytes((BOOKS / "emma.txt").read_bytes()[:20_000])
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "task": {**TINY["task"], "files": [str(text)]}}))
+    train(load_recipe(folder / "tiny.yaml"), folder / "run")
+    return folder / "tiny.yaml", folder / "run"
+
+
+def digests(run):
+    return json.loads((find(run) / "manifest.json").read_text())
+
+
+def numbers(run):
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in read_metrics(run)]
+
+
+def wait_for(condition, process, seconds=60):
+    """Until it holds; fails where the process ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+
+
+# Help and the commands that only tell
+
+
+def test_start_up_is_quick():
+    """Help comes before anything large is imported."""
+    code = "import sys; sys.argv = ['longwave', '--help']; import longwave.cli\ntry: longwave.cli.main()\nfinally: "
+    code += "print([m for m in ('torch', 'numpy', 'lightning_fabric', 'matplotlib', 'pydantic') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip().splitlines()[-1] == "[]", run.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_the_commands(call, arguments):
+    code, out, _ = call(*arguments)
+    assert code == 0
+    for command in ("train", "eval", "generate", "list", "show", "doctor"):
+        assert re.search(rf"\b{command} ", out), command
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("train", "longwave train --resume runs/mine"),
+        ("eval", "longwave eval runs/demo"),
+        ("generate", 'longwave generate runs/demo --prompt "Emma had"'),
+        ("show", "longwave show demo"),
+    ],
+)
+def test_help_has_examples(call, command, example):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert "Examples" in out
+    assert example in out
+
+
+def test_list_has_a_line_for_everything(call):
+    code, out, _ = call("list")
+    assert code == 0
+    for name in [*MIXERS, *TASKS, *recipe_names()]:
+        assert re.search(rf"^  {name} +\S+ \S+ \S+", out, re.MULTILINE), name
+
+
+def test_show_a_recipe(call):
+    code, out, _ = call("show", "demo", "steps=7")
+    assert code == 0
+    resolved = yaml.safe_load(out.split("\nparameters:")[0])
+    assert (resolved["steps"], resolved["model"]["vocab"], resolved["task"]["kind"]) == (7, 256, "text")
+    count = sum(p.numel() for p in load_recipe("demo").model.build().parameters())
+    assert f"parameters: {count:,}\n" in out
+
+
+def test_show_a_run_and_its_state(call, trained):
+    code, out, _ = call("show", trained[1])
+    assert code == 0
+    assert yaml.safe_load(out.split("\nparameters:")[0]) == yaml.safe_load((trained[1] / "config.yaml").read_text())
+    rows = {
+        line.split()[-4]: line.replace(",", "").split()[-3:] for line in out.splitlines() if re.match(r" *\d ", line)
+    }
+    first, growth, million = map(int, rows["s4d"])
+    assert (growth, million) == (0, first)
+    first, growth, million = map(int, rows["attention"])
+    assert growth >= 2 * 8 * 4  # a key and a value of float32 a token
+    assert million == first + growth * 999_999
+
+
+def test_doctor_checks_every_mixer(call):
+    code, out, _ = call("doctor")
+    assert code == 0
+    assert "torch 2." in out
+    assert re.search(r"^cuda", out, re.MULTILINE)
+    assert re.search(r"^  causal_conv .*\btorch, reference$", out, re.MULTILINE)
+    for name, cls in MIXERS.items():
+        assert len(re.findall(rf"^  {name} .*  ok  ", out, re.MULTILINE)) == len(cls.examples), name
+
+
+def test_doctor_reports_a_mixer_that_sees_the_future(call, monkeypatch):
+    monkeypatch.setattr(MIXERS["lstm"], "forward", lambda self, x, state=None: (x + x.sum(1, keepdim=True), state))
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert re.search(r"^  lstm .*  WRONG", out, re.MULTILINE)
+
+
+# Training, evaluation, generation
+
+
+def test_train_says_how_good_it_is_and_what_is_next(call, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("train", trained[0], "steps=2")
+    assert (code, out) == (0, "")
+    run = Path("runs/tiny")
+    assert saved_steps(run) == [1, 2]
+    assert "held out: loss " in err
+    assert "this model" in err
+    assert "gzip -9" in err
+    assert "longwave generate runs/tiny --prompt" in err
+    assert re.search(r"^step 2/2  loss \d\.\d{3}  [\d,]+ tokens/s$", err, re.MULTILINE)
+
+
+def test_train_twice_is_an_error_that_says_how_to_go_on(call, trained):
+    before = digests(trained[1])
+    code, _, err = call("train", trained[0], "--out", trained[1])
+    assert code == 2
+    run = trained[1]
+    assert err == f"error: {run} exists already: go on with it by --resume {run}, or choose another folder by --out\n"
+    assert digests(trained[1]) == before
+
+
+def test_resume_with_the_recipe_and_changes(call, trained, tmp_path):
+    recipe, run = trained[0], tmp_path / "run"
+    train(load_recipe(recipe), run)
+    for arguments in ([recipe], [recipe, "steps=8"], ["steps=9"], []):
+        code, _, err = call("train", *arguments, "--resume", run)
+        assert code == 0, err
+    assert saved_steps(run)[-1] == 9
+    code, _, err = call("train", recipe, "lr=1", "--resume", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "lr was 0.003 and is now 1.0" in err
+    code, _, err = call("train", "--resume", run, "--out", tmp_path / "elsewhere")
+    assert (code, err) == (2, f"error: --resume goes on in {run}; leave out --out {tmp_path / 'elsewhere'}\n")
+
+
+def test_resume_from_a_named_checkpoint(call, trained, tmp_path):
+    run = tmp_path / "run"
+    train(load_recipe(trained[0]), run)
+    code, _, err = call("train", "--resume", run / "checkpoints" / "step-00000005")
+    assert code == 0, err
+    assert digests(run) == digests(trained[1])
+
+
+def test_eval_gives_the_numbers_of_training(call, trained):
+    code, out, err = call("eval", trained[1])
+    assert code == 0, err
+    got = {name: float(value) for name, value in (line.rsplit("  ", 1) for line in out.splitlines())}
+    last = [line for line in read_metrics(trained[1]) if "eval_loss" in line][-1]
+    assert got == {name[5:].replace("_", " "): pytest.approx(last[name], rel=1e-4) for name in last if name != "step"}
+
+
+def test_eval_on_a_changed_task_and_a_named_checkpoint(call, trained):
+    code, changed, _ = call("eval", trained[1], "task.held_out=0.02", "eval_batch=1")
+    assert code == 0
+    assert changed != call("eval", trained[1])[1]
+    code, earlier, _ = call("eval", trained[1] / "checkpoints" / "step-00000005")
+    assert code == 0
+    assert earlier != call("eval", trained[1])[1]
+
+
+def test_generate_goes_on_from_the_prompt(call, trained):
+    code, out, err = call("generate", trained[1], "--prompt", "Emma ", "--max-new", 12, "--seed", 3)
+    assert code == 0
+    assert out.startswith("Emma ")
+    assert "12 bytes in" in err
+    assert re.search(r"recurrent state of 1 layers \(s4d\): .* did not grow", err)
+    before, after = re.search(
+        r"cache of 1 layers \(attention\): ([\d,]+) bytes after the prompt, ([\d,]+)", err
+    ).groups()
+    assert int(after.replace(",", "")) > 2 * int(before.replace(",", ""))
+    assert call("generate", trained[1], "--prompt", "Emma ", "--max-new", 12, "--seed", 3)[1] == out
+    assert call("generate", trained[1], "--prompt", "Emma ", "--max-new", 12, "--seed", 4)[1] != out
+
+
+def test_generate_from_standard_input_is_generate_from_the_prompt(call, trained):
+    _, out, _ = call("generate", trained[1], "--prompt", "Emma é", "--max-new", 9, "--seed", 1)
+    code, piped, _ = call("generate", trained[1], "--max-new", 9, "--seed", 1, stdin="Emma é".encode())
+    assert code == 0
+    assert "Emma é" + piped == out
+
+
+def test_generate_stops_at_the_text_given(call, trained):
+    arguments = ("generate", trained[1], "--prompt", "a", "--max-new", 400, "--seed", 0, "--temperature", 1)
+    new = call(*arguments)[1].removeprefix("a")
+    stop = next(new[i : i + 2] for i in range(40, 300) if new[i : i + 2].isascii() and new[i : i + 2].isprintable())
+    code, out, _ = call(*arguments, "--stop", stop)
+    assert code == 0
+    assert out == "a" + new[: new.index(stop) + 2] + "\n"
+
+
+def test_generate_leaves_quietly_when_nobody_reads(trained):
+    command = shlex.join([*LONGWAVE, "generate", str(trained[1]), "--prompt", "x", "--max-new", "100000"])
+    run = subprocess.run(["bash", "-c", f"{command} | head -c 5"], capture_output=True, timeout=60)
+    assert len(run.stdout) == 5
+    assert run.stderr == b""
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "No such command 'nonsense'; see longwave --help"),
+        (["train", "demo", "--lr", "3"], "No such option: --lr .*; see longwave train --help"),
+        (["generate"], "Missing argument 'run'; see longwave generate --help"),
+        (["generate", "RUN", "--max-new", "many"], "Invalid value for '--max-new'.*; see longwave generate --help"),
+        (["train"], "name a recipe"),
+        (["train", "lr=1"], "name a recipe"),
+        (["train", "demoo"], "'demoo' is neither a recipe nor a YAML file; did you mean 'demo'"),
+        (["train", "demo", "stepz=1"], "stepz: .* did you mean 'steps'"),
+        (["train", "demo", "model.d_model=17"], "heads = 4 does not divide d_model = 17"),
+        (["train", "--resume", "nowhere"], "nowhere is no run: it has no config.yaml"),
+        (["eval", "nowhere"], "nowhere is no run"),
+        (["show", "demoo"], "'demoo' is neither"),
+        (["eval", "RUN", "task.lenght=3"], "task.lenght: .* did you mean 'length'"),
+        (["eval", "RUN", "model.d_model=16"], "holds another model: model.d_model was 8 and is now 16"),
+        (["eval", "RUN/checkpoints/step-00000099"], "there is no checkpoint .*step-00000099; the one before it is"),
+        (["generate", "RUN", "--prompt", ""], "the prompt is empty"),
+        (["generate", "RUN"], "the prompt is empty: give --prompt TEXT or text on standard input"),
+        (["generate", "RUN", "--prompt", "a", "--max-new", "-1"], "max_new must be >= 0; got -1"),
+        (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature must be >= 0"),
+        (["generate", "RUN", "--prompt", "a", "--top-k", "0"], "top_k must lie in 1..256; got 0"),
+        (["generate", "RUN", "--prompt", "a", "--top-p", "0"], "top_p must lie in"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_is_two_lines_and_code_2(call, trained, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*(argument.replace("RUN", str(trained[1])) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert re.match("error: .*" + words, err), err
+    assert len(err.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_wants_a_text_model(call, trained, tmp_path):
+    task = "task={kind: associative_recall, vocab_size: 10, length: 8, eval_examples: 4}"
+    train(load_recipe(trained[0], [task, "steps=1", "eval_batch=4"]), tmp_path / "run")
+    code, _, err = call("generate", tmp_path / "run", "--prompt", "a")
+    assert code == 2
+    assert "was trained on associative_recall; generate works on byte-level text models" in err
+
+
+def test_debug_shows_the_traceback(call):
+    for arguments in (["show", "demoo", "--debug"], ["--debug", "show", "demoo"]):
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert "Traceback (most recent call last)" in err
+        assert "ValueError: 'demoo' is neither" in err
+    assert "Traceback" not in call("show", "demoo")[2]
+
+
+def test_a_disk_that_is_full_says_how_to_go_on(call, trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("longwave.train.loop.save_checkpoint", full)
+    code, _, err = call("train", trained[0], "--out", tmp_path / "run")
+    assert code == 2
+    *_, first, second = err.splitlines()
+    assert first == (
+        "error: the checkpoint of step 1 cannot be written: [Errno 28] No space left on device; "
+        "there is no checkpoint yet"
+    )
+    assert second == f"when that is mended, go on with longwave train --resume {tmp_path / 'run'}"
+
+
+# Signals and kills
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_tells_the_command_that_resumes(trained, tmp_path, number):
+    run = tmp_path / "a run"
+    command = [*LONGWAVE, "train", trained[0], FOREVER, "--out", run]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_metrics(run)) >= 3, process)
+    process.send_signal(number)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    step, resume = re.search(
+        r"interrupted after step (\d+); everything is saved\. Go on with\n  longwave (.*)\n", err
+    ).groups()
+    assert saved_steps(run)[-1] == int(step) == read_metrics(run)[-1]["step"]
+    steps = f"steps={int(step) + 3}"
+    subprocess.run([*LONGWAVE, *shlex.split(resume), steps], check=True, capture_output=True, timeout=60)
+    train(load_recipe(trained[0], [steps]), tmp_path / "whole")
+    assert digests(run) == digests(tmp_path / "whole")
+    assert numbers(run) == numbers(tmp_path / "whole")
+
+
+def test_kills_at_any_moment_cost_at_most_the_steps_since_the_checkpoint(trained, tmp_path):
+    """A checkpoint is written at every step, so most of the kills come while one is."""
+    run, moments = tmp_path / "run", random.Random()
+    logged = 0
+    for i in range(4):
+        where = ["--resume", run] if i else [trained[0], "--out", run]
+        process = subprocess.Popen([*LONGWAVE, "train", *where, FOREVER], stderr=subprocess.PIPE, text=True)
+        wait_for(lambda before=logged: max(saved_steps(run), default=0) > before + 2, process)
+        time.sleep(moments.random() / 20)  # any moment will do
+        process.kill()
+        process.communicate()
+        logged, saved = read_metrics(run)[-1]["step"], int(find(run).name.removeprefix("step-"))
+        assert logged - 1 <= saved <= logged
+        logged = saved
+    steps = f"steps={logged + 3}"
+    train(load_recipe(trained[0], [steps]), run, resume=run)
+    train(load_recipe(trained[0], [steps]), tmp_path / "whole")
+    assert digests(run) == digests(tmp_path / "whole")
+    assert numbers(run) == numbers(tmp_path / "whole")
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
