@@ -26,4 +26,4 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/longwave bench
+	$(BIN)/longwave bench ops

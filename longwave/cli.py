@@ -1,4 +1,4 @@
-"""The command line: train | eval | generate | list | show | doctor."""
+"""The command line: train | eval | generate | list | show | doctor | bench."""
 
 import codecs
 import logging
@@ -223,6 +223,35 @@ def show(
         totals = [a + b for a, b in zip(totals, numbers)]
         print(f"{i:3} {name:20}" + "".join(f"{n:>{w},}" for n, w in zip(numbers, (16, 16, 18))))
     print(f"{'all':24}" + "".join(f"{n:>{w},}" for n, w in zip(totals, (16, 16, 18))))
+
+
+@app.command(
+    epilog="Examples:\n\n- `longwave bench ops`\n\n- `longwave bench ops --only causal_conv --repeats 3`\n\n"
+    "- `longwave bench models --save`"
+)
+def bench(
+    what: Annotated[str, typer.Argument(help="ops or models.")] = "ops",
+    only: Annotated[list[str] | None, typer.Option(help="Names of the ops to measure; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved pairs a row, of which the median is taken.")] = 7,
+    save: Annotated[bool, typer.Option(help="Append JSON lines to benchmarks/results and draw plots there.")] = False,
+) -> None:
+    """Measure speed and memory of ops, or of whole models, beside their peers in one process."""
+    import torch
+
+    from longwave import bench as benches
+
+    if what not in ("ops", "models"):
+        raise ValueError(f"{what!r} is no bench; there are ops and models")
+    threads = sorted({1, torch.get_num_threads()})
+    measured = benches.bench_ops(only or [], threads, repeats) if what == "ops" else benches.bench_models(repeats)
+    rows = []
+    for row, line in benches.lines(measured):
+        print(line, flush=True)
+        rows += [] if row is None else [row]
+    if save:
+        path = benches.save(what, rows)
+        plots = benches.plot(rows) if what == "ops" else []
+        _note(f"{len(rows)} rows appended to {path}" + "".join(f"\n{plot}" for plot in plots))
 
 
 @app.command()

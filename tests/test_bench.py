@@ -31,6 +31,7 @@ def test_rows_are_recorded_and_drawn(tmp_path, monkeypatch):
     assert [row["L"] for row in written] == [64, 64, 128, 128]
     assert {"commit", "machine", "torch", "malloc", "threads"} <= set(written[0])
     assert [path.name for path in plot([{**row, "threads": 1} for row in rows])] == ["causal_conv.png"]
-    table = list(lines([{**rows[0], "target": 1e9}]))
-    assert "causal_conv" in table[1]
-    assert table[1].endswith("missed")
+    (_, header), (row, line) = lines([{**rows[0], "target": 1e9}])
+    assert header.split()[0] == "op"
+    assert row["op"] == "causal_conv"
+    assert line.endswith("missed")

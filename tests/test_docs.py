@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -35,7 +36,8 @@ def test_docstring_examples_run(name):
 
 def public(module):
     for name, item in vars(module).items():
-        if not name.startswith("_") and getattr(item, "__module__", None) == module.__name__ and callable(item):
+        own = getattr(item, "__module__", None) == module.__name__
+        if own and not name.startswith("_") and (inspect.isclass(item) or inspect.isfunction(item)):
             yield name, item
 
 

@@ -3,7 +3,7 @@
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ RESULTS = Path("benchmarks/results")
 COLUMNS = ("op", "against", "L", "mode", "malloc", "threads", "ms", "baseline_ms", "ratio", "target")
 
 
-def lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
-    """Each row as a line of a table, as it comes."""
-    yield " ".join(f"{c:>{_width(c)}}" for c in COLUMNS)
+def lines(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any] | None, str]]:
+    """The header (None, line), then (row, line of a table) as each row comes."""
+    yield None, " ".join(f"{c:>{_width(c)}}" for c in COLUMNS)
     for row in rows:
         cells = ["" if row.get(c) is None else str(row[c]) for c in COLUMNS]
         missed = row.get("target") and not isinstance(row["target"], str) and row["ratio"] < row["target"]
-        yield " ".join(f"{v:>{_width(c)}}" for c, v in zip(COLUMNS, cells)) + ("  missed" if missed else "")
+        yield row, " ".join(f"{v:>{_width(c)}}" for c, v in zip(COLUMNS, cells)) + ("  missed" if missed else "")
 
 
 def _width(column: str) -> int:

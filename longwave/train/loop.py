@@ -169,6 +169,7 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
     world, parameters = fabric.world_size, [p for p in model.parameters() if p.requires_grad]
     rows = recipe.batch // (world * recipe.accumulate)
     metrics: dict[str, float] = {}
+    tokens = 0  # since the last line of the log
     saved = start if checkpoint is not None else -1
     monitor = _on_main(fabric, _start_monitor, recipe, run, start)
 
@@ -201,12 +202,15 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
             for step in range(start, recipe.steps):
                 lr = set_lr(optimizer, step, recipe)
                 torch.manual_seed(_step_seed(recipe.seed, step, fabric.global_rank))
-                loss, norm = _step(fabric, objective, wrapped, parameters, batches(step), recipe)
+                parts = batches(step)
+                tokens += sum(part.inputs.numel() for part in parts) * world
+                loss, norm = _step(fabric, objective, wrapped, parameters, parts, recipe)
                 done = step + 1
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise _diverged(run, "the gradient" if math.isfinite(loss) else "the loss", done)
                 if done % recipe.log_every == 0 or done == recipe.steps:
-                    _on_main(fabric, Monitor.train, monitor, done, loss, lr, norm)
+                    _on_main(fabric, Monitor.train, monitor, done, loss, lr, norm, tokens)
+                    tokens = 0
                 if done % recipe.eval_every == 0 or done == recipe.steps:
                     metrics = assess(done)
                     _on_main(fabric, Monitor.evaluation, monitor, done, metrics)
@@ -254,8 +258,7 @@ def _start_monitor(recipe: Recipe, run: Path, start: int) -> Monitor:
     """Only now, when nothing objects, the run has a folder."""
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, recipe.to_yaml())
-    tokens = recipe.batch * recipe.task.train_batch(1, 0, 0).inputs.shape[1]
-    return Monitor(run, recipe.steps, start, tokens, recipe.task.metric)
+    return Monitor(run, recipe.steps, start, recipe.task.metric)
 
 
 def _save(

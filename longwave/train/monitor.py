@@ -21,11 +21,10 @@ class Monitor:
         run: the run's folder.
         steps: how many there will be.
         start: steps done before; of what was logged later than that, nothing stays.
-        tokens_a_step: input tokens of one step, for the rate.
         metric: of the task, shown beside the loss.
     """
 
-    def __init__(self, run: Path, steps: int, start: int, tokens_a_step: int, metric: str):
+    def __init__(self, run: Path, steps: int, start: int, metric: str):
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.metric, self.console = run, metric, Console(stderr=True)
@@ -33,8 +32,8 @@ class Monitor:
         kept = [line for line in read_metrics(run) if line["step"] <= start]
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(str(run), purge_step=start + 1)
-        self.start, self.steps, self.tokens_a_step = start, steps, tokens_a_step
-        self.clock, self.last_step, self.last_said = time.monotonic(), start, start
+        self.start, self.steps = start, steps
+        self.clock, self.last_said = time.monotonic(), start
         columns = [
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
@@ -59,11 +58,11 @@ class Monitor:
         with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error counts
             self.board.close()
 
-    def train(self, step: int, loss: float, lr: float, norm: float) -> None:
-        """After ``step`` steps: loss in nats a token, and tokens a second since the last call."""
+    def train(self, step: int, loss: float, lr: float, norm: float, tokens: int) -> None:
+        """After ``step`` steps, ``tokens`` inputs after the last call: loss in nats a scored token, tokens a second."""
         now = time.monotonic()
-        rate = (step - self.last_step) * self.tokens_a_step / max(now - self.clock, 1e-9)
-        self.clock, self.last_step = now, step
+        rate = tokens / max(now - self.clock, 1e-9)
+        self.clock = now
         self._write(step, {"loss": loss, "lr": lr, "gradient_norm": norm, "tokens_per_second": round(rate)})
         self.progress.update(self.bar, completed=step, numbers=f"loss {loss:.3f}  {rate:,.0f} tokens/s")
         if not self.console.is_terminal and step - self.last_said >= self.steps / 20:
