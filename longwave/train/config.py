@@ -37,6 +37,7 @@ class Recipe(Spec):
         warmup: steps over which lr rises linearly from 0.
         schedule: cosine | linear | constant, of lr after the warm-up, down to ``final_lr`` times lr.
         precision: 32-true | bf16-mixed.
+        threads: CPU threads of a process; default torch's choice. A tiny model is fastest on one.
         accelerator, devices, nodes, strategy: as lightning-fabric has them; strategy auto | ddp | fsdp2.
         eval_every, checkpoint_every, log_every: in steps; the last step always evaluates and saves.
         eval_batch: rows an evaluation batch; default batch.
@@ -57,6 +58,7 @@ class Recipe(Spec):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr: float = Field(0.1, ge=0, le=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    threads: int | None = Field(None, ge=1)
     accelerator: str = "auto"
     devices: int = Field(1, ge=1)
     nodes: int = Field(1, ge=1)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # takes long to import, and only training needs it
 CONFIG = "config.yaml"
 MAY_DIFFER = {
     "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep",
-    "accelerator", "devices", "nodes", "strategy", "accumulate",
+    "threads", "accelerator", "devices", "nodes", "strategy", "accumulate",
 }  # fmt: skip
 
 
@@ -92,6 +92,8 @@ def make_fabric(recipe: Recipe) -> "Fabric":
     from lightning_fabric.strategies import ModelParallelStrategy
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     world = recipe.devices * recipe.nodes
     started = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else world
     if started != world:
