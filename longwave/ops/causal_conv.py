@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longwave.ops.dispatch import Op, at_least_float32
+from longwave.ops.dispatch import Op, at_least_float32, numba_why_not
 
 
 @Op(u="B L C", k="C K", skip="C", gate_in="B L C", gate_out="B L C", k_future="C M")
@@ -60,7 +60,20 @@ def _fft(
     gate_out: Tensor | None = None,
     k_future: Tensor | None = None,
 ) -> Tensor:
-    return _conv(u, k, skip, gate_in, gate_out, k_future)
+    return _conv(u, k, skip, gate_in, gate_out, k_future, "torch")
+
+
+@causal_conv.backend("numba", why_not=lambda *args, **kwargs: numba_why_not(*args, *kwargs.values()))
+def _fft_kernels(
+    u: Tensor,
+    k: Tensor,
+    *,
+    skip: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+    k_future: Tensor | None = None,
+) -> Tensor:
+    return _conv(u, k, skip, gate_in, gate_out, k_future, "numba")
 
 
 def _fft_length(least: int) -> int:
@@ -116,6 +129,22 @@ def _conv(
     gate_in: Tensor | None,
     gate_out: Tensor | None,
     k_future: Tensor | None,
+    backend: str = "torch",
+) -> Tensor:
+    if backend == "numba":
+        from longwave.ops._numba import causal_conv as kernels
+
+        return kernels.forward(u, k, skip, gate_in, gate_out, k_future).to(u.dtype)
+    return _torch_forward(u, k, skip, gate_in, gate_out, k_future)
+
+
+def _torch_forward(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    k_future: Tensor | None,
 ) -> Tensor:
     L = u.shape[1]
     K, M, n, work = _geometry(u, k, k_future)
@@ -130,7 +159,7 @@ def _conv(
 
 
 @_conv.register_fake
-def _(u, k, skip, gate_in, gate_out, k_future):
+def _(u, k, skip, gate_in, gate_out, k_future, backend="torch"):
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
@@ -143,8 +172,27 @@ def _conv_backward(
     gate_in: Tensor | None,
     gate_out: Tensor | None,
     k_future: Tensor | None,
+    backend: str = "torch",
 ) -> list[Tensor]:
     """Gradients of the tensors that are there, in the order of the arguments."""
+    if backend == "numba":
+        from longwave.ops._numba import causal_conv as kernels
+
+        grads = kernels.backward(dy, u, k, skip, gate_in, gate_out, k_future)
+        pairs = zip((u, k, skip, gate_in, gate_out, k_future), grads)
+        return [grad.to(t.dtype) for t, grad in pairs if t is not None and grad is not None]
+    return _torch_backward(dy, u, k, skip, gate_in, gate_out, k_future)
+
+
+def _torch_backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    k_future: Tensor | None,
+) -> list[Tensor]:
     L = u.shape[1]
     K, M, n, work = _geometry(u, k, k_future)
     taps, future = k[:, :K].to(work), k_future[:, :M].to(work) if M and k_future is not None else None
@@ -177,18 +225,19 @@ def _conv_backward(
 
 
 @_conv_backward.register_fake
-def _(dy, u, k, skip, gate_in, gate_out, k_future):
+def _(dy, u, k, skip, gate_in, gate_out, k_future, backend="torch"):
     given = [t for t in (u, k, skip, gate_in, gate_out, k_future) if t is not None]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dy):
-    grads = iter(_conv_backward(dy, *ctx.saved_tensors))
-    return tuple(None if t is None else next(grads) for t in ctx.saved_tensors)
+    grads = iter(_conv_backward(dy, *ctx.saved_tensors, ctx.backend))
+    return *(None if t is None else next(grads) for t in ctx.saved_tensors), None
 
 
 torch.library.register_autograd("longwave::causal_conv", _backward, setup_context=_save)

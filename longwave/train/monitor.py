@@ -114,9 +114,9 @@ def plot_loss(run: Path, metric: str) -> Path:
     held_out = [line for line in lines if "eval_loss" in line]
     if train:
         steps, losses = zip(*train)
-        smooth, average = [], losses[0]
+        smooth, average, weight = [], losses[0], min(1.0, 40 / len(losses))  # over a fortieth of the run
         for loss in losses:
-            average += 0.1 * (loss - average)
+            average += weight * (loss - average)
             smooth.append(average)
         left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         left.plot(steps, smooth, color="tab:blue", label="training (smoothed)")
@@ -130,7 +130,7 @@ def plot_loss(run: Path, metric: str) -> Path:
         right.plot([e["step"] for e in held_out], values, "s--", color="tab:red", label=metric.replace("_", " "))
         right.set_ylabel(metric.replace("_", " "), color="tab:red")
         handles, labels = handles + right.get_legend_handles_labels()[0], labels + right.get_legend_handles_labels()[1]
-    left.legend(handles, labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(run / "loss.png", dpi=120)
     pyplot.close(figure)
     return run / "loss.png"

@@ -310,3 +310,22 @@ def where_less(context, a, b, x, y):
         return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
 
     return float32x8(float32x8, float32x8, float32x8, float32x8), emit
+
+
+def _prefetch(write: int, doc: str) -> Any:
+    def typer(context: Any, array: Any, i: Any) -> Any:
+        def emit(ctx: Any, builder: Any, sig: Any, args: Sequence) -> Any:
+            place = _pointer(ctx, builder, sig.args[0], args[0], args[1], ir.IntType(8))
+            kind = ir.FunctionType(ir.VoidType(), [place.type, _INT, _INT, _INT])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [place, _INT(write), _INT(2), _INT(1)])
+            return ctx.get_dummy_value()
+
+        return types.void(array, types.intp), emit
+
+    typer.__doc__ = doc
+    return intrinsic(typer)
+
+
+prefetch = _prefetch(0, "Ask for the cache line of array[i], to be read soon; any i is harmless.")
+prefetch_to_write = _prefetch(1, "Ask for the cache line of array[i], to be written soon; any i is harmless.")

@@ -1,0 +1,858 @@
+"""Long convolution by one half-length complex FFT a row, eight channels in the lanes, everything pointwise fused in.
+
+The transform. A real sequence x of at most 2M samples is the polynomial sum_j x[j] z^j modulo z^2M + 1. That modulus is
+(z^M - i)(z^M + i), and real polynomials are conjugate in the two factors, so one factor tells all: with z^M = i the
+sequence is the M complex numbers x[j] + i x[j+M], and multiplying two of them multiplies the real polynomials. So a
+convolution costs transforms of M >= L points where zero padding to 2L and a real FFT would be the usual way; what
+leaves at 2M comes back at 0 negated, and M is chosen so that none of it comes back where it is read (`plan`).
+
+The FFT divides moduli: z^4m - g^4 is the product of z^m - i^p g over p < 4, so a block of 4m points becomes four blocks
+of m points, block p holding sum_q i^pq g^q x[j + qm]. g is constant over a block: long blocks need no table of
+twiddles. After the last division the points are the values of the polynomial at the M roots, in some order which does
+not matter, because the inverse undoes the same steps backwards. The first division is by 3, 4 or 5 (M = radix 2^p) and
+is done while reading, its inverse while writing. Blocks are divided depth first, so that small ones stay in cache.
+
+Memory: a point is sixteen floats, eight real parts and eight imaginary parts (of eight channels), one cache line.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longwave.ops._numba import pool
+from longwave.ops._numba.jit import kernel as counting_kernel
+from longwave.ops._numba.simd import (
+    fma,
+    fms,
+    fnma,
+    load,
+    load_splat,
+    prefetch,
+    prefetch_to_write,
+    splat,
+    store,
+    transpose,
+    zero,
+)
+
+POINT = 16  # floats
+LEAF = 256  # largest block, in points, that is divided to the end at once: 16 kB, half of an L1 cache
+WIDTH = 16  # columns that pass through the tile at a time on their way in or out
+ROW = WIDTH * POINT
+PAD = 5 * ROW  # after the five rows of a tile, a vector for the lanes of the last channels
+TILE = PAD + POINT
+
+WIDE = 1 << 16  # up to here, in points, sixteen channels at a time
+
+float32 = np.float32
+SQRT3_4 = float32(np.sqrt(0.75))
+COS1, COS2 = float32(np.cos(2 * np.pi / 5)), float32(np.cos(4 * np.pi / 5))
+SIN1, SIN2 = float32(np.sin(2 * np.pi / 5)), float32(np.sin(4 * np.pi / 5))
+HALF = float32(0.5)
+
+
+def plan(L: int, K: int, F: int) -> tuple[int, int]:
+    """The least M = radix 2^p, radix 3, 4 or 5, for L samples, K causal and F future taps; and its radix.
+
+    Output t is spoilt by those at t + 2M and t - 2M. The outputs run from -F to L + K - 2 and those from 0 to L - 1 are
+    read, so 2M >= L + K - 1 and 2M >= L + F. The gradients need the same: that of u is a convolution with K future and
+    F causal taps; that of the taps is read from -F to K - 1 of the lags -(L - 1) to L - 1.
+    """
+    least = (L + max(K - 1, F) + 1) // 2
+    return min((radix << max(0, (-(-least // radix) - 1).bit_length()), radix) for radix in (4, 3, 5))
+
+
+@functools.lru_cache(maxsize=16)
+def tables(M: int, radix: int) -> tuple[np.ndarray, np.ndarray]:
+    """Twiddles g, g^2, ... of every block as (cos, sin) pairs, and where those of blocks of 2^e points begin, by e."""
+    angle = np.full(1, np.pi / 2)  # the blocks' moduli are z^n - exp(i angle), in the order of the blocks
+    parts, starts, count, n, divide = [], np.zeros(64, np.int64), 0, M, radix
+    while n > 1:
+        powers = angle[:, None] / divide * np.arange(1, divide)
+        parts.append(np.stack([np.cos(powers), np.sin(powers)], axis=2).astype(np.float32).ravel())
+        if n != M:
+            starts[n.bit_length() - 1] = count
+        count += parts[-1].size
+        angle = ((angle[:, None] + 2 * np.pi * np.arange(divide)) / divide).ravel()
+        n //= divide
+        divide = min(n, 4)
+    return np.concatenate(parts), starts
+
+
+def kernel(function: Callable) -> Any:
+    """Without reference counts: they are atomic, and at two a call cost more than a small function's arithmetic."""
+    counting = counting_kernel(function)
+    counting.targetoptions["_nrt"] = False
+    return counting
+
+
+@kernel
+def turn(re, im, cos, sin):
+    return fnma(im, sin, re * cos), fma(im, cos, re * sin)
+
+
+@kernel
+def turn_back(re, im, cos, sin):
+    return fma(im, sin, re * cos), fms(im, cos, re * sin)
+
+
+@kernel
+def dft4(ar, ai, br, bi, cr, ci, dr, di):
+    """a + i^p b + (-1)^p c + (-i)^p d for p = 0, 1, 2, 3."""
+    er, ei, fr, fi = ar + cr, ai + ci, ar - cr, ai - ci
+    gr, gi, hr, hi = br + dr, bi + di, br - dr, bi - di
+    return er + gr, ei + gi, fr - hi, fi + hr, er - gr, ei - gi, fr + hi, fi - hr
+
+
+@kernel
+def divide(x, start, n, blocks, tw, t):
+    """Blocks of n = 4m points, the first at ``start``, into four of m points each."""
+    m = n // 4
+    s = m * POINT
+    for block in range(blocks):
+        c1, s1, c2, s2 = load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2), load_splat(tw, t + 3)
+        c3, s3 = load_splat(tw, t + 4), load_splat(tw, t + 5)
+        t += 6
+        first = (start + block * n) * POINT
+        for o in range(first, first + s, POINT):
+            ar, ai = load(x, o), load(x, o + 8)
+            br, bi = turn(load(x, o + s), load(x, o + s + 8), c1, s1)
+            cr, ci = turn(load(x, o + 2 * s), load(x, o + 2 * s + 8), c2, s2)
+            dr, di = turn(load(x, o + 3 * s), load(x, o + 3 * s + 8), c3, s3)
+            ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
+            store(x, o, ar)
+            store(x, o + 8, ai)
+            store(x, o + s, br)
+            store(x, o + s + 8, bi)
+            store(x, o + 2 * s, cr)
+            store(x, o + 2 * s + 8, ci)
+            store(x, o + 3 * s, dr)
+            store(x, o + 3 * s + 8, di)
+
+
+@kernel
+def unite(x, start, n, blocks, tw, t):
+    """The inverse of divide, times 4."""
+    m = n // 4
+    s = m * POINT
+    for block in range(blocks):
+        c1, s1, c2, s2 = load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2), load_splat(tw, t + 3)
+        c3, s3 = load_splat(tw, t + 4), load_splat(tw, t + 5)
+        t += 6
+        first = (start + block * n) * POINT
+        for o in range(first, first + s, POINT):
+            ar, ai, br, bi = load(x, o), load(x, o + 8), load(x, o + s), load(x, o + s + 8)
+            cr, ci, dr, di = load(x, o + 2 * s), load(x, o + 2 * s + 8), load(x, o + 3 * s), load(x, o + 3 * s + 8)
+            ar, ai, dr, di, cr, ci, br, bi = dft4(ar, ai, br, bi, cr, ci, dr, di)
+            br, bi = turn_back(br, bi, c1, s1)
+            cr, ci = turn_back(cr, ci, c2, s2)
+            dr, di = turn_back(dr, di, c3, s3)
+            store(x, o, ar)
+            store(x, o + 8, ai)
+            store(x, o + s, br)
+            store(x, o + s + 8, bi)
+            store(x, o + 2 * s, cr)
+            store(x, o + 2 * s + 8, ci)
+            store(x, o + 3 * s, dr)
+            store(x, o + 3 * s + 8, di)
+
+
+@kernel
+def divide_pairs(x, start, count, tw, t):
+    """Blocks of two points into single points."""
+    for o in range(start * POINT, (start + count) * POINT, 2 * POINT):
+        ar, ai = load(x, o), load(x, o + 8)
+        br, bi = turn(load(x, o + 16), load(x, o + 24), load_splat(tw, t), load_splat(tw, t + 1))
+        t += 2
+        store(x, o, ar + br)
+        store(x, o + 8, ai + bi)
+        store(x, o + 16, ar - br)
+        store(x, o + 24, ai - bi)
+
+
+@kernel
+def unite_pairs(x, start, count, tw, t):
+    for o in range(start * POINT, (start + count) * POINT, 2 * POINT):
+        ar, ai, br, bi = load(x, o), load(x, o + 8), load(x, o + 16), load(x, o + 24)
+        store(x, o, ar + br)
+        store(x, o + 8, ai + bi)
+        br, bi = turn_back(ar - br, ai - bi, load_splat(tw, t), load_splat(tw, t + 1))
+        t += 2
+        store(x, o + 16, br)
+        store(x, o + 24, bi)
+
+
+@kernel
+def times(re, im, k, o):
+    return turn(re, im, load(k, o), load(k, o + 8))
+
+
+@kernel
+def multiply_fours(x, start, count, k, tw, t):
+    """Divide blocks of four points, multiply by k, unite: all in registers."""
+    for o in range(start * POINT, (start + count) * POINT, 4 * POINT):
+        c1, s1, c2, s2 = load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2), load_splat(tw, t + 3)
+        c3, s3 = load_splat(tw, t + 4), load_splat(tw, t + 5)
+        t += 6
+        ar, ai = load(x, o), load(x, o + 8)
+        br, bi = turn(load(x, o + 16), load(x, o + 24), c1, s1)
+        cr, ci = turn(load(x, o + 32), load(x, o + 40), c2, s2)
+        dr, di = turn(load(x, o + 48), load(x, o + 56), c3, s3)
+        ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
+        ar, ai = times(ar, ai, k, o)
+        br, bi = times(br, bi, k, o + 16)
+        cr, ci = times(cr, ci, k, o + 32)
+        dr, di = times(dr, di, k, o + 48)
+        ar, ai, dr, di, cr, ci, br, bi = dft4(ar, ai, br, bi, cr, ci, dr, di)
+        store(x, o, ar)
+        store(x, o + 8, ai)
+        br, bi = turn_back(br, bi, c1, s1)
+        store(x, o + 16, br)
+        store(x, o + 24, bi)
+        cr, ci = turn_back(cr, ci, c2, s2)
+        store(x, o + 32, cr)
+        store(x, o + 40, ci)
+        dr, di = turn_back(dr, di, c3, s3)
+        store(x, o + 48, dr)
+        store(x, o + 56, di)
+
+
+@kernel
+def multiply(x, start, count, k):
+    for o in range(start * POINT, (start + count) * POINT, POINT):
+        re, im = times(load(x, o), load(x, o + 8), k, o)
+        store(x, o, re)
+        store(x, o + 8, im)
+
+
+@kernel
+def exponent(n):
+    e = 0
+    while n > 1:
+        n >>= 1
+        e += 1
+    return e
+
+
+@kernel
+def leaf_size(m):
+    """Blocks of m points are divided by 4 until they are no larger than LEAF."""
+    while m > LEAF:
+        m //= 4
+    return m
+
+
+@kernel
+def descend(x, leaf, n, m, tw, starts):
+    """Divide the blocks that begin with this leaf, of n points, down to it; the largest have m points."""
+    size = m
+    while size > n:
+        start = leaf * n
+        if start % size == 0:
+            divide(x, start, size, 1, tw, starts[exponent(size)] + 6 * (start // size))
+        size //= 4
+
+
+@kernel
+def ascend(x, leaf, n, m, tw, starts):
+    """Unite the blocks that end with this leaf."""
+    size = 4 * n
+    while size <= m:
+        end = (leaf + 1) * n
+        if end % size == 0:
+            unite(x, end - size, size, 1, tw, starts[exponent(size)] + 6 * (end // size - 1))
+        size *= 4
+
+
+@kernel
+def leaf_down(x, start, n, tw, starts):
+    """Divide a leaf down to blocks of at most four points; returns their size."""
+    size, e = n, exponent(n)
+    while size > 4:
+        divide(x, start, size, n // size, tw, starts[e] + 6 * (start // size))
+        size //= 4
+        e -= 2
+    return size
+
+
+@kernel
+def leaf_up(x, start, n, size, tw, starts):
+    """Unite blocks of ``size`` points up to the leaf."""
+    size *= 4
+    e = exponent(size)
+    while size <= n:
+        unite(x, start, size, n // size, tw, starts[e] + 6 * (start // size))
+        size *= 4
+        e += 2
+
+
+@kernel
+def leaf_to_end(x, start, n, tw, starts):
+    """Divide a leaf into single points; returns the size of the blocks before the last division."""
+    size = leaf_down(x, start, n, tw, starts)
+    if size == 4:
+        divide(x, start, 4, n // 4, tw, starts[2] + 6 * (start // 4))
+    elif size == 2:
+        divide_pairs(x, start, n, tw, starts[1] + start)
+    return size
+
+
+@kernel
+def leaf_from_end(x, start, n, size, tw, starts):
+    if size == 4:
+        unite(x, start, 4, n // 4, tw, starts[2] + 6 * (start // 4))
+    elif size == 2:
+        unite_pairs(x, start, n, tw, starts[1] + start)
+    leaf_up(x, start, n, size, tw, starts)
+
+
+@kernel
+def leaf_times(x, start, n, k, tw, starts):
+    """Transform a leaf, multiply it by the spectrum k, transform it back."""
+    size = leaf_down(x, start, n, tw, starts)
+    if size == 4:
+        multiply_fours(x, start, n, k, tw, starts[2] + 6 * (start // 4))
+    elif size == 2:
+        divide_pairs(x, start, n, tw, starts[1] + start)
+        multiply(x, start, n, k)
+        unite_pairs(x, start, n, tw, starts[1] + start)
+    else:
+        multiply(x, start, n, k)
+    leaf_up(x, start, n, size, tw, starts)
+
+
+@kernel
+def dft3(ar, ai, br, bi, cr, ci):
+    """a + w^p b + w^2p c for p = 0, 1, 2, w = exp(2 pi i / 3)."""
+    half, sine = splat(HALF), splat(SQRT3_4)
+    sr, si, dr, di = br + cr, bi + ci, (br - cr) * sine, (bi - ci) * sine
+    er, ei = fnma(sr, half, ar), fnma(si, half, ai)
+    return ar + sr, ai + si, er - di, ei + dr, er + di, ei - dr
+
+
+@kernel
+def dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei):
+    """a + w^p b + w^2p c + w^3p d + w^4p e for p = 0 ... 4, w = exp(2 pi i / 5)."""
+    cos1, cos2, sin1, sin2 = splat(COS1), splat(COS2), splat(SIN1), splat(SIN2)
+    pr, pi, qr, qi = br + er, bi + ei, br - er, bi - ei
+    rr, ri, sr, si = cr + dr, ci + di, cr - dr, ci - di
+    fr, fi = fma(rr, cos2, fma(pr, cos1, ar)), fma(ri, cos2, fma(pi, cos1, ai))
+    gr, gi = fma(rr, cos1, fma(pr, cos2, ar)), fma(ri, cos1, fma(pi, cos2, ai))
+    hr, hi = fma(sr, sin2, qr * sin1), fma(si, sin2, qi * sin1)
+    kr, ki = fnma(sr, sin1, qr * sin2), fnma(si, sin1, qi * sin2)
+    return ar + pr + rr, ai + pi + ri, fr - hi, fi + hr, gr - ki, gi + kr, gr + ki, gi - kr, fr + hi, fi - hr
+
+
+@kernel
+def divide_tile(x, start, m, radix, tile, width, j, tw):
+    """The first division, out of the tile: its row q holds points q m + j ... of the whole, which make row p of x."""
+    if radix == 4:
+        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
+        c3, s3 = load_splat(tw, 4), load_splat(tw, 5)
+        for i in range(0, width * POINT, POINT):
+            ar, ai = load(tile, i), load(tile, i + 8)
+            br, bi = turn(load(tile, i + ROW), load(tile, i + ROW + 8), c1, s1)
+            cr, ci = turn(load(tile, i + 2 * ROW), load(tile, i + 2 * ROW + 8), c2, s2)
+            dr, di = turn(load(tile, i + 3 * ROW), load(tile, i + 3 * ROW + 8), c3, s3)
+            ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
+            o = start + j * POINT + i
+            store(x, o, ar)
+            store(x, o + 8, ai)
+            o += m * POINT
+            store(x, o, br)
+            store(x, o + 8, bi)
+            o += m * POINT
+            store(x, o, cr)
+            store(x, o + 8, ci)
+            o += m * POINT
+            store(x, o, dr)
+            store(x, o + 8, di)
+    elif radix == 3:
+        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
+        for i in range(0, width * POINT, POINT):
+            ar, ai = load(tile, i), load(tile, i + 8)
+            br, bi = turn(load(tile, i + ROW), load(tile, i + ROW + 8), c1, s1)
+            cr, ci = turn(load(tile, i + 2 * ROW), load(tile, i + 2 * ROW + 8), c2, s2)
+            ar, ai, br, bi, cr, ci = dft3(ar, ai, br, bi, cr, ci)
+            o = start + j * POINT + i
+            store(x, o, ar)
+            store(x, o + 8, ai)
+            o += m * POINT
+            store(x, o, br)
+            store(x, o + 8, bi)
+            o += m * POINT
+            store(x, o, cr)
+            store(x, o + 8, ci)
+    else:
+        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
+        c3, s3, c4, s4 = load_splat(tw, 4), load_splat(tw, 5), load_splat(tw, 6), load_splat(tw, 7)
+        for i in range(0, width * POINT, POINT):
+            ar, ai = load(tile, i), load(tile, i + 8)
+            br, bi = turn(load(tile, i + ROW), load(tile, i + ROW + 8), c1, s1)
+            cr, ci = turn(load(tile, i + 2 * ROW), load(tile, i + 2 * ROW + 8), c2, s2)
+            dr, di = turn(load(tile, i + 3 * ROW), load(tile, i + 3 * ROW + 8), c3, s3)
+            er, ei = turn(load(tile, i + 4 * ROW), load(tile, i + 4 * ROW + 8), c4, s4)
+            ar, ai, br, bi, cr, ci, dr, di, er, ei = dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei)
+            o = start + j * POINT + i
+            store(x, o, ar)
+            store(x, o + 8, ai)
+            o += m * POINT
+            store(x, o, br)
+            store(x, o + 8, bi)
+            o += m * POINT
+            store(x, o, cr)
+            store(x, o + 8, ci)
+            o += m * POINT
+            store(x, o, dr)
+            store(x, o + 8, di)
+            o += m * POINT
+            store(x, o, er)
+            store(x, o + 8, ei)
+
+
+@kernel
+def unite_tile(x, start, m, radix, tile, width, j, tw):
+    """The inverse of divide_tile, times radix."""
+    if radix == 4:
+        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
+        c3, s3 = load_splat(tw, 4), load_splat(tw, 5)
+        for i in range(0, width * POINT, POINT):
+            o = start + j * POINT + i
+            p, q, r = o + m * POINT, o + 2 * m * POINT, o + 3 * m * POINT
+            ar, ai, dr, di, cr, ci, br, bi = dft4(
+                load(x, o), load(x, o + 8), load(x, p), load(x, p + 8),
+                load(x, q), load(x, q + 8), load(x, r), load(x, r + 8),
+            )  # fmt: skip
+            store(tile, i, ar)
+            store(tile, i + 8, ai)
+            br, bi = turn_back(br, bi, c1, s1)
+            store(tile, i + ROW, br)
+            store(tile, i + ROW + 8, bi)
+            cr, ci = turn_back(cr, ci, c2, s2)
+            store(tile, i + 2 * ROW, cr)
+            store(tile, i + 2 * ROW + 8, ci)
+            dr, di = turn_back(dr, di, c3, s3)
+            store(tile, i + 3 * ROW, dr)
+            store(tile, i + 3 * ROW + 8, di)
+    elif radix == 3:
+        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
+        for i in range(0, width * POINT, POINT):
+            o = start + j * POINT + i
+            p, q = o + m * POINT, o + 2 * m * POINT
+            ar, ai, cr, ci, br, bi = dft3(
+                load(x, o), load(x, o + 8), load(x, p), load(x, p + 8), load(x, q), load(x, q + 8)
+            )
+            store(tile, i, ar)
+            store(tile, i + 8, ai)
+            br, bi = turn_back(br, bi, c1, s1)
+            store(tile, i + ROW, br)
+            store(tile, i + ROW + 8, bi)
+            cr, ci = turn_back(cr, ci, c2, s2)
+            store(tile, i + 2 * ROW, cr)
+            store(tile, i + 2 * ROW + 8, ci)
+    else:
+        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
+        c3, s3, c4, s4 = load_splat(tw, 4), load_splat(tw, 5), load_splat(tw, 6), load_splat(tw, 7)
+        for i in range(0, width * POINT, POINT):
+            o = start + j * POINT + i
+            p, q, r, s = o + m * POINT, o + 2 * m * POINT, o + 3 * m * POINT, o + 4 * m * POINT
+            ar, ai, er, ei, dr, di, cr, ci, br, bi = dft5(
+                load(x, o), load(x, o + 8), load(x, p), load(x, p + 8), load(x, q), load(x, q + 8),
+                load(x, r), load(x, r + 8), load(x, s), load(x, s + 8),
+            )  # fmt: skip
+            store(tile, i, ar)
+            store(tile, i + 8, ai)
+            br, bi = turn_back(br, bi, c1, s1)
+            store(tile, i + ROW, br)
+            store(tile, i + ROW + 8, bi)
+            cr, ci = turn_back(cr, ci, c2, s2)
+            store(tile, i + 2 * ROW, cr)
+            store(tile, i + 2 * ROW + 8, ci)
+            dr, di = turn_back(dr, di, c3, s3)
+            store(tile, i + 3 * ROW, dr)
+            store(tile, i + 3 * ROW + 8, di)
+            er, ei = turn_back(er, ei, c4, s4)
+            store(tile, i + 4 * ROW, er)
+            store(tile, i + 4 * ROW + 8, ei)
+
+
+@kernel
+def load_lanes(source, o, lanes, tile):
+    """source[o : o + lanes], zeros in the other lanes."""
+    store(tile, PAD, zero())
+    for lane in range(lanes):
+        tile[PAD + lane] = source[o + lane]
+    return load(tile, PAD)
+
+
+@kernel
+def read(tile, o, u, gate, place, C, lanes, count):
+    """``count`` samples of eight channels, times the gate, to every second vector of the tile from o on."""
+    if lanes < 8:
+        for i in range(count):
+            v = load_lanes(u, place + i * C, lanes, tile)
+            if gate.size:
+                v = v * load_lanes(gate, place + i * C, lanes, tile)
+            store(tile, o + i * POINT, v)
+    elif gate.size:
+        for i in range(count):
+            store(tile, o + i * POINT, load(u, place + i * C) * load(gate, place + i * C))
+    else:
+        for i in range(count):
+            store(tile, o + i * POINT, load(u, place + i * C))
+
+
+@kernel
+def write(tile, o, y, gate, place, C, lanes, count):
+    if lanes < 8:
+        for i in range(count):
+            v = load(tile, o + i * POINT)
+            if gate.size:
+                v = v * load_lanes(gate, place + i * C, lanes, tile)
+            store(tile, PAD, v)
+            for lane in range(lanes):
+                y[place + i * C + lane] = tile[PAD + lane]
+    elif gate.size:
+        for i in range(count):
+            store(y, place + i * C, load(tile, o + i * POINT) * load(gate, place + i * C))
+    else:
+        for i in range(count):
+            store(y, place + i * C, load(tile, o + i * POINT))
+
+
+@kernel
+def announce(u, place, C, count):
+    """Prefetch ``count`` rows: their distance, C floats, is more than the hardware's prefetchers follow."""
+    if u.size:
+        for i in range(count):
+            prefetch(u, place + i * C)
+
+
+@kernel
+def announce_to_write(u, place, C, count):
+    if u.size:
+        for i in range(count):
+            prefetch_to_write(u, place + i * C)
+
+
+@kernel
+def clear(tile, o, start, stop):
+    for i in range(start, stop):
+        store(tile, o + i * POINT, zero())
+
+
+@kernel
+def bring_in(x, tile, u, gate, first, L, C, channels, M, radix, tw):
+    """u times gate, (L, channels) from ``first`` on, as polynomials modulo z^M - i, after the first division.
+
+    Several groups of eight channels at a time, one array of M points after the other in x, so that of each cache line
+    and each page of u all is used that there is.
+    """
+    m = M // radix
+    parts = 2 if L > M else 1
+    for i in range(0, 5 * ROW, 8):
+        store(tile, i, zero())
+    for j in range(0, m, WIDTH):
+        width = min(WIDTH, m - j)
+        for c in range(0, channels, 8):
+            lanes = min(8, channels - c)
+            if c % 16 == 0 and j + WIDTH < m:
+                for q in range(radix):
+                    o = first + c + (q * m + j + WIDTH) * C
+                    announce(u, o, C, WIDTH)
+                    announce(gate, o, C, WIDTH)
+            for q in range(radix):
+                for part in range(parts):
+                    start = q * m + j + part * M
+                    there = max(0, min(width, L - start))
+                    o = q * ROW + part * 8
+                    read(tile, o, u, gate, first + c + start * C, C, lanes, there)
+                    if there < width:
+                        clear(tile, o, there, width)
+            divide_tile(x, c * 2 * M, m, radix, tile, width, j, tw)
+
+
+@kernel
+def bring_out(x, tile, y, gate, y2, gate2, first, L, C, channels, M, radix, tw):
+    """The inverse: y = gate times what x holds, and y2 = gate2 times it where there is a y2."""
+    m = M // radix
+    parts = 2 if L > M else 1
+    for j in range(0, m, WIDTH):
+        width = min(WIDTH, m - j)
+        for c in range(0, channels, 8):
+            lanes = min(8, channels - c)
+            if c % 16 == 0 and j + WIDTH < m:
+                for q in range(radix):
+                    o = first + c + (q * m + j + WIDTH) * C
+                    announce(gate, o, C, WIDTH)
+                    announce(gate2, o, C, WIDTH)
+                    announce_to_write(y, o, C, WIDTH)
+                    announce_to_write(y2, o, C, WIDTH)
+            unite_tile(x, c * 2 * M, m, radix, tile, width, j, tw)
+            for q in range(radix):
+                for part in range(parts):
+                    start = q * m + j + part * M
+                    there = max(0, min(width, L - start))
+                    o = q * ROW + part * 8
+                    write(tile, o, y, gate, first + c + start * C, C, lanes, there)
+                    if y2.size:
+                        write(tile, o, y2, gate2, first + c + start * C, C, lanes, there)
+
+
+@kernel
+def read_taps(tile, o, k, place, stride, lanes, count):
+    """``count`` taps of eight rows, ``stride`` apart, to every second vector of the tile from o on."""
+    whole = count // 8 * 8 if lanes == 8 else 0
+    for i in range(0, whole, 8):
+        transpose(tile, o + i * POINT, POINT, k, place + i, stride)
+    for i in range(whole, count):
+        store(tile, o + i * POINT, zero())
+        for lane in range(lanes):
+            tile[o + i * POINT + lane] = k[place + lane * stride + i]
+
+
+@kernel
+def write_taps(tile, o, k, place, stride, lanes, count):
+    whole = count // 8 * 8 if lanes == 8 else 0
+    for i in range(0, whole, 8):
+        transpose(k, place + i, stride, tile, o + i * POINT, POINT)
+    for i in range(whole, count):
+        for lane in range(lanes):
+            k[place + lane * stride + i] = tile[o + i * POINT + lane]
+
+
+@kernel
+def taps_in(x, tile, k, k_stride, K, future, F, skip, channel, lanes, M, radix, tw):
+    """All taps of eight channels, divided by M, as a polynomial after the first division.
+
+    The tap of lag -s is that of 2M - s negated, which is an imaginary part.
+    """
+    m = M // radix
+    scale = float32(1) / float32(M)
+    for j in range(0, m, WIDTH):
+        width = min(WIDTH, m - j)
+        for q in range(radix):
+            t, o = q * m + j, q * ROW
+            there = max(0, min(width, K - t))
+            read_taps(tile, o, k, channel * k_stride + t, k_stride, lanes, there)
+            if t == 0 and skip.size:
+                for lane in range(lanes):
+                    tile[lane] += skip[channel + lane]
+            for i in range(there):
+                store(tile, o + i * POINT, load(tile, o + i * POINT) * splat(scale))
+            clear(tile, o, there, width)
+            clear(tile, o + 8, 0, width)
+            for i in range(max(0, M - F - t), width):
+                for lane in range(lanes):
+                    tile[o + i * POINT + 8 + lane] = -scale * future[(channel + lane) * F + M - 1 - t - i]
+        divide_tile(x, 0, m, radix, tile, width, j, tw)
+
+
+@kernel
+def taps_out(x, tile, k, k_stride, K, future, F, channel, lanes, M, radix, tw):
+    m = M // radix
+    for j in range(0, m, WIDTH):
+        width = min(WIDTH, m - j)
+        unite_tile(x, 0, m, radix, tile, width, j, tw)
+        for q in range(radix):
+            t, o = q * m + j, q * ROW
+            there = max(0, min(width, K - t))
+            write_taps(tile, o, k, channel * k_stride + t, k_stride, lanes, there)
+            for i in range(max(0, M - F - t), width):
+                for lane in range(lanes):
+                    future[(channel + lane) * F + M - 1 - t - i] = -tile[o + i * POINT + 8 + lane]
+
+
+@kernel
+def convolve(
+    start, stop, scratch, y, k, k_stride, K, future, F, skip, u, gate_in, gate_out,
+    B, L, C, span, rows, M, radix, tw, starts,
+):  # fmt: skip
+    """y = gate_out (k * (gate_in u)); a task is ``rows`` rows of the batch and ``span`` channels."""
+    m = M // radix
+    n = leaf_size(m)
+    scratch = scratch[-(scratch.ctypes.data // 4) % POINT :]  # from its first cache line on
+    tile, none = scratch[:TILE], scratch[:0]
+    size = M * POINT
+    spectra, points = scratch[TILE : TILE + span * 2 * M], scratch[TILE + span * 2 * M : TILE + span * 4 * M]
+    spans = (C + span - 1) // span
+    for task in range(start, stop):
+        channel = task % spans * span
+        channels = min(span, C - channel)
+        for c in range(0, channels, 8):
+            k_f = spectra[c * 2 * M : c * 2 * M + size]
+            lanes = min(8, channels - c)
+            taps_in(k_f, tile, k, k_stride, K, future, F, skip, channel + c, lanes, M, radix, tw)
+        begin = task // spans * rows
+        for row in range(begin, min(B, begin + rows)):
+            first = row * L * C + channel
+            bring_in(points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
+            for c in range(0, channels, 8):
+                k_f, x = spectra[c * 2 * M : c * 2 * M + size], points[c * 2 * M : c * 2 * M + size]
+                for leaf in range(M // n):
+                    if row == begin:
+                        descend(k_f, leaf, n, m, tw, starts)
+                        leaf_to_end(k_f, leaf * n, n, tw, starts)
+                    descend(x, leaf, n, m, tw, starts)
+                    leaf_times(x, leaf * n, n, k_f, tw, starts)
+                    ascend(x, leaf, n, m, tw, starts)
+            bring_out(points, tile, y, gate_out, none, none, first, L, C, channels, M, radix, tw)
+
+
+@kernel
+def correlate(g, x, k, total, start, stop, fresh, keep, scale):
+    """total += g conj(x) scale, g *= conj(k), and x *= k if it is kept, for points start ... stop - 1."""
+    for o in range(start * POINT, stop * POINT, POINT):
+        gr, gi, xr, xi = load(g, o), load(g, o + 8), load(x, o), load(x, o + 8)
+        kr, ki = load(k, o), load(k, o + 8)
+        re, im = turn_back(gr, gi, xr, xi)
+        re, im = re * scale, im * scale
+        if not fresh:
+            re, im = re + load(total, o), im + load(total, o + 8)
+        store(total, o, re)
+        store(total, o + 8, im)
+        gr, gi = turn_back(gr, gi, kr, ki)
+        store(g, o, gr)
+        store(g, o + 8, gi)
+        if keep:
+            xr, xi = turn(xr, xi, kr, ki)
+            store(x, o, xr)
+            store(x, o + 8, xi)
+
+
+@kernel
+def gradients(
+    start, stop, scratch, du, dgate_in, dgate_out, dk, dfuture,
+    dy, k, k_stride, K, future, F, skip, u, gate_in, gate_out,
+    B, L, C, span, M, radix, tw, starts,
+):  # fmt: skip
+    """All gradients; a task is ``span`` channels, whose rows are added up in order, as spectra.
+
+    With s = k * x, x = gate_in u, y = gate_out s: of s it is g = gate_out dy, of x the correlation of g with k, of k
+    that of g with x; s itself is wanted for the gradient of gate_out only.
+    """
+    m = M // radix
+    n = leaf_size(m)
+    scratch = scratch[-(scratch.ctypes.data // 4) % POINT :]
+    tile, none = scratch[:TILE], scratch[:0]
+    size, all_of = M * POINT, span * 2 * M
+    spectra, points = scratch[TILE : TILE + all_of], scratch[TILE + all_of : TILE + 2 * all_of]
+    gs = scratch[TILE + 2 * all_of : TILE + 3 * all_of]
+    keep = dgate_out.size > 0
+    totals = scratch[TILE + 3 * all_of : TILE + 4 * all_of] if keep or B > 1 else points
+    scale = splat(float32(1) / float32(M))
+    for task in range(start, stop):
+        channel = task * span
+        channels = min(span, C - channel)
+        for c in range(0, channels, 8):
+            k_f = spectra[c * 2 * M : c * 2 * M + size]
+            lanes = min(8, channels - c)
+            taps_in(k_f, tile, k, k_stride, K, future, F, skip, channel + c, lanes, M, radix, tw)
+        for row in range(B):
+            first = row * L * C + channel
+            bring_in(points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
+            bring_in(gs, tile, dy, gate_out, first, L, C, channels, M, radix, tw)
+            for c in range(0, channels, 8):
+                k_f, x = spectra[c * 2 * M : c * 2 * M + size], points[c * 2 * M : c * 2 * M + size]
+                g, total = gs[c * 2 * M : c * 2 * M + size], totals[c * 2 * M : c * 2 * M + size]
+                for leaf in range(M // n):
+                    if row == 0:
+                        descend(k_f, leaf, n, m, tw, starts)
+                        leaf_to_end(k_f, leaf * n, n, tw, starts)
+                    descend(x, leaf, n, m, tw, starts)
+                    descend(g, leaf, n, m, tw, starts)
+                    block = leaf_to_end(x, leaf * n, n, tw, starts)
+                    leaf_to_end(g, leaf * n, n, tw, starts)
+                    correlate(g, x, k_f, total, leaf * n, (leaf + 1) * n, row == 0, keep, scale)
+                    leaf_from_end(g, leaf * n, n, block, tw, starts)
+                    ascend(g, leaf, n, m, tw, starts)
+                    if keep:
+                        leaf_from_end(x, leaf * n, n, block, tw, starts)
+                        ascend(x, leaf, n, m, tw, starts)
+                    if row == B - 1:
+                        leaf_from_end(total, leaf * n, n, block, tw, starts)
+                        ascend(total, leaf, n, m, tw, starts)
+            bring_out(gs, tile, du, gate_in, dgate_in, u, first, L, C, channels, M, radix, tw)
+            if keep:
+                bring_out(points, tile, dgate_out, dy, none, none, first, L, C, channels, M, radix, tw)
+        for c in range(0, channels, 8):
+            total = totals[c * 2 * M : c * 2 * M + size]
+            lanes = min(8, channels - c)
+            taps_out(total, tile, dk, k_stride, K, dfuture, F, channel + c, lanes, M, radix, tw)
+
+
+def _plan(u: Tensor, k: Tensor, future: Tensor | None) -> tuple[int, int, int, int]:
+    """(causal taps that matter, future taps that matter, M, its radix)."""
+    L = u.shape[1]
+    K, F = min(k.shape[1], L), 0 if future is None else min(future.shape[1], L - 1)
+    return K, F, *plan(L, K, F)
+
+
+def _span(C: int, M: int, rows: int) -> int:
+    """Channels a task: sixteen share the cache lines of u, eight take half the memory and make twice the tasks."""
+    threads = torch.get_num_threads()
+    return 16 if M <= WIDE and (threads == 1 or -(-C // 16) * rows >= 2 * threads) else 8
+
+
+def forward(
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    future: Tensor | None,
+) -> Tensor:
+    """y (B, L, C), float32."""
+    B, L, C = u.shape
+    K, F, M, radix = _plan(u, k, future)
+    y = torch.empty(B, L, C)
+    span = _span(C, M, B)
+    spans = -(-C // span)
+    tasks = 1 if torch.get_num_threads() == 1 else -(-4 * torch.get_num_threads() // spans)  # of the same channels
+    rows = max(1, B // tasks)
+    taps = pool.flat(k), k.shape[1], K, pool.flat(None if future is None else future[:, :F]), F, pool.flat(skip)
+    inputs = (pool.flat(t) for t in (u, gate_in, gate_out))
+    pool.run(
+        convolve,
+        spans * -(-B // rows),
+        *(pool.flat(y), *taps, *inputs, B, L, C, span, rows, M, radix, *tables(M, radix)),
+        scratch_size=TILE + POINT + 2 * span * 2 * M,
+    )
+    return y
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    future: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the tensors that are there, in the order of the arguments, float32."""
+    B, L, C = u.shape
+    K, F, M, radix = _plan(u, k, future)
+    du = torch.empty(B, L, C)
+    dgate_in, dgate_out = (None if gate is None else torch.empty(B, L, C) for gate in (gate_in, gate_out))
+    dk = torch.zeros(C, k.shape[1]) if k.shape[1] > K or B == 0 else torch.empty(C, K)
+    dfuture = torch.zeros(C, F)
+    span = _span(C, M, 1)
+    outputs = (pool.flat(t) for t in (du, dgate_in, dgate_out, dk, dfuture))
+    taps = pool.flat(k), k.shape[1], K, pool.flat(None if future is None else future[:, :F]), F, pool.flat(skip)
+    inputs = (pool.flat(t) for t in (u, gate_in, gate_out))
+    arrays = 4 if B > 1 or gate_out is not None else 3
+    pool.run(
+        gradients,
+        -(-C // span) if B else 0,
+        *(*outputs, pool.flat(dy), *taps, *inputs, B, L, C, span, M, radix, *tables(M, radix)),
+        scratch_size=TILE + POINT + arrays * span * 2 * M,
+    )
+    if future is not None and future.shape[1] > F:
+        dfuture = torch.cat([dfuture, dfuture.new_zeros(C, future.shape[1] - F)], dim=1)
+    dskip = None if skip is None else dk[:, 0].clone()
+    return du, dk, dskip, dgate_in, dgate_out, None if future is None else dfuture
