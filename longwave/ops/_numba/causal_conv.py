@@ -30,11 +30,13 @@ from longwave.ops._numba.simd import (
     fms,
     fnma,
     load,
+    load_first,
     load_splat,
     prefetch,
     prefetch_to_write,
     splat,
     store,
+    store_first,
     transpose,
     zero,
 )
@@ -43,8 +45,7 @@ POINT = 16  # floats
 LEAF = 256  # largest block, in points, that is divided to the end at once: 16 kB, half of an L1 cache
 WIDTH = 16  # columns that pass through the tile at a time on their way in or out
 ROW = WIDTH * POINT
-PAD = 5 * ROW  # after the five rows of a tile, a vector for the lanes of the last channels
-TILE = PAD + POINT
+TILE = 5 * ROW
 
 WIDE = 1 << 16  # up to here, in points, sixteen channels at a time
 
@@ -80,6 +81,7 @@ def tables(M: int, radix: int) -> tuple[np.ndarray, np.ndarray]:
         angle = ((angle[:, None] + 2 * np.pi * np.arange(divide)) / divide).ravel()
         n //= divide
         divide = min(n, 4)
+    parts.append(np.zeros(8, np.float32))  # the first division reads four twiddles, whatever its radix
     return np.concatenate(parts), starts
 
 
@@ -101,6 +103,37 @@ def turn_back(re, im, cos, sin):
 
 
 @kernel
+def get(x, o):
+    return load(x, o), load(x, o + 8)
+
+
+@kernel
+def put(x, o, re, im):
+    store(x, o, re)
+    store(x, o + 8, im)
+
+
+@kernel
+def get_turned(x, o, cos, sin):
+    return turn(load(x, o), load(x, o + 8), cos, sin)
+
+
+@kernel
+def put_turned_back(x, o, re, im, cos, sin):
+    re, im = turn_back(re, im, cos, sin)
+    put(x, o, re, im)
+
+
+@kernel
+def get_twiddles(tw, t):
+    """Cosines and sines of g, g^2 and g^3."""
+    return (
+        load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2),
+        load_splat(tw, t + 3), load_splat(tw, t + 4), load_splat(tw, t + 5),
+    )  # fmt: skip
+
+
+@kernel
 def dft4(ar, ai, br, bi, cr, ci, dr, di):
     """a + i^p b + (-1)^p c + (-i)^p d for p = 0, 1, 2, 3."""
     er, ei, fr, fi = ar + cr, ai + ci, ar - cr, ai - ci
@@ -109,81 +142,74 @@ def dft4(ar, ai, br, bi, cr, ci, dr, di):
 
 
 @kernel
+def split4(x, i, s, y, o, t, c1, s1, c2, s2, c3, s3):
+    """One point of each quarter of a block, s apart in x, to one point of each of four blocks, t apart in y."""
+    ar, ai = get(x, i)
+    br, bi = get_turned(x, i + s, c1, s1)
+    cr, ci = get_turned(x, i + 2 * s, c2, s2)
+    dr, di = get_turned(x, i + 3 * s, c3, s3)
+    ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
+    put(y, o, ar, ai)
+    put(y, o + t, br, bi)
+    put(y, o + 2 * t, cr, ci)
+    put(y, o + 3 * t, dr, di)
+
+
+@kernel
+def join4(x, i, s, y, o, t, c1, s1, c2, s2, c3, s3):
+    """The inverse, times 4: from blocks s apart in x to quarters t apart in y."""
+    ar, ai = get(x, i)
+    br, bi = get(x, i + s)
+    cr, ci = get(x, i + 2 * s)
+    dr, di = get(x, i + 3 * s)
+    ar, ai, dr, di, cr, ci, br, bi = dft4(ar, ai, br, bi, cr, ci, dr, di)
+    put(y, o, ar, ai)
+    put_turned_back(y, o + t, br, bi, c1, s1)
+    put_turned_back(y, o + 2 * t, cr, ci, c2, s2)
+    put_turned_back(y, o + 3 * t, dr, di, c3, s3)
+
+
+@kernel
 def divide(x, start, n, blocks, tw, t):
     """Blocks of n = 4m points, the first at ``start``, into four of m points each."""
-    m = n // 4
-    s = m * POINT
+    s = n // 4 * POINT
     for block in range(blocks):
-        c1, s1, c2, s2 = load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2), load_splat(tw, t + 3)
-        c3, s3 = load_splat(tw, t + 4), load_splat(tw, t + 5)
-        t += 6
+        c1, s1, c2, s2, c3, s3 = get_twiddles(tw, t + 6 * block)
         first = (start + block * n) * POINT
         for o in range(first, first + s, POINT):
-            ar, ai = load(x, o), load(x, o + 8)
-            br, bi = turn(load(x, o + s), load(x, o + s + 8), c1, s1)
-            cr, ci = turn(load(x, o + 2 * s), load(x, o + 2 * s + 8), c2, s2)
-            dr, di = turn(load(x, o + 3 * s), load(x, o + 3 * s + 8), c3, s3)
-            ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
-            store(x, o, ar)
-            store(x, o + 8, ai)
-            store(x, o + s, br)
-            store(x, o + s + 8, bi)
-            store(x, o + 2 * s, cr)
-            store(x, o + 2 * s + 8, ci)
-            store(x, o + 3 * s, dr)
-            store(x, o + 3 * s + 8, di)
+            split4(x, o, s, x, o, s, c1, s1, c2, s2, c3, s3)
 
 
 @kernel
 def unite(x, start, n, blocks, tw, t):
     """The inverse of divide, times 4."""
-    m = n // 4
-    s = m * POINT
+    s = n // 4 * POINT
     for block in range(blocks):
-        c1, s1, c2, s2 = load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2), load_splat(tw, t + 3)
-        c3, s3 = load_splat(tw, t + 4), load_splat(tw, t + 5)
-        t += 6
+        c1, s1, c2, s2, c3, s3 = get_twiddles(tw, t + 6 * block)
         first = (start + block * n) * POINT
         for o in range(first, first + s, POINT):
-            ar, ai, br, bi = load(x, o), load(x, o + 8), load(x, o + s), load(x, o + s + 8)
-            cr, ci, dr, di = load(x, o + 2 * s), load(x, o + 2 * s + 8), load(x, o + 3 * s), load(x, o + 3 * s + 8)
-            ar, ai, dr, di, cr, ci, br, bi = dft4(ar, ai, br, bi, cr, ci, dr, di)
-            br, bi = turn_back(br, bi, c1, s1)
-            cr, ci = turn_back(cr, ci, c2, s2)
-            dr, di = turn_back(dr, di, c3, s3)
-            store(x, o, ar)
-            store(x, o + 8, ai)
-            store(x, o + s, br)
-            store(x, o + s + 8, bi)
-            store(x, o + 2 * s, cr)
-            store(x, o + 2 * s + 8, ci)
-            store(x, o + 3 * s, dr)
-            store(x, o + 3 * s + 8, di)
+            join4(x, o, s, x, o, s, c1, s1, c2, s2, c3, s3)
 
 
 @kernel
 def divide_pairs(x, start, count, tw, t):
     """Blocks of two points into single points."""
     for o in range(start * POINT, (start + count) * POINT, 2 * POINT):
-        ar, ai = load(x, o), load(x, o + 8)
-        br, bi = turn(load(x, o + 16), load(x, o + 24), load_splat(tw, t), load_splat(tw, t + 1))
+        ar, ai = get(x, o)
+        br, bi = get_turned(x, o + 16, load_splat(tw, t), load_splat(tw, t + 1))
+        put(x, o, ar + br, ai + bi)
+        put(x, o + 16, ar - br, ai - bi)
         t += 2
-        store(x, o, ar + br)
-        store(x, o + 8, ai + bi)
-        store(x, o + 16, ar - br)
-        store(x, o + 24, ai - bi)
 
 
 @kernel
 def unite_pairs(x, start, count, tw, t):
     for o in range(start * POINT, (start + count) * POINT, 2 * POINT):
-        ar, ai, br, bi = load(x, o), load(x, o + 8), load(x, o + 16), load(x, o + 24)
-        store(x, o, ar + br)
-        store(x, o + 8, ai + bi)
-        br, bi = turn_back(ar - br, ai - bi, load_splat(tw, t), load_splat(tw, t + 1))
+        ar, ai = get(x, o)
+        br, bi = get(x, o + 16)
+        put(x, o, ar + br, ai + bi)
+        put_turned_back(x, o + 16, ar - br, ai - bi, load_splat(tw, t), load_splat(tw, t + 1))
         t += 2
-        store(x, o + 16, br)
-        store(x, o + 24, bi)
 
 
 @kernel
@@ -195,38 +221,30 @@ def times(re, im, k, o):
 def multiply_fours(x, start, count, k, tw, t):
     """Divide blocks of four points, multiply by k, unite: all in registers."""
     for o in range(start * POINT, (start + count) * POINT, 4 * POINT):
-        c1, s1, c2, s2 = load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2), load_splat(tw, t + 3)
-        c3, s3 = load_splat(tw, t + 4), load_splat(tw, t + 5)
+        c1, s1, c2, s2, c3, s3 = get_twiddles(tw, t)
         t += 6
-        ar, ai = load(x, o), load(x, o + 8)
-        br, bi = turn(load(x, o + 16), load(x, o + 24), c1, s1)
-        cr, ci = turn(load(x, o + 32), load(x, o + 40), c2, s2)
-        dr, di = turn(load(x, o + 48), load(x, o + 56), c3, s3)
+        ar, ai = get(x, o)
+        br, bi = get_turned(x, o + 16, c1, s1)
+        cr, ci = get_turned(x, o + 32, c2, s2)
+        dr, di = get_turned(x, o + 48, c3, s3)
         ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
         ar, ai = times(ar, ai, k, o)
         br, bi = times(br, bi, k, o + 16)
         cr, ci = times(cr, ci, k, o + 32)
         dr, di = times(dr, di, k, o + 48)
         ar, ai, dr, di, cr, ci, br, bi = dft4(ar, ai, br, bi, cr, ci, dr, di)
-        store(x, o, ar)
-        store(x, o + 8, ai)
-        br, bi = turn_back(br, bi, c1, s1)
-        store(x, o + 16, br)
-        store(x, o + 24, bi)
-        cr, ci = turn_back(cr, ci, c2, s2)
-        store(x, o + 32, cr)
-        store(x, o + 40, ci)
-        dr, di = turn_back(dr, di, c3, s3)
-        store(x, o + 48, dr)
-        store(x, o + 56, di)
+        put(x, o, ar, ai)
+        put_turned_back(x, o + 16, br, bi, c1, s1)
+        put_turned_back(x, o + 32, cr, ci, c2, s2)
+        put_turned_back(x, o + 48, dr, di, c3, s3)
 
 
 @kernel
 def multiply(x, start, count, k):
     for o in range(start * POINT, (start + count) * POINT, POINT):
-        re, im = times(load(x, o), load(x, o + 8), k, o)
-        store(x, o, re)
-        store(x, o + 8, im)
+        re, im = get(x, o)
+        re, im = times(re, im, k, o)
+        put(x, o, re, im)
 
 
 @kernel
@@ -350,193 +368,108 @@ def dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei):
 @kernel
 def divide_tile(x, start, m, radix, tile, width, j, tw):
     """The first division, out of the tile: its row q holds points q m + j ... of the whole, which make row p of x."""
+    c1, s1, c2, s2, c3, s3 = get_twiddles(tw, 0)
+    c4, s4 = load_splat(tw, 6), load_splat(tw, 7)
+    t, first = m * POINT, start + j * POINT
     if radix == 4:
-        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
-        c3, s3 = load_splat(tw, 4), load_splat(tw, 5)
         for i in range(0, width * POINT, POINT):
-            ar, ai = load(tile, i), load(tile, i + 8)
-            br, bi = turn(load(tile, i + ROW), load(tile, i + ROW + 8), c1, s1)
-            cr, ci = turn(load(tile, i + 2 * ROW), load(tile, i + 2 * ROW + 8), c2, s2)
-            dr, di = turn(load(tile, i + 3 * ROW), load(tile, i + 3 * ROW + 8), c3, s3)
-            ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
-            o = start + j * POINT + i
-            store(x, o, ar)
-            store(x, o + 8, ai)
-            o += m * POINT
-            store(x, o, br)
-            store(x, o + 8, bi)
-            o += m * POINT
-            store(x, o, cr)
-            store(x, o + 8, ci)
-            o += m * POINT
-            store(x, o, dr)
-            store(x, o + 8, di)
+            split4(tile, i, ROW, x, first + i, t, c1, s1, c2, s2, c3, s3)
     elif radix == 3:
-        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
         for i in range(0, width * POINT, POINT):
-            ar, ai = load(tile, i), load(tile, i + 8)
-            br, bi = turn(load(tile, i + ROW), load(tile, i + ROW + 8), c1, s1)
-            cr, ci = turn(load(tile, i + 2 * ROW), load(tile, i + 2 * ROW + 8), c2, s2)
+            ar, ai = get(tile, i)
+            br, bi = get_turned(tile, i + ROW, c1, s1)
+            cr, ci = get_turned(tile, i + 2 * ROW, c2, s2)
             ar, ai, br, bi, cr, ci = dft3(ar, ai, br, bi, cr, ci)
-            o = start + j * POINT + i
-            store(x, o, ar)
-            store(x, o + 8, ai)
-            o += m * POINT
-            store(x, o, br)
-            store(x, o + 8, bi)
-            o += m * POINT
-            store(x, o, cr)
-            store(x, o + 8, ci)
+            put(x, first + i, ar, ai)
+            put(x, first + i + t, br, bi)
+            put(x, first + i + 2 * t, cr, ci)
     else:
-        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
-        c3, s3, c4, s4 = load_splat(tw, 4), load_splat(tw, 5), load_splat(tw, 6), load_splat(tw, 7)
         for i in range(0, width * POINT, POINT):
-            ar, ai = load(tile, i), load(tile, i + 8)
-            br, bi = turn(load(tile, i + ROW), load(tile, i + ROW + 8), c1, s1)
-            cr, ci = turn(load(tile, i + 2 * ROW), load(tile, i + 2 * ROW + 8), c2, s2)
-            dr, di = turn(load(tile, i + 3 * ROW), load(tile, i + 3 * ROW + 8), c3, s3)
-            er, ei = turn(load(tile, i + 4 * ROW), load(tile, i + 4 * ROW + 8), c4, s4)
+            ar, ai = get(tile, i)
+            br, bi = get_turned(tile, i + ROW, c1, s1)
+            cr, ci = get_turned(tile, i + 2 * ROW, c2, s2)
+            dr, di = get_turned(tile, i + 3 * ROW, c3, s3)
+            er, ei = get_turned(tile, i + 4 * ROW, c4, s4)
             ar, ai, br, bi, cr, ci, dr, di, er, ei = dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei)
-            o = start + j * POINT + i
-            store(x, o, ar)
-            store(x, o + 8, ai)
-            o += m * POINT
-            store(x, o, br)
-            store(x, o + 8, bi)
-            o += m * POINT
-            store(x, o, cr)
-            store(x, o + 8, ci)
-            o += m * POINT
-            store(x, o, dr)
-            store(x, o + 8, di)
-            o += m * POINT
-            store(x, o, er)
-            store(x, o + 8, ei)
+            put(x, first + i, ar, ai)
+            put(x, first + i + t, br, bi)
+            put(x, first + i + 2 * t, cr, ci)
+            put(x, first + i + 3 * t, dr, di)
+            put(x, first + i + 4 * t, er, ei)
 
 
 @kernel
 def unite_tile(x, start, m, radix, tile, width, j, tw):
     """The inverse of divide_tile, times radix."""
+    c1, s1, c2, s2, c3, s3 = get_twiddles(tw, 0)
+    c4, s4 = load_splat(tw, 6), load_splat(tw, 7)
+    t, first = m * POINT, start + j * POINT
     if radix == 4:
-        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
-        c3, s3 = load_splat(tw, 4), load_splat(tw, 5)
         for i in range(0, width * POINT, POINT):
-            o = start + j * POINT + i
-            p, q, r = o + m * POINT, o + 2 * m * POINT, o + 3 * m * POINT
-            ar, ai, dr, di, cr, ci, br, bi = dft4(
-                load(x, o), load(x, o + 8), load(x, p), load(x, p + 8),
-                load(x, q), load(x, q + 8), load(x, r), load(x, r + 8),
-            )  # fmt: skip
-            store(tile, i, ar)
-            store(tile, i + 8, ai)
-            br, bi = turn_back(br, bi, c1, s1)
-            store(tile, i + ROW, br)
-            store(tile, i + ROW + 8, bi)
-            cr, ci = turn_back(cr, ci, c2, s2)
-            store(tile, i + 2 * ROW, cr)
-            store(tile, i + 2 * ROW + 8, ci)
-            dr, di = turn_back(dr, di, c3, s3)
-            store(tile, i + 3 * ROW, dr)
-            store(tile, i + 3 * ROW + 8, di)
+            join4(x, first + i, t, tile, i, ROW, c1, s1, c2, s2, c3, s3)
     elif radix == 3:
-        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
         for i in range(0, width * POINT, POINT):
-            o = start + j * POINT + i
-            p, q = o + m * POINT, o + 2 * m * POINT
-            ar, ai, cr, ci, br, bi = dft3(
-                load(x, o), load(x, o + 8), load(x, p), load(x, p + 8), load(x, q), load(x, q + 8)
-            )
-            store(tile, i, ar)
-            store(tile, i + 8, ai)
-            br, bi = turn_back(br, bi, c1, s1)
-            store(tile, i + ROW, br)
-            store(tile, i + ROW + 8, bi)
-            cr, ci = turn_back(cr, ci, c2, s2)
-            store(tile, i + 2 * ROW, cr)
-            store(tile, i + 2 * ROW + 8, ci)
+            ar, ai = get(x, first + i)
+            br, bi = get(x, first + i + t)
+            cr, ci = get(x, first + i + 2 * t)
+            ar, ai, cr, ci, br, bi = dft3(ar, ai, br, bi, cr, ci)
+            put(tile, i, ar, ai)
+            put_turned_back(tile, i + ROW, br, bi, c1, s1)
+            put_turned_back(tile, i + 2 * ROW, cr, ci, c2, s2)
     else:
-        c1, s1, c2, s2 = load_splat(tw, 0), load_splat(tw, 1), load_splat(tw, 2), load_splat(tw, 3)
-        c3, s3, c4, s4 = load_splat(tw, 4), load_splat(tw, 5), load_splat(tw, 6), load_splat(tw, 7)
         for i in range(0, width * POINT, POINT):
-            o = start + j * POINT + i
-            p, q, r, s = o + m * POINT, o + 2 * m * POINT, o + 3 * m * POINT, o + 4 * m * POINT
-            ar, ai, er, ei, dr, di, cr, ci, br, bi = dft5(
-                load(x, o), load(x, o + 8), load(x, p), load(x, p + 8), load(x, q), load(x, q + 8),
-                load(x, r), load(x, r + 8), load(x, s), load(x, s + 8),
-            )  # fmt: skip
-            store(tile, i, ar)
-            store(tile, i + 8, ai)
-            br, bi = turn_back(br, bi, c1, s1)
-            store(tile, i + ROW, br)
-            store(tile, i + ROW + 8, bi)
-            cr, ci = turn_back(cr, ci, c2, s2)
-            store(tile, i + 2 * ROW, cr)
-            store(tile, i + 2 * ROW + 8, ci)
-            dr, di = turn_back(dr, di, c3, s3)
-            store(tile, i + 3 * ROW, dr)
-            store(tile, i + 3 * ROW + 8, di)
-            er, ei = turn_back(er, ei, c4, s4)
-            store(tile, i + 4 * ROW, er)
-            store(tile, i + 4 * ROW + 8, ei)
-
-
-@kernel
-def load_lanes(source, o, lanes, tile):
-    """source[o : o + lanes], zeros in the other lanes."""
-    store(tile, PAD, zero())
-    for lane in range(lanes):
-        tile[PAD + lane] = source[o + lane]
-    return load(tile, PAD)
+            ar, ai = get(x, first + i)
+            br, bi = get(x, first + i + t)
+            cr, ci = get(x, first + i + 2 * t)
+            dr, di = get(x, first + i + 3 * t)
+            er, ei = get(x, first + i + 4 * t)
+            ar, ai, er, ei, dr, di, cr, ci, br, bi = dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei)
+            put(tile, i, ar, ai)
+            put_turned_back(tile, i + ROW, br, bi, c1, s1)
+            put_turned_back(tile, i + 2 * ROW, cr, ci, c2, s2)
+            put_turned_back(tile, i + 3 * ROW, dr, di, c3, s3)
+            put_turned_back(tile, i + 4 * ROW, er, ei, c4, s4)
 
 
 @kernel
 def read(tile, o, u, gate, place, C, lanes, count):
-    """``count`` samples of eight channels, times the gate, to every second vector of the tile from o on."""
-    if lanes < 8:
-        for i in range(count):
-            v = load_lanes(u, place + i * C, lanes, tile)
+    """``count`` samples of up to eight channels, times the gate, to every second vector of the tile from o on.
+
+    Those of the next tile are prefetched: their distance, C floats, is more than the hardware's prefetchers follow.
+    """
+    ahead = WIDTH * C
+    for at in range(place, place + count * C, C):
+        prefetch(u, at + ahead)
+        if lanes < 8:
+            v = load_first(u, at, lanes)
             if gate.size:
-                v = v * load_lanes(gate, place + i * C, lanes, tile)
-            store(tile, o + i * POINT, v)
-    elif gate.size:
-        for i in range(count):
-            store(tile, o + i * POINT, load(u, place + i * C) * load(gate, place + i * C))
-    else:
-        for i in range(count):
-            store(tile, o + i * POINT, load(u, place + i * C))
+                v = v * load_first(gate, at, lanes)
+            store(tile, o, v)
+        elif gate.size:
+            prefetch(gate, at + ahead)
+            store(tile, o, load(u, at) * load(gate, at))
+        else:
+            store(tile, o, load(u, at))
+        o += POINT
 
 
 @kernel
 def write(tile, o, y, gate, place, C, lanes, count):
-    if lanes < 8:
-        for i in range(count):
-            v = load(tile, o + i * POINT)
+    """The way back: y = gate times what the tile holds."""
+    ahead = WIDTH * C
+    for at in range(place, place + count * C, C):
+        prefetch_to_write(y, at + ahead)
+        v = load(tile, o)
+        if lanes < 8:
             if gate.size:
-                v = v * load_lanes(gate, place + i * C, lanes, tile)
-            store(tile, PAD, v)
-            for lane in range(lanes):
-                y[place + i * C + lane] = tile[PAD + lane]
-    elif gate.size:
-        for i in range(count):
-            store(y, place + i * C, load(tile, o + i * POINT) * load(gate, place + i * C))
-    else:
-        for i in range(count):
-            store(y, place + i * C, load(tile, o + i * POINT))
-
-
-@kernel
-def announce(u, place, C, count):
-    """Prefetch ``count`` rows: their distance, C floats, is more than the hardware's prefetchers follow."""
-    if u.size:
-        for i in range(count):
-            prefetch(u, place + i * C)
-
-
-@kernel
-def announce_to_write(u, place, C, count):
-    if u.size:
-        for i in range(count):
-            prefetch_to_write(u, place + i * C)
+                v = v * load_first(gate, at, lanes)
+            store_first(y, at, v, lanes)
+        elif gate.size:
+            prefetch(gate, at + ahead)
+            store(y, at, v * load(gate, at))
+        else:
+            store(y, at, v)
+        o += POINT
 
 
 @kernel
@@ -560,11 +493,6 @@ def bring_in(x, tile, u, gate, first, L, C, channels, M, radix, tw):
         width = min(WIDTH, m - j)
         for c in range(0, channels, 8):
             lanes = min(8, channels - c)
-            if c % 16 == 0 and j + WIDTH < m:
-                for q in range(radix):
-                    o = first + c + (q * m + j + WIDTH) * C
-                    announce(u, o, C, WIDTH)
-                    announce(gate, o, C, WIDTH)
             for q in range(radix):
                 for part in range(parts):
                     start = q * m + j + part * M
@@ -585,13 +513,6 @@ def bring_out(x, tile, y, gate, y2, gate2, first, L, C, channels, M, radix, tw):
         width = min(WIDTH, m - j)
         for c in range(0, channels, 8):
             lanes = min(8, channels - c)
-            if c % 16 == 0 and j + WIDTH < m:
-                for q in range(radix):
-                    o = first + c + (q * m + j + WIDTH) * C
-                    announce(gate, o, C, WIDTH)
-                    announce(gate2, o, C, WIDTH)
-                    announce_to_write(y, o, C, WIDTH)
-                    announce_to_write(y2, o, C, WIDTH)
             unite_tile(x, c * 2 * M, m, radix, tile, width, j, tw)
             for q in range(radix):
                 for part in range(parts):
@@ -707,21 +628,18 @@ def convolve(
 def correlate(g, x, k, total, start, stop, fresh, keep, scale):
     """total += g conj(x) scale, g *= conj(k), and x *= k if it is kept, for points start ... stop - 1."""
     for o in range(start * POINT, stop * POINT, POINT):
-        gr, gi, xr, xi = load(g, o), load(g, o + 8), load(x, o), load(x, o + 8)
-        kr, ki = load(k, o), load(k, o + 8)
+        gr, gi = get(g, o)
+        xr, xi = get(x, o)
+        kr, ki = get(k, o)
         re, im = turn_back(gr, gi, xr, xi)
         re, im = re * scale, im * scale
         if not fresh:
             re, im = re + load(total, o), im + load(total, o + 8)
-        store(total, o, re)
-        store(total, o + 8, im)
-        gr, gi = turn_back(gr, gi, kr, ki)
-        store(g, o, gr)
-        store(g, o + 8, gi)
+        put(total, o, re, im)
+        put_turned_back(g, o, gr, gi, kr, ki)
         if keep:
-            xr, xi = turn(xr, xi, kr, ki)
-            store(x, o, xr)
-            store(x, o + 8, xi)
+            re, im = turn(xr, xi, kr, ki)
+            put(x, o, re, im)
 
 
 @kernel

@@ -329,3 +329,36 @@ def _prefetch(write: int, doc: str) -> Any:
 
 prefetch = _prefetch(0, "Ask for the cache line of array[i], to be read soon; any i is harmless.")
 prefetch_to_write = _prefetch(1, "Ask for the cache line of array[i], to be written soon; any i is harmless.")
+
+
+def _first(builder: Any, count: Any) -> Any:
+    """True in the first ``count`` lanes."""
+    undefined = ir.Constant(_INTS, ir.Undefined)
+    counts = builder.insert_element(undefined, builder.trunc(count, _INT), _INT(0))
+    counts = builder.shuffle_vector(counts, undefined, _integers(0))
+    return builder.icmp_signed("<", ir.Constant(_INTS, [_INT(k) for k in range(LANES)]), counts)
+
+
+@intrinsic
+def load_first(context, array, i, count):
+    """array[i : i + count] in the first lanes, count <= 8, and zeros in the others; no more than that is read."""
+
+    def emit(ctx, builder, sig, args):
+        place = _pointer(ctx, builder, sig.args[0], args[0], args[1], _FLOATS)
+        given = [place, _INT(4), _first(builder, args[2]), _constant(0.0)]
+        return _call(builder, "llvm.masked.load.v8f32.p0", given)
+
+    return float32x8(array, types.intp, types.intp), emit
+
+
+@intrinsic
+def store_first(context, array, i, x, count):
+    """array[i : i + count] = the first lanes of x; no more than that is written."""
+
+    def emit(ctx, builder, sig, args):
+        place = _pointer(ctx, builder, sig.args[0], args[0], args[1], _FLOATS)
+        given = [args[2], place, _INT(4), _first(builder, args[3])]
+        _call(builder, "llvm.masked.store.v8f32.p0", given, ir.VoidType())
+        return ctx.get_dummy_value()
+
+    return types.void(array, types.intp, float32x8, types.intp), emit
