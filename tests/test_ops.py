@@ -267,7 +267,7 @@ def test_custom_ops_are_registered_right():
 
 def test_an_unknown_backend_is_named():
     args, _ = conv(1, 3, torch.float32)
-    with pytest.raises(ValueError, match=r"causal_conv has no backend 'cuda'; it has torch, reference"):
+    with pytest.raises(ValueError, match=r"causal_conv has no backend 'cuda'; it has numba, torch, reference"):
         causal_conv(*args, backend="cuda")
 
 

@@ -36,11 +36,21 @@ def _threads() -> ThreadPoolExecutor:
         return _pool
 
 
+class _Memory:
+    """A tensor's memory to numpy, which keeps the tensor alive. Tensor.numpy() would forbid its storage to be resized,
+    as FSDP2 does with the parameters it gathers."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        place, size = (tensor.data_ptr(), False), (tensor.numel(),)
+        self.__array_interface__ = {"data": place, "shape": size, "typestr": "<f4", "version": 3}
+
+
 def flat(tensor: Tensor | None) -> np.ndarray:
     """A tensor as a flat float32 array: the memory of a contiguous float32 tensor, else a copy; None is empty."""
-    if tensor is None:
+    if tensor is None or tensor.numel() == 0:
         return np.empty(0, np.float32)
-    return tensor.detach().to(torch.float32).contiguous().view(-1).numpy()
+    return np.asarray(_Memory(tensor.detach().to(torch.float32).contiguous()))
 
 
 def scratch(size: int) -> np.ndarray:
