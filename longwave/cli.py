@@ -221,10 +221,10 @@ def show(
         return
     print(f"\n{'layer':24}{'state, bytes':>16}{'growth a token':>16}{'at 1M tokens':>18}")
     totals = [0, 0, 0]
-    for i, (name, mixer) in enumerate(_mixers(model)):
+    for i, mixer in enumerate(model.backbone.mixers):
         numbers = _state_growth(mixer)
         totals = [a + b for a, b in zip(totals, numbers)]
-        print(f"{i:3} {name:20}" + "".join(f"{n:>{w},}" for n, w in zip(numbers, (16, 16, 18))))
+        print(f"{i:3} {mixer.name:20}" + "".join(f"{n:>{w},}" for n, w in zip(numbers, (16, 16, 18))))
     print(f"{'all':24}" + "".join(f"{n:>{w},}" for n, w in zip(totals, (16, 16, 18))))
 
 
@@ -363,7 +363,7 @@ def _tell_state(model: "LM", recipe: "Recipe", states: list[Any], count: int, se
     if len(states) < 2:
         return
     pairs = [(state_bytes(a), state_bytes(b)) for a, b in zip(states[0].layers, states[-1].layers)]
-    names = [name for name, _ in _mixers(model)]
+    names = [mixer.name for mixer in model.backbone.mixers]
     fixed = [(name, a) for name, (a, b) in zip(names, pairs) if a == b]
     grown = [(name, a, b) for name, (a, b) in zip(names, pairs) if a != b]
     if fixed:
@@ -374,11 +374,6 @@ def _tell_state(model: "LM", recipe: "Recipe", states: list[Any], count: int, se
         kinds = ", ".join(sorted({name for name, *_ in grown}))
         _note(f"cache of {len(grown)} layers ({kinds}): {sum(a for _, a, _ in grown):,} bytes after the prompt, "
               f"{sum(b for *_, b in grown):,} at the end: it grows with the text")  # fmt: skip
-
-
-def _mixers(model: "LM") -> list[tuple[str, Any]]:
-    layers: Any = model.backbone.layers
-    return [(layer.mixer.name, layer.mixer) for layer in layers]
 
 
 def _state_growth(mixer: Any) -> tuple[int, int, int]:

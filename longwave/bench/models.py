@@ -2,13 +2,13 @@
 
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
+from longwave.bench.ops import seconds
 from longwave.models import LMSpec
 from longwave.ops.dispatch import use_backend
 
@@ -49,18 +49,12 @@ def _on(backend: str, run: Callable[[], None]) -> Callable[[], None]:
     return forced
 
 
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def _compare(
     name: str, against: str, L: int, ours: Callable, theirs: Callable, target: float, n: int
 ) -> dict[str, Any]:
     for run in (ours, theirs):
         run()
-    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(n)]
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(n)]
     a, b = (statistics.median(column) for column in zip(*pairs))
     return {
         "op": name,
@@ -99,7 +93,7 @@ def bench_models(repeats: int) -> Iterator[dict[str, Any]]:
         short, long = (_ours(pattern(L), L, 64, 2) for L in (1024, 65536))
         short()
         long()
-        times = [(_seconds(short) / 1024, _seconds(long) / 65536) for _ in range(max(3, repeats // 2))]
+        times = [(seconds(short) / 1024, seconds(long) / 65536) for _ in range(max(3, repeats // 2))]
         yield {
             "op": name,
             "against": "a token at 1k",

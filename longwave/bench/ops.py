@@ -53,7 +53,8 @@ def _runner(run: Callable[..., Any], inputs: list[Any], mode: str) -> Callable[[
     return both if mode == "both" else forward
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], None]) -> float:
+    """How long a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -88,7 +89,7 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
     memory = [_peak(side) if malloc == "default" else float("nan") for side in (ours, theirs)]
     for side in (ours, theirs):
         side()  # warm up
-    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
     a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
     target = case.targets.get((mode, malloc))
     return {
