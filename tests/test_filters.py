@@ -1,5 +1,6 @@
 """Filters: one impulse response however it is computed, and HiPPO matrices against their closed forms."""
 
+import copy
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from longwave.nn import (
     hippo,
     nplr,
     rotate,
+    set_rate,
 )
 from longwave.nn.filters import Smooth, SmoothFrequencies
 from longwave.nn.hippo import MEASURES, low_rank
@@ -199,3 +201,17 @@ def test_rotary_angles_are_exact_far_out():
     near = (rotate(q, 5) * rotate(k, 2)).sum()
     far = (rotate(q, 1_000_005) * rotate(k, 1_000_002)).sum()
     close(near, far, 1e-5)
+
+
+def test_a_rate_resamples_the_filter():
+    """Twice the step: every second tap of the finer system, up to the factor that the held input brings."""
+    fine = S4DFilter(3, 8, dt_min=1e-3, dt_max=1e-2).double()
+    coarse = copy.deepcopy(fine)
+    assert set_rate(coarse, 2.0) is coarse
+    k, half = fine(41)[:, ::2], coarse(21)
+    assert ((half - 2 * k).abs().max() / half.abs().max()) < 0.05
+    for wrong in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"rate = {wrong}"):
+            set_rate(coarse, wrong)
+    with pytest.raises(ValueError, match="nothing in Linear has a sampling rate"):
+        set_rate(torch.nn.Linear(2, 2), 2.0)

@@ -13,6 +13,8 @@ from longwave.nn import optim_hints, reset
 
 B, L, D = 2, 13, 8  # L is prime: no chunk size divides it
 CASES = [pytest.param(name, kw, id=f"{name}-{i}") for name, cls in MIXERS.items() for i, kw in enumerate(cls.examples)]
+CAUSAL = [case for case in CASES if MIXERS[case.values[0]].causal]
+TWO_SIDED = [case for case in CASES if not MIXERS[case.values[0]].causal]
 CHUNKINGS = [[1] * L, [L], [1, 7, 5], [5, 1, 7]]
 
 
@@ -38,6 +40,21 @@ def run_in_chunks(layer, x, sizes, mask=None):
     return torch.cat(ys, dim=1), state
 
 
+def with_padding(x, side):
+    """x with four steps of large noise on a side, its mask, and where x is."""
+    pad, on = 100 * noise(B, 4, D, seed=2), torch.ones(B, L, dtype=torch.bool)
+    if side == "left":
+        return torch.cat([pad, x], dim=1), torch.cat([~on[:, :4], on], dim=1), slice(4, None)
+    return torch.cat([x, pad], dim=1), torch.cat([on, ~on[:, :4]], dim=1), slice(0, L)
+
+
+def in_bfloat16(layer, x):
+    """The layer in bfloat16, and four times the error that rounding its weights and inputs alone makes."""
+    low = copy.deepcopy(layer).bfloat16()
+    floor = (copy.deepcopy(low).double()(x.bfloat16().double())[0] - layer(x)[0]).abs().max()
+    return low, 4 * floor + 2e-2
+
+
 @pytest.mark.parametrize(("name", "kw"), CASES)
 class TestContract:
     def test_no_state_in_no_state_out(self, name, kw):
@@ -47,6 +64,75 @@ class TestContract:
         assert y.dtype == x.dtype
         assert state is None
 
+    def test_causal(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        future = x.clone()
+        future[:, 6:] += 1.0
+        change = (layer(future)[0] - layer(x)[0]).abs().amax(dim=(0, 2))
+        assert (change[:6] <= 1e-8).all() == layer.causal
+        assert (change[6:] > 1e-8).any()
+
+    def test_rows_of_a_batch_are_independent(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        close(layer(x)[0][:1], layer(x[:1])[0])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_is_invisible(self, name, kw, side):
+        layer, x = build(name, kw), noise(B, L, D)
+        padded, mask, real = with_padding(x, side)
+        y = layer(padded, mask=mask)[0]
+        close(y[:, real], layer(x)[0])
+        assert torch.isfinite(y).all()
+
+    def test_gradients(self, name, kw):
+        layer, x = build(name, kw), noise(1, 5, D).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: layer(x)[0], x, fast_mode=True)
+
+    def test_every_parameter_is_trained(self, name, kw):
+        layer = build(name, kw)
+        layer(noise(B, L, D))[0].square().sum().backward()
+        assert [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+    def test_saves_and_loads(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        other = MIXERS[name](D, **kw).double()
+        other.load_state_dict(layer.state_dict(), strict=True)
+        close(other(x)[0], layer(x)[0])
+        close(copy.deepcopy(layer)(x)[0], layer(x)[0])
+
+    def test_compiles_whole(self, name, kw):
+        torch._dynamo.reset()
+        layer, x = build(name, kw), noise(B, L, D)
+        close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0])
+
+    def test_builds_on_meta_bit_for_bit(self, name, kw):
+        torch.manual_seed(0)
+        direct = MIXERS[name](D, **kw)
+        with torch.device("meta"):
+            ghost = MIXERS[name](D, **kw)
+        torch.manual_seed(0)
+        drawn = reset(ghost.to_empty(device="cpu"))
+        for key, value in direct.state_dict().items():
+            assert torch.equal(value, drawn.state_dict()[key]), key
+
+    def test_bfloat16_is_as_good_as_bfloat16_allows(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        low, limit = in_bfloat16(layer, x)
+        assert (low(x.bfloat16())[0].double() - layer(x)[0]).abs().max() <= limit
+
+    def test_optim_hints_name_parameters(self, name, kw):
+        layer = build(name, kw)
+        hints, names = optim_hints(layer), dict(layer.named_parameters())
+        assert set(hints) <= set(names)
+        for pattern in layer.optim_hints:
+            assert fnmatch.filter(names, pattern), pattern
+
+    def test_docstring_has_a_source(self, name, kw):
+        assert "Source" in sys.modules[MIXERS[name].__module__].__doc__
+
+
+@pytest.mark.parametrize(("name", "kw"), CAUSAL)
+class TestStates:
     @pytest.mark.parametrize("sizes", CHUNKINGS, ids=["steps", "prefill", "1-7-5", "5-1-7"])
     @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
     def test_chunked_is_parallel(self, name, kw, sizes, grad):
@@ -83,36 +169,19 @@ class TestContract:
         x = noise(3, 4, D, seed=2)
         close(layer(x[1:2], rows)[0], layer(x, state)[0][1:2])
 
-    def test_causal(self, name, kw):
-        layer, x = build(name, kw), noise(B, L, D)
-        future = x.clone()
-        future[:, 6:] += 1.0
-        change = (layer(future)[0] - layer(x)[0]).abs().amax(dim=(0, 2))
-        assert (change[:6] <= 1e-8).all() == layer.causal
-        assert (change[6:] > 1e-8).any()
-
-    def test_rows_of_a_batch_are_independent(self, name, kw):
-        layer, x = build(name, kw), noise(B, L, D)
-        close(layer(x)[0][:1], layer(x[:1])[0])
-
     @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("sizes", [None, [17], [3, 14], [6, 11]], ids=["parallel", "17", "3-14", "6-11"])
-    def test_padding_is_invisible(self, name, kw, side, sizes):
-        layer, x, pad = build(name, kw), noise(B, L, D), 100 * noise(B, 4, D, seed=2)
-        on = torch.ones(B, L, dtype=torch.bool)
-        parts = ([pad, x], [~on[:, :4], on]) if side == "left" else ([x, pad], [on, ~on[:, :4]])
-        padded, mask = (torch.cat(p, dim=1) for p in parts)
-        y = layer(padded, mask=mask)[0] if sizes is None else run_in_chunks(layer, padded, sizes, mask)[0]
-        close(y[:, 4:] if side == "left" else y[:, :L], layer(x)[0])
-        assert torch.isfinite(y).all()
+    @pytest.mark.parametrize("sizes", [[17], [3, 14], [6, 11]], ids=["17", "3-14", "6-11"])
+    def test_padding_is_invisible_in_chunks(self, name, kw, side, sizes):
+        layer, x = build(name, kw), noise(B, L, D)
+        padded, mask, real = with_padding(x, side)
+        close(run_in_chunks(layer, padded, sizes, mask)[0][:, real], layer(x)[0])
 
-    def test_gradients(self, name, kw):
+    def test_gradients_of_a_carried_state(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)
         u = x[:1, :5].clone().requires_grad_()
         _, state = layer(x[:1, :3], layer.init_state(1))
         state = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point() or t.is_complex()), state)
         carried = [t for t in tree_leaves(state) if t.requires_grad]
-        assert torch.autograd.gradcheck(lambda u: layer(u)[0], u, fast_mode=True)
 
         def resumed(u, *tensors):
             given = dict(zip(map(id, carried), tensors))
@@ -121,58 +190,31 @@ class TestContract:
 
         assert torch.autograd.gradcheck(resumed, (u, *carried), fast_mode=True)
 
-    def test_every_parameter_is_trained(self, name, kw):
-        layer = build(name, kw)
-        layer(noise(B, L, D))[0].square().sum().backward()
-        assert [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-    def test_saves_and_loads(self, name, kw):
-        layer, x = build(name, kw), noise(B, L, D)
-        other = MIXERS[name](D, **kw).double()
-        other.load_state_dict(layer.state_dict(), strict=True)
-        close(other(x)[0], layer(x)[0])
-        close(copy.deepcopy(layer)(x)[0], layer(x)[0])
-
-    def test_compiles_whole(self, name, kw):
+    def test_compiles_whole_with_a_state(self, name, kw):
         torch._dynamo.reset()
         layer, x = build(name, kw), noise(B, L, D)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        close(compiled(x)[0], layer(x)[0])
         state = layer(x, layer.init_state(B))[1]
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         close(compiled(x[:, :2], state)[0], layer(x[:, :2], state)[0])
 
-    def test_builds_on_meta_bit_for_bit(self, name, kw):
-        torch.manual_seed(0)
-        direct = MIXERS[name](D, **kw)
-        with torch.device("meta"):
-            ghost = MIXERS[name](D, **kw)
-        torch.manual_seed(0)
-        drawn = reset(ghost.to_empty(device="cpu"))
-        for key, value in direct.state_dict().items():
-            assert torch.equal(value, drawn.state_dict()[key]), key
-
-    def test_bfloat16_is_as_good_as_bfloat16_allows(self, name, kw):
+    def test_bfloat16_resumes_as_well_as_bfloat16_allows(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)
-        exact = layer(x)[0]
-        low = copy.deepcopy(layer).bfloat16()
-        floor = (copy.deepcopy(low).double()(x.bfloat16().double())[0] - exact).abs().max()
-        assert (low(x.bfloat16())[0].double() - exact).abs().max() <= 4 * floor + 2e-2
+        low, limit = in_bfloat16(layer, x)
         stepped, _ = run_in_chunks(low, x.bfloat16(), [6, 1, 6])
-        assert (stepped.double() - exact).abs().max() <= 4 * floor + 2e-2
+        assert (stepped.double() - layer(x)[0]).abs().max() <= limit
 
     def test_float32_resumes_as_well_as_float32_allows(self, name, kw):
         layer, x = build(name, kw).float(), noise(B, L, D).float()
         torch.testing.assert_close(run_in_chunks(layer, x, [5, 1, 7])[0], layer(x)[0], rtol=1e-4, atol=1e-4)
 
-    def test_optim_hints_name_parameters(self, name, kw):
-        layer = build(name, kw)
-        hints, names = optim_hints(layer), dict(layer.named_parameters())
-        assert set(hints) <= set(names)
-        for pattern in layer.optim_hints:
-            assert fnmatch.filter(names, pattern), pattern
 
-    def test_docstring_has_a_source(self, name, kw):
-        assert "Source" in sys.modules[MIXERS[name].__module__].__doc__
+@pytest.mark.parametrize(("name", "kw"), TWO_SIDED)
+def test_what_looks_ahead_has_no_state(name, kw):
+    layer = build(name, kw)
+    with pytest.raises(ValueError, match=f"{name} looks ahead, so it has no state"):
+        layer.init_state(B)
+    with pytest.raises(ValueError, match=f"{name} looks ahead"):
+        layer(noise(B, L, D), ())
 
 
 def test_a_misspelt_mixer_or_option_is_suggested():
@@ -199,6 +241,9 @@ def test_a_misspelt_mixer_or_option_is_suggested():
         ("hyena", {"max_len": 8, "order": 1}, r"order >= 2; got 1"),
         ("hyena", {"max_len": 8, "emb_dim": 4}, r"odd, >= 3; got 4"),
         ("long_conv", {"max_len": 8, "smooth": 4}, r"odd width >= 1; got 4"),
+        ("s4d", {"rate": 0.0}, r"> 0; got rate = 0.0"),
+        ("two_sided", {"filter": "s4dd"}, r"no filter is called 's4dd'.*did you mean 's4d'"),
+        ("bidirectional", {"inner": "two_sided"}, r"'two_sided' looks ahead already"),
     ],
 )
 def test_bad_options_are_named(name, options, message):

@@ -1,68 +1,18 @@
 """Official weights in our modules: the authors' outputs, gradients, kernels and steps, and plain formulas besides."""
 
-import json
 import math
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file
+from official import GOLDEN, Case, convolved, drawn, error, golden, load, named, series
 from torch import Tensor
 
 from longwave.models.generate import generate
 from longwave.models.pretrained import SYSTEMS, from_official
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 FLOAT32 = {"longconv__H4_L32_blockfft"}  # the official code runs in complex64 only
-
-
-class Case(NamedTuple):
-    system: str
-    config: dict
-    tensors: dict[str, Tensor]
-
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under a prefix, complex where the file has a real view of them."""
-        found = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
-        return {
-            key.removesuffix("@complex"): torch.view_as_complex(t) if key.endswith("@complex") else t
-            for key, t in found.items()
-        }
-
-    def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {key: t.to(dtype) for key, t in self.part("state.").items()}
-
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {key: widened(t, dtype) for key, t in self.part("input.").items()}
-
-    def module(self, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-        return from_official(self.system, self.config, self.state(dtype))
-
-
-def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, dtype)) if t.is_floating_point() or t.is_complex() else t
-
-
-def load(path: Path) -> Case:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    return Case(metadata["system"], json.loads(metadata["config"]), load_file(path))
-
-
-def named(outputs, names) -> dict[str, Tensor]:
-    """What a module returns, by the file's output names."""
-    return outputs if isinstance(outputs, dict) else {next(iter(names)): outputs}
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference over largest magnitude."""
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
-
 
 cases = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
@@ -118,30 +68,48 @@ def test_output_in_float32(path):
         assert error(outputs[key], theirs) < tolerance, key
 
 
-def kernels(case: Case, module) -> dict[str, Tensor]:
-    """Our filters under the names and layouts of the file's ``kernel64.*``."""
-    L = case.config["L"]
-    if case.system == "s4d":
-        return {"k": module.conv.filter(L)}
-    if case.system == "s4dmin":
-        return {"k": module.model.kernel(L)}
-    if case.system == "longconv":
-        return {"k": module.conv.filter(module.conv.filter.max_len)}
-    if case.system == "h3":
-        shift = module.model.ssm_k_kernel(L)
-        ssm = module.model.kernel(L)
-        return {"ssm": ssm, "shift": F.pad(shift, (0, ssm.shape[1] - shift.shape[1]))}
-    taps = module.model.filter_fn(L).T
-    if case.system == "hyenastandalone":
-        taps = taps.unflatten(1, (case.config["d_model"], -1)).transpose(1, 2).flatten(1)
-    return {"filter": taps}
+def s4d_kernels(case: Case, module) -> dict[str, Tensor]:
+    return {"k": module.conv.filter(case.config["L"])}
+
+
+def s4dmin_kernels(case: Case, module) -> dict[str, Tensor]:
+    return {"k": module.model.kernel(case.config["L"])}
+
+
+def longconv_kernels(case: Case, module) -> dict[str, Tensor]:
+    return {"k": module.conv.filter(module.conv.filter.max_len)}
+
+
+def h3_kernels(case: Case, module) -> dict[str, Tensor]:
+    shift, ssm = module.model.ssm_k_kernel(case.config["L"]), module.model.kernel(case.config["L"])
+    return {"ssm": ssm, "shift": F.pad(shift, (0, ssm.shape[1] - shift.shape[1]))}
+
+
+def hyena_kernels(case: Case, module) -> dict[str, Tensor]:
+    return {"filter": module.model.filter_fn(case.config["L"]).T}
+
+
+def hyenastandalone_kernels(case: Case, module) -> dict[str, Tensor]:
+    taps = module.model.filter_fn(case.config["L"]).T
+    return {"filter": taps.unflatten(1, (case.config["d_model"], -1)).transpose(1, 2).flatten(1)}
+
+
+# Our filters under the names and layouts of the files' ``kernel64.*``, by system.
+KERNELS = {
+    "h3": h3_kernels,
+    "hyena": hyena_kernels,
+    "hyenastandalone": hyenastandalone_kernels,
+    "longconv": longconv_kernels,
+    "s4d": s4d_kernels,
+    "s4dmin": s4dmin_kernels,
+}
 
 
 @pytest.mark.parametrize("path", [p for p in GOLDEN if load(p).part("kernel64.")], ids=lambda path: path.stem)
 @torch.no_grad()
 def test_kernels(path):
     case = load(path)
-    ours, theirs = kernels(case, case.module()), case.part("kernel64.")
+    ours, theirs = KERNELS[case.system](case, case.module()), case.part("kernel64.")
     assert ours.keys() == theirs.keys()
     for key in theirs:
         assert error(ours[key].reshape(theirs[key].shape), theirs[key]) < 1e-9, key
@@ -154,21 +122,36 @@ def test_official_steps_against_our_state(path):
     module, (x,) = case.module(), case.inputs(torch.float64).values()
     for key, theirs in case.part("step.").items():
         prefill = int(key.partition("@prefill")[2] or case.config.get("prefill", 1))
-        time = 2 if case.system == "s4d" and case.config.get("transposed", True) else 1
-        state = (module.conv if case.system == "s4d" else module.model).init_state(len(x))
-        ys = []
-        for piece in x.split([prefill, *[1] * (x.shape[time] - prefill)], dim=time):
-            if case.system == "s4d":
-                y, state = module(x=piece, state=state).values()
-            else:
-                y, state = module.model(piece, state)
-            ys.append(y)
-        assert error(torch.cat(ys, dim=time), theirs) < 1e-5, key
+        y = STEPS.get(case.system, model_steps)(case, module, x, prefill)
+        assert error(y, theirs) < 1e-5, key
+
+
+def model_steps(case: Case, module, x: Tensor, prefill: int) -> Tensor:
+    """The mixer or model inside, time on axis 1: a prefill, then one step at a time."""
+    state, ys = module.model.init_state(len(x)), []
+    for piece in x.split([prefill, *[1] * (x.shape[1] - prefill)], dim=1):
+        y, state = module.model(piece, state)
+        ys.append(y)
+    return torch.cat(ys, dim=1)
+
+
+def conv_block_steps(case: Case, module, x: Tensor, prefill: int) -> Tensor:
+    """An official block that takes and returns its state."""
+    time = 2 if case.config.get("transposed", True) else 1
+    state, ys = module.conv.init_state(len(x)), []
+    for piece in x.split([prefill, *[1] * (x.shape[time] - prefill)], dim=time):
+        y, state = module(x=piece, state=state).values()
+        ys.append(y)
+    return torch.cat(ys, dim=time)
+
+
+# How a system steps where it is not as ``model_steps`` does.
+STEPS = {"s4d": conv_block_steps}
 
 
 @torch.no_grad()
 def test_the_imported_language_model_generates():
-    case = load(next(path for path in GOLDEN if path.stem == "mamba_hf__base"))
+    case = golden("mamba_hf__base")
     module, ids = case.module(), case.inputs(torch.float64)["input_ids"][:, :9]
     tokens = generate(module.model, ids, 3, temperature=0)
     for row, new in zip(ids.tolist(), tokens):
@@ -178,7 +161,7 @@ def test_the_imported_language_model_generates():
 
 
 def test_a_tied_head_may_be_left_out_as_in_hub_files():
-    case = load(next(path for path in GOLDEN if path.stem == "mamba_hf__base"))
+    case = golden("mamba_hf__base")
     state = case.state(torch.float32)
     del state["lm_head.weight"]
     model = from_official("mamba_hf", case.config, state).model
@@ -236,13 +219,13 @@ def block(**args) -> dict:
     ],
 )
 def test_options_that_are_not_carried_over_are_named(path, change, word):
-    case = load(next(p for p in GOLDEN if p.stem == path))
+    case = golden(path)
     with pytest.raises(ValueError, match=f"^{case.system}: .*{word}"):
         from_official(case.system, {**case.config, **change}, case.state(torch.float32))
 
 
 def test_bad_systems_and_states_are_named():
-    case = load(next(path for path in GOLDEN if path.stem == "s4d__lin_zoh_H8_L64"))
+    case = golden("s4d__lin_zoh_H8_L64")
     state = case.state(torch.float32)
     with pytest.raises(ValueError, match=r"'s4dd'.*did you mean 's4d'"):
         from_official("s4dd", case.config, state)
@@ -260,7 +243,7 @@ def test_bad_systems_and_states_are_named():
 
 
 def test_aliases_that_differ_are_named():
-    case = load(next(path for path in GOLDEN if path.stem == "hyena__o2_H8_L32"))
+    case = golden("hyena__o2_H8_L32")
     state = case.state(torch.float32)
     state["filter_fn.implicit_filter.3.freq"] = state["filter_fn.implicit_filter.3.freq"] + 1
     with pytest.raises(ValueError, match=r"'filter_fn.implicit_filter.3.freq' and .* name one tensor"):
@@ -290,33 +273,6 @@ def test_hyena_refuses_more_than_l_max():
 
 
 # Configurations without a file: formulas of the official definition, written down once more and slowly.
-
-
-def drawn(system: str, config: dict, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """A module and its official state, drawn at random."""
-    rng = torch.Generator().manual_seed(1)
-    options = SYSTEMS[system].read(config)
-    state = {}
-    for key, shape in SYSTEMS[system].keys(options).items():
-        t = torch.randn(shape, generator=rng, dtype=dtype)
-        state[key] = 0.3 * t - 1.5 if key.endswith(("inv_dt", "log_dt")) else t
-    for key, first in SYSTEMS[system].aliases(options).items():
-        state[key] = state[first]
-    return from_official(system, config, state), state
-
-
-def series(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
-
-
-def convolved(x: Tensor, weight) -> Tensor:
-    """y[..., t] = sum_s weight(t - s) x[..., s]; weight(lag) is a tensor without the time axis, or None."""
-    L = x.shape[-1]
-    columns = []
-    for t in range(L):
-        terms = [w * x[..., s] for s in range(L) if (w := weight(t - s)) is not None]
-        columns.append(sum(terms, torch.zeros_like(x[..., 0])))
-    return torch.stack(columns, dim=-1)
 
 
 TRANSFORMED = {

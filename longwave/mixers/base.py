@@ -4,7 +4,7 @@ import abc
 import difflib
 import inspect
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,11 @@ class Mixer(nn.Module, abc.ABC):
 def state_bytes(state: Any) -> int:
     """How many bytes a state takes, by the elements that its tensors show."""
     return sum(t.numel() * t.element_size() for t in tree_leaves(state) if isinstance(t, torch.Tensor))
+
+
+def no_state(mixer: Mixer) -> NoReturn:
+    """What a mixer that is not causal answers to ``init_state`` and to a state."""
+    raise ValueError(f"{mixer.name} looks ahead, so it has no state; call it on whole sequences, without one")
 
 
 def nearest(name: str, known: Any) -> str:

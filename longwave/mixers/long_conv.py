@@ -7,11 +7,10 @@ Parameter names are those of the authors' LongConv (github.com/HazyResearch/safa
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, zero_padding
-from longwave.nn import FreeFilter, Hint, init_conv_state, long_conv
+from longwave.nn import FreeFilter, Hint, OutputGLU, init_conv_state, long_conv
 from longwave.nn.filters import Smooth
 
 
@@ -51,7 +50,7 @@ class LongConvMixer(Mixer, name="long_conv"):
         average = Smooth(smooth) if smooth != 1 else None
         self.kernel = FreeFilter(d_model, max_len, squash=squash, smooth=average, decay=decay, dropout=dropout)
         self.D = nn.Parameter(torch.empty(d_model))
-        self.output_linear = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = OutputGLU(d_model, d_model)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -64,4 +63,4 @@ class LongConvMixer(Mixer, name="long_conv"):
     def forward(self, x: Tensor, state: LongConvState | None = None, *, mask: Tensor | None = None):
         past = None if state is None else state.past
         y, past = long_conv(zero_padding(x, mask), self.kernel, past, skip=self.D)
-        return F.glu(self.output_linear(F.gelu(y)), dim=-1), None if past is None else LongConvState(past)
+        return self.output_linear(y), None if past is None else LongConvState(past)

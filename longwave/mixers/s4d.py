@@ -7,11 +7,10 @@ are those of the authors' models/s4/s4d.py; B is kept as in their full block.
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, zero_padding
-from longwave.nn import S4DFilter, init_conv_state, long_conv
+from longwave.nn import OutputGLU, S4DFilter, init_conv_state, long_conv
 
 
 class S4DState(NamedTuple):
@@ -24,7 +23,7 @@ class S4D(Mixer, name="s4d"):
     Args:
         d_model: D.
         d_state: N, real state size a channel, even.
-        init, discretization, dt_min, dt_max, systems: of the filter, see :class:`longwave.nn.S4DFilter`.
+        init, discretization, dt_min, dt_max, systems, rate: of the filter, see :class:`longwave.nn.S4DFilter`.
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -41,14 +40,22 @@ class S4D(Mixer, name="s4d"):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         systems: int | None = None,
+        rate: float = 1.0,
     ):
         super().__init__()
         self.d_model = d_model
         self.kernel = S4DFilter(
-            d_model, d_state, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max, systems=systems
+            d_model,
+            d_state,
+            init=init,
+            discretization=discretization,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            systems=systems,
+            rate=rate,
         )
         self.D = nn.Parameter(torch.empty(d_model))
-        self.output_linear = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = OutputGLU(d_model, d_model)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -61,4 +68,4 @@ class S4D(Mixer, name="s4d"):
     def forward(self, x: Tensor, state: S4DState | None = None, *, mask: Tensor | None = None):
         h = None if state is None else state.h
         y, h = long_conv(zero_padding(x, mask), self.kernel, h, skip=self.D)
-        return F.glu(self.output_linear(F.gelu(y)), dim=-1), None if h is None else S4DState(h)
+        return self.output_linear(y), None if h is None else S4DState(h)

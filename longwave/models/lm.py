@@ -23,6 +23,9 @@ class LM(nn.Module):
         super().__init__()
         if vocab < 1:
             raise ValueError(f"a language model needs vocab >= 1; got {vocab}")
+        ahead = [m.name for m in backbone.mixers if not m.causal]
+        if ahead:
+            raise ValueError(f"a language model predicts the next token, but {ahead[0]} sees it; use causal mixers")
         self.embedding = nn.Embedding(vocab, backbone.d_model)
         self.backbone = backbone
         self.head = nn.Linear(backbone.d_model, vocab, bias=False)

@@ -1,7 +1,8 @@
 """Modules without a policy on time: filters, the long convolution that carries state, channel mixers, positions."""
 
-from longwave.nn.channel import MLP, SwiGLU
+from longwave.nn.channel import MLP, OutputGLU, SwiGLU
 from longwave.nn.filters import (
+    FILTERS,
     Filter,
     FreeFilter,
     HyenaFilter,
@@ -12,17 +13,19 @@ from longwave.nn.filters import (
     Truncated,
 )
 from longwave.nn.hippo import hippo, nplr
-from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv
-from longwave.nn.module import Hint, append_time, optim_hints, reset
+from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv, two_sided_conv
+from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, reset, set_rate
 from longwave.nn.rotary import rotate
 
 __all__ = [
+    "FILTERS",
     "MLP",
     "Filter",
     "FreeFilter",
     "Hint",
     "HyenaFilter",
     "LongConv",
+    "OutputGLU",
     "S4DFilter",
     "ShiftFilter",
     "StateSpace",
@@ -36,6 +39,9 @@ __all__ = [
     "long_conv",
     "nplr",
     "optim_hints",
+    "positive_rate",
     "reset",
     "rotate",
+    "set_rate",
+    "two_sided_conv",
 ]

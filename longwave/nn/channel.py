@@ -37,3 +37,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class OutputGLU(nn.Linear):
+    """a * sigmoid(b),  [a | b] = W gelu(x): what follows the convolution in the blocks of S4 and its kin.
+
+    Source: Gu et al. (2021), arXiv:2111.00396, app. C, with the gated linear unit of the authors' code.
+
+    Args:
+        d_in: width of x.
+        d_out: width of the result.
+    """
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, 2 * d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(super().forward(F.gelu(x)), dim=-1)

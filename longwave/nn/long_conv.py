@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longwave.nn.filters import Filter, StateSpaceFilter
 from longwave.nn.module import append_time
-from longwave.ops import causal_conv, vandermonde, vandermonde_transpose
+from longwave.ops import causal_conv
 
 
 def init_conv_state(filter: Filter, batch: int) -> Tensor:
@@ -18,8 +18,7 @@ def init_conv_state(filter: Filter, batch: int) -> Tensor:
         support, whose state so has one size for ever, or (B, 0, C).
     """
     if isinstance(filter, StateSpaceFilter):
-        a = filter.realize().a.detach()
-        return a.new_zeros(batch, *a.shape)
+        return filter.realize().rest(batch)
     like = next(filter.parameters())
     steps = 0 if filter.support is None else filter.support - 1
     return torch.zeros(batch, steps, filter.channels, dtype=like.dtype, device=like.device)
@@ -84,14 +83,37 @@ def long_conv(
         y, past = conv_with_past(u, filter(state.shape[1] + L), state, skip=skip, **gates)
         forget = 0 if filter.support is None else max(0, past.shape[1] - (filter.support - 1))
         return y, past[:, forget:]
-    a, b, c = filter.realize()
+    system = filter.realize()
     x = u if gate_in is None else u * gate_in
-    y = causal_conv(x, vandermonde(a, (b * c)[None], L)[0], skip=skip)
-    response = vandermonde(a, c * a * state, L).transpose(1, 2)  # of the state: 2 Re sum c a^(t+1) h
-    gathered = vandermonde_transpose(a, x.transpose(1, 2).flip(2).to(a.real.dtype))
-    decay = torch.exp(L * torch.log(a.to(torch.complex128))).to(a.dtype)  # a^L
-    y = (y + response).to(u.dtype)
-    return y if gate_out is None else y * gate_out, decay * state + b * gathered
+    y = causal_conv(x, system.taps(L), skip=skip)
+    y = (y + system.response(state, L).transpose(1, 2)).to(u.dtype)
+    return y if gate_out is None else y * gate_out, system.advance(state, x)
+
+
+def two_sided_conv(
+    u: Tensor,
+    filter: Filter,
+    ahead: Filter,
+    *,
+    skip: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+) -> Tensor:
+    """y[t] = gate_out[t] (sum_s k[s] x[t-s] + sum_s f[s] x[t+1+s] + skip x[t]),  x = gate_in u: no tap counts twice.
+
+    Source: the bidirectional convolution of github.com/state-spaces/s4.
+
+    Args:
+        u: (B, L, C) input.
+        filter, ahead: give k and f.
+        skip, gate_in, gate_out: as in :func:`long_conv`.
+    Returns:
+        y: (B, L, C).
+    Raises:
+        ValueError: where a filter is not defined at the length.
+    """
+    L = u.shape[1]
+    return causal_conv(u, filter(L), skip=skip, gate_in=gate_in, gate_out=gate_out, k_future=ahead(L))
 
 
 class LongConv(nn.Module):

@@ -45,6 +45,33 @@ def reset(module: nn.Module) -> nn.Module:
     return module
 
 
+def positive_rate(rate: float) -> float:
+    """The rate, or a ValueError where it is not positive."""
+    if not rate > 0:
+        raise ValueError(f"a rate is the step between samples over that of training, > 0; got rate = {rate}")
+    return rate
+
+
+def set_rate(module: nn.Module, rate: float) -> nn.Module:
+    """Make every state space in a trained module read signals at another sampling rate; returns the module.
+
+    Source: Gu et al. (2021) "S4", arXiv:2111.00396, sec. 4.3: the step size is the only thing that knows the rate.
+
+    Args:
+        module: anything with state spaces inside.
+        rate: > 0, the step between samples over that of training: 2 for a model that was trained at 16 kHz and now
+            hears 8 kHz. It replaces an earlier rate and does not multiply it.
+    Raises:
+        ValueError: for rate <= 0, or where nothing in the module has a rate.
+    """
+    found: list[Any] = [m for m in module.modules() if hasattr(m, "rate")]
+    if not found:
+        raise ValueError(f"nothing in {type(module).__name__} has a sampling rate: it has no state space filter")
+    for part in found:
+        part.rate = positive_rate(rate)
+    return module
+
+
 def at_least_float32(*tensors: Tensor) -> list[Tensor]:
     """Filters are computed in float32 or better whatever dtype the model is in: a**L in bfloat16 is noise."""
     return [t.float() if t.dtype.itemsize < 4 else t for t in tensors]

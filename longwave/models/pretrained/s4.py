@@ -168,8 +168,7 @@ class StateSpaceConv(nn.Module):
     def init_state(self, batch: int) -> Tensor:
         """Zeros (B, H, P), complex."""
         filter = self._stateful(1)
-        a = filter.realize().a.detach()
-        return a.new_zeros(batch, filter.system.C.shape[1], a.shape[1])
+        return filter.realize().rest(batch)[:, : filter.system.C.shape[1]]
 
     def forward(self, u: Tensor, skip: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """u (B, L, C), state (B, H, P) complex, as its real view (B, H, P, 2), or real where the system is."""

@@ -1,11 +1,12 @@
 """What a long convolution convolves with: the impulse response of a linear time-invariant map."""
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from longwave.ops import vandermonde
+from longwave.ops import vandermonde, vandermonde_transpose
 
 
 class Filter(nn.Module, abc.ABC):
@@ -30,23 +31,43 @@ class Filter(nn.Module, abc.ABC):
 
 
 class StateSpace(NamedTuple):
-    """A diagonal discrete system  h[t] = a h[t-1] + b u[t],  y[t] = 2 Re <c, h[t]>;  each (C, N) complex."""
+    """A diagonal discrete system  h[t] = a h[t-1] + b u[t],  y[t] = 2 Re <c, h[t]>;  each (C, N) complex.
+
+    What a convolution asks of a system is its four methods; another kind of system has the same four.
+    """
 
     a: Tensor
     b: Tensor
     c: Tensor
+
+    def rest(self, batch: int) -> Tensor:
+        """The state before the first step: zeros (B, C, N)."""
+        return self.a.detach().new_zeros(batch, *self.a.shape)
+
+    def taps(self, length: int) -> Tensor:
+        """The impulse response (C, length)."""
+        return vandermonde(self.a, (self.b * self.c)[None], length)[0]
+
+    def response(self, state: Tensor, length: int) -> Tensor:
+        """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length)."""
+        return vandermonde(self.a, self.c * self.a * state, length)
+
+    def advance(self, state: Tensor, x: Tensor) -> Tensor:
+        """The state after the inputs x (B, L, C)."""
+        gathered = vandermonde_transpose(self.a, x.transpose(1, 2).flip(2).to(self.a.real.dtype))
+        decay = torch.exp(x.shape[1] * torch.log(self.a.to(torch.complex128))).to(self.a.dtype)  # a^L
+        return decay * state + self.b * gathered
 
 
 class StateSpaceFilter(Filter):
     """A filter that is also a recurrence, so it decodes in constant memory. A subclass only says what the system is."""
 
     @abc.abstractmethod
-    def realize(self) -> StateSpace:
-        """The discrete system, complex64 or better."""
+    def realize(self) -> Any:
+        """The discrete system, a :class:`StateSpace` or what has its methods, in complex64 or better."""
 
     def forward(self, length: int) -> Tensor:
-        a, b, c = self.realize()
-        return vandermonde(a, (b * c)[None], length)[0]
+        return self.realize().taps(length)
 
 
 class Truncated(Filter):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longwave.nn.filters.base import StateSpace, StateSpaceFilter
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32
+from longwave.nn.module import Hint, at_least_float32, positive_rate
 
 
 def zoh(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +93,8 @@ class S4DFilter(StateSpaceFilter):
         discretization: zoh | bilinear.
         dt_min, dt_max: step sizes are drawn log-uniformly between them; 1 / dt is the memory in steps.
         systems: S, how many different (A, B) there are; channels c, c + S, ... share one. Default C.
+        rate: > 0, factor on every step size: 2 reads a signal sampled half as often, see
+            :func:`longwave.nn.set_rate`.
     Raises:
         ValueError: for an unknown init or discretization, an odd d_state, 0 < dt_min <= dt_max violated, S not
             dividing C.
@@ -110,6 +112,7 @@ class S4DFilter(StateSpaceFilter):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         systems: int | None = None,
+        rate: float = 1.0,
     ):
         super().__init__()
         systems = channels if systems is None else systems
@@ -121,7 +124,7 @@ class S4DFilter(StateSpaceFilter):
             raise ValueError(f"systems = {systems} does not divide channels = {channels}")
         self.init = choose("S4D init", init, INITS)
         self.discretize = choose("discretization", discretization, DISCRETIZATIONS)
-        self.channels, self.dt_min, self.dt_max = channels, dt_min, dt_max
+        self.channels, self.dt_min, self.dt_max, self.rate = channels, dt_min, dt_max, positive_rate(rate)
         pairs = d_state // 2
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_A_real = nn.Parameter(torch.empty(systems, pairs))
@@ -144,5 +147,5 @@ class S4DFilter(StateSpaceFilter):
         log_dt, log_A_real, A_imag, B, C = at_least_float32(self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
         copies = self.channels // len(A_imag)
         A = torch.complex(-log_A_real.exp(), A_imag).repeat(copies, 1)  # (C, N/2)
-        a, b = self.discretize(A, log_dt.exp()[:, None])
+        a, b = self.discretize(A, self.rate * log_dt.exp()[:, None])
         return StateSpace(a, b * torch.view_as_complex(B).repeat(copies, 1), torch.view_as_complex(C))

@@ -1,0 +1,51 @@
+"""Bidirectional: any causal mixer read forwards, another one read backwards, joined by a linear map.
+
+Source: Schuster & Paliwal (1997) "Bidirectional Recurrent Neural Networks", eq. of the output layer; the outer
+``bidirectional`` of the authors' SequenceModel (github.com/state-spaces/s4), whose second layer sees the sequence
+backwards here.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longwave.mixers.base import Mixer, mixer, no_state, zero_padding
+
+
+class Bidirectional(Mixer, name="bidirectional"):
+    """y = W [f(x) | reverse(g(reverse(x)))].
+
+    Args:
+        d_model: D.
+        inner: name of the causal mixer.
+        options: its options.
+    Raises:
+        ValueError: for an unknown mixer or option, or a mixer that looks ahead already.
+    """
+
+    causal = False
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"inner": "s4d", "options": {"d_state": 4}},
+        {"inner": "mamba", "options": {"d_state": 4}},
+    )
+
+    def __init__(self, d_model: int, inner: str, options: dict[str, Any] | None = None):
+        super().__init__()
+        spec = mixer(inner, **(options or {}))
+        self.d_model = d_model
+        self.forwards, self.backwards = spec.build(d_model), spec.build(d_model)
+        if not self.forwards.causal:
+            raise ValueError(f"bidirectional takes a causal mixer; {inner!r} looks ahead already: use it as it is")
+        self.output_linear = nn.Linear(2 * d_model, d_model)
+
+    def init_state(self, batch: int):
+        no_state(self)
+
+    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
+        if state is not None:
+            no_state(self)
+        x = zero_padding(x, mask)
+        past, _ = self.forwards(x, mask=mask)
+        future, _ = self.backwards(x.flip(1), mask=None if mask is None else mask.flip(1))
+        return self.output_linear(torch.cat([past, future.flip(1)], dim=-1)), None

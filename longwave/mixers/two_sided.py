@@ -1,0 +1,57 @@
+"""TwoSided: a convolution that looks back with one filter and ahead with another, then a gated linear unit.
+
+Source: the ``bidirectional`` layers of S4, S4D, DSS (github.com/state-spaces/s4, github.com/ag1988/dss) and LongConv
+(github.com/HazyResearch/safari): one convolution with two filters before one nonlinearity.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longwave.mixers.base import Mixer, nearest, no_state, zero_padding
+from longwave.nn import FILTERS, OutputGLU, two_sided_conv
+
+
+class TwoSided(Mixer, name="two_sided"):
+    """y = GLU(W gelu(sum_s k[s] x[t-s] + sum_s f[s] x[t+1+s] + D x[t])).
+
+    Args:
+        d_model: D.
+        filter: which filter: a name in :data:`longwave.nn.FILTERS`.
+        options: its options, of both directions.
+    Raises:
+        ValueError: for an unknown filter, or where the filter refuses its options.
+    """
+
+    causal = False
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"filter": "s4d", "options": {"d_state": 8}},
+        {"filter": "free", "options": {"max_len": 32, "squash": 0.001}},
+    )
+
+    def __init__(self, d_model: int, filter: str = "s4d", options: dict[str, Any] | None = None):
+        super().__init__()
+        if filter not in FILTERS:
+            raise ValueError(
+                f"no filter is called {filter!r}; there are {', '.join(FILTERS)}{nearest(filter, FILTERS)}"
+            )
+        self.d_model = d_model
+        build: Any = FILTERS[filter]
+        self.kernel, self.kernel_ahead = (build(d_model, **(options or {})) for _ in range(2))
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.output_linear = OutputGLU(d_model, d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.D.normal_()
+
+    def init_state(self, batch: int):
+        no_state(self)
+
+    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
+        if state is not None:
+            no_state(self)
+        y = two_sided_conv(zero_padding(x, mask), self.kernel, self.kernel_ahead, skip=self.D)
+        return self.output_linear(y), None
