@@ -1,4 +1,4 @@
-"""The command line: train | eval | generate | list | show | doctor | bench."""
+"""The command line: train | eval | generate | list | show | inspect | doctor | bench."""
 
 import codecs
 import logging
@@ -229,26 +229,70 @@ def show(
 
 
 @app.command(
+    epilog="Examples:\n\n- `longwave inspect s4d d_state=16 init=inv`\n\n- `longwave inspect hyena --out hyena.svg`\n\n"
+    "- `longwave inspect runs/demo --out pictures/`"
+)
+def inspect(
+    what: Annotated[str, typer.Argument(help="A mixer (longwave list), a run (its best checkpoint) or a checkpoint.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="Options of the mixer and d_model, key=value.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file (.png, .svg, .pdf) for one figure of everything, or a folder for one figure a layer."
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Steps to look at, at least.")] = 1024,
+) -> None:
+    """Draw the filters of a mixer at its start, or of a trained model: time, frequency, eigenvalues, memory."""
+    from longwave.mixers import MIXERS
+    from longwave.models import inspection
+    from longwave.train.checkpoint import run_of
+    from longwave.train.config import set_field
+
+    path, made = Path(what), list(changes or [])
+    if what not in MIXERS and (path.exists() or len(path.parts) > 1):
+        if made:
+            raise ValueError(f"{what} is drawn as it was trained: leave out {' '.join(made)}")
+        modules = list(inspection.time_layers(_load_run(path, [])[1]))
+        out = out or run_of(path) / "inspect"
+    else:
+        options: dict[str, Any] = {"d_model": 64}
+        for change in made:
+            set_field(options, change)
+        modules = [inspection.drawn(what, options, options.pop("d_model"), length)]
+        out = out or Path(f"{what}.png")
+    layers = [inspection.inspect_layer(module, length) for module in modules]
+    print(inspection.describe(layers))
+    files = inspection.draw(layers, out, " ".join([what, *made]))
+    _note("\n".join(f"drawn: {file}" for file in files) or "nothing is drawn")
+
+
+@app.command(
     epilog="Examples:\n\n- `longwave bench ops`\n\n- `longwave bench ops --only causal_conv --repeats 3`\n\n"
-    "- `longwave bench models --save`"
+    "- `longwave bench models --save`\n\n- `longwave bench memory --only s4d --only attention`"
 )
 def bench(
-    what: Annotated[str, typer.Argument(help="ops or models.")] = "ops",
-    only: Annotated[list[str] | None, typer.Option(help="Names of the ops to measure; may be repeated.")] = None,
+    what: Annotated[str, typer.Argument(help="ops, models or memory.")] = "ops",
+    only: Annotated[list[str] | None, typer.Option(help="Names of ops, or of mixers; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved pairs a row, of which the median is taken.")] = 7,
     save: Annotated[bool, typer.Option(help="Append JSON lines to benchmarks/results and draw plots there.")] = False,
 ) -> None:
-    """Measure speed and memory of ops, or of whole models, beside their peers in one process."""
+    """Measure ops or whole models beside their peers in one process, or the memory of mixers as sequences grow."""
     import torch
 
     from longwave import bench as benches
 
-    if what not in ("ops", "models"):
-        raise ValueError(f"{what!r} is no bench; there are ops and models")
-    threads = sorted({1, torch.get_num_threads()})
-    measured = benches.bench_ops(only or [], threads, repeats) if what == "ops" else benches.bench_models(repeats)
+    if what not in ("ops", "models", "memory"):
+        raise ValueError(f"{what!r} is no bench; there are ops, models and memory")
+    threads, columns = sorted({1, torch.get_num_threads()}), benches.COLUMNS
+    if what == "ops":
+        measured = benches.bench_ops(only or [], threads, repeats)
+    elif what == "models":
+        measured = benches.bench_models(repeats)
+    else:
+        measured, columns = benches.bench_memory(only or []), benches.MEMORY_COLUMNS
     rows = []
-    for row, line in benches.lines(measured):
+    for row, line in benches.lines(measured, columns):
         print(line, flush=True)
         rows += [] if row is None else [row]
     if save:

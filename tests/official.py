@@ -28,7 +28,10 @@ class Case(NamedTuple):
         }
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {key: t.to(dtype) for key, t in self.part("state.").items()}
+        """The official state, and what the official code uses besides."""
+        liquid = {f"kernel.{key}": t for key, t in self.part("extra.liquid_").items()}
+        stashed = {key: torch.view_as_real(t) if t.is_complex() else t for key, t in liquid.items()}
+        return {key: t.to(dtype) for key, t in {**self.part("state."), **self.part("aux."), **stashed}.items()}
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {key: widened(t, dtype) for key, t in self.part("input.").items()}

@@ -34,4 +34,4 @@ def test_rows_are_recorded_and_drawn(tmp_path, monkeypatch):
     (_, header), (row, line) = lines([{**rows[0], "target": 1e9}])
     assert header.split()[0] == "op"
     assert row["op"] == "causal_conv"
-    assert line.endswith("missed")
+    assert line.endswith(f"missed: {CASES[0].note}")

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from longwave.mixers import MIXERS, mixer, state_bytes
 from longwave.nn import optim_hints, reset
+from longwave.ops.dispatch import use_backend
 
 B, L, D = 2, 13, 8  # L is prime: no chunk size divides it
 CASES = [pytest.param(name, kw, id=f"{name}-{i}") for name, cls in MIXERS.items() for i, kw in enumerate(cls.examples)]
@@ -208,6 +209,57 @@ class TestStates:
         torch.testing.assert_close(run_in_chunks(layer, x, [5, 1, 7])[0], layer(x)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+class TestBackends:
+    """In float32, which the CPU kernels take too, each backend does what the parallel form does in float64."""
+
+    every = pytest.mark.parametrize(("name", "kw"), CASES)
+    resumable = pytest.mark.parametrize(("name", "kw"), CAUSAL)
+
+    def close(self, ours, exact):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+    @every
+    def test_parallel(self, name, kw, backend):
+        layer, x = build(name, kw), noise(B, L, D)
+        exact = layer(x)[0]
+        with use_backend(backend):
+            self.close(layer.float()(x.float())[0], exact)
+
+    @resumable
+    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+    def test_chunks(self, name, kw, backend, grad):
+        layer, x = build(name, kw), noise(B, L, D)
+        exact = layer(x)[0]
+        with use_backend(backend), torch.set_grad_enabled(grad):
+            self.close(run_in_chunks(layer.float(), x.float(), [5, 1, 7])[0], exact)
+
+    @every
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding(self, name, kw, backend, side):
+        layer, x = build(name, kw), noise(B, L, D)
+        exact = layer(x)[0]
+        padded, mask, real = with_padding(x, side)
+        with use_backend(backend):
+            self.close(layer.float()(padded.float(), mask=mask)[0][:, real], exact)
+
+    @every
+    def test_gradients(self, name, kw, backend):
+        layer, x = build(name, kw), noise(B, L, D)
+
+        def gradients(layer, x):
+            x = x.clone().requires_grad_()
+            (layer(x)[0] * noise(B, L, D, seed=2).to(x.dtype)).sum().backward()
+            return {"input": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+
+        exact = gradients(copy.deepcopy(layer), x)
+        with use_backend(backend):
+            ours = gradients(layer.float(), x.float())
+        for key, gradient in exact.items():
+            self.close(ours[key], gradient)
+
+
 @pytest.mark.parametrize(("name", "kw"), TWO_SIDED)
 def test_what_looks_ahead_has_no_state(name, kw):
     layer = build(name, kw)
@@ -240,8 +292,12 @@ def test_a_misspelt_mixer_or_option_is_suggested():
         ("s4d", {"systems": 3}, r"systems = 3 does not divide channels = 8"),
         ("hyena", {"max_len": 8, "order": 1}, r"order >= 2; got 1"),
         ("hyena", {"max_len": 8, "emb_dim": 4}, r"odd, >= 3; got 4"),
+        ("hyena_two_sided", {"max_len": 8, "order": 1}, r"order >= 2; got 1"),
         ("long_conv", {"max_len": 8, "smooth": 4}, r"odd width >= 1; got 4"),
+        ("long_conv", {"max_len": 8, "channels": 0}, r"channels >= 1; got 0"),
         ("s4d", {"rate": 0.0}, r"> 0; got rate = 0.0"),
+        ("ckconv", {"max_len": 8, "filter": "flexcon"}, r"no continuous filter is called 'flexcon'.*mean 'flexconv'"),
+        ("butterfly_conv", {"max_len": 4, "order": 4}, r"max_len = 4 is too short for transforms of order = 4"),
         ("two_sided", {"filter": "s4dd"}, r"no filter is called 's4dd'.*did you mean 's4d'"),
         ("bidirectional", {"inner": "two_sided"}, r"'two_sided' looks ahead already"),
     ],
@@ -251,7 +307,7 @@ def test_bad_options_are_named(name, options, message):
         MIXERS[name](8, **options)
 
 
-@pytest.mark.parametrize("name", ["hyena", "long_conv"])
+@pytest.mark.parametrize("name", ["hyena", "long_conv", "ckconv"])
 def test_a_sequence_above_max_len_is_refused(name):
     layer = MIXERS[name](8, max_len=16)
     with pytest.raises(ValueError, match=r"max_len = 16.*17.*max_len >= 17"):
@@ -261,7 +317,7 @@ def test_a_sequence_above_max_len_is_refused(name):
         layer(torch.zeros(1, 1, 8), state)
 
 
-@pytest.mark.parametrize("name", ["s4d", "h3", "mamba", "lstm"])
+@pytest.mark.parametrize("name", ["s4d", "s5", "h3", "liquid_s4", "mamba", "lstm"])
 def test_recurrent_states_do_not_grow(name):
     layer = MIXERS[name](8)
     sizes = [state_bytes(layer(torch.zeros(1, L, 8), layer.init_state(1))[1]) for L in (100, 1000)]

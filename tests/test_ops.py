@@ -96,6 +96,12 @@ def vander_transpose(B, L, dtype):
     return [stable(3, 4, dtype=to_complex(dtype)), randn(B, 3, L, dtype=dtype)], {}
 
 
+def poles(B, L, dtype):
+    c = to_complex(dtype)
+    nodes = (3 + stable(L, dtype=c)).detach().requires_grad_()
+    return [randn(B, 3, 4, dtype=c), nodes, stable(3, 4, dtype=c)], {}
+
+
 def attend(B, L, dtype):
     return [randn(B, L, 4, 2, dtype=dtype), randn(B, L, 2, 2, dtype=dtype), randn(B, L, 2, 3, dtype=dtype)], {}
 
@@ -134,6 +140,35 @@ def average_fresh(B, L, dtype):
     return average(B, L, dtype)[0][:4], {}
 
 
+def block_diagonal(B, L, dtype):
+    return [randn(B, L, 6, dtype=dtype), randn(3, 4, 2, dtype=dtype)], {}
+
+
+def block_diagonal_complex(B, L, dtype):
+    return [randn(B * L, 6, dtype=dtype), randn(3, 4, 2, dtype=to_complex(dtype))], {}
+
+
+def monarch_rank_two(B, L, dtype):
+    return [randn(B, L, 6, dtype=dtype), randn(2, 6, 3, dtype=dtype), randn(3, 5, 4, dtype=dtype)], {}
+
+
+def monarch_complex(B, L, dtype):
+    c = to_complex(dtype)
+    return [randn(B * L, 6, dtype=c), randn(3, 2, 2, dtype=c), randn(2, 3, 3, dtype=c)], {}
+
+
+def butterfly_pairs(B, L, dtype):
+    return [randn(B * L, 2, 8, dtype=dtype), randn(2, 3, 3, 4, 2, 2, dtype=dtype)], {}
+
+
+def butterfly_blocks(B, L, dtype):
+    return [randn(B * L, 1, 12, dtype=dtype), randn(1, 2, 2, 2, 2, 2, 3, 3, dtype=dtype)], {"increasing": False}
+
+
+def butterfly_complex(B, L, dtype):
+    return [randn(B * L, 2, 4, dtype=dtype), randn(2, 1, 2, 2, 2, 2, dtype=to_complex(dtype))], {}
+
+
 INPUTS = {
     "causal_conv": [conv, conv_fused, conv_two_sided],
     "short_conv": [short, short_bare, short_silu],
@@ -141,9 +176,13 @@ INPUTS = {
     "selective_scan": [s6, s6_complex_groups],
     "vandermonde": [vander],
     "vandermonde_transpose": [vander_transpose],
+    "cauchy": [poles],
     "linear_attention": [retention, retention_bare],
     "wkv": [average, average_fresh],
     "attention": [attend, attend_cached, attend_all],
+    "blockdiag_multiply": [block_diagonal, block_diagonal_complex],
+    "monarch": [monarch_rank_two, monarch_complex],
+    "butterfly": [butterfly_pairs, butterfly_blocks, butterfly_complex],
 }
 CASES = [
     pytest.param(op, name, make, id=f"{op.__name__}-{name}-{make.__name__}")
@@ -224,7 +263,7 @@ def test_gradcheck(op, name, make):
 def test_low_precision_is_near(op, name, make, dtype):
     """The kernel's error is at most twice that of the reference run on the same rounded inputs, plus one rounding."""
     torch.manual_seed(0)
-    if make in (scan_complex, s6_complex_groups, vander, vander_transpose):
+    if any(t.is_complex() for t in leaves(*make(1, 4, torch.float64))):
         pytest.skip("complex inputs have no 16-bit form")
     args, kwargs = make(2, 65, torch.float64)
     real = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point()  # noqa: E731

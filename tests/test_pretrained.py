@@ -10,9 +10,11 @@ from torch import Tensor
 
 from longwave.models.generate import generate
 from longwave.models.pretrained import SYSTEMS, from_official
+from longwave.models.pretrained.s4 import StateSpaceConv
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 
 FLOAT32 = {"longconv__H4_L32_blockfft"}  # the official code runs in complex64 only
+STEPS_IN_FLOAT32 = {"s4__fout_chan2_H4_L128": 5e-5}  # the official steps are that far from the official convolution
 
 cases = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
@@ -41,9 +43,16 @@ def test_output_and_every_gradient(path):
     sum(dots).backward()
     recorded = case.part(f"grad{suffix}.")
     assert recorded
+    largest = max(theirs.abs().max() for theirs in recorded.values())
     for key, theirs in recorded.items():
         leaf = inputs[key.removeprefix("input.")] if key.startswith("input.") else leaves[key.removeprefix("state.")]
-        assert leaf.grad is not None, key
+        if leaf.grad is None:  # what the output does not depend on may be recorded as zeros
+            assert not theirs.any(), key
+            continue
+        rounding = 1e-12 * largest
+        if theirs.abs().max() < rounding:  # zero, as that of a direction of which only the sign counts
+            assert leaf.grad.abs().max() < rounding, key
+            continue
         assert error(leaf.grad, theirs) < tolerances[1], key
     for key, leaf in leaves.items():  # a matrix that the length does not need
         if ".mat_" in f".{key}":
@@ -59,7 +68,8 @@ def test_output_in_float32(path):
     case = load(path)
     module = case.module(torch.float32)
     assert {t.dtype for t in module.state_dict().values()} <= {torch.float32}
-    expected = case.part("output.")
+    wide = case.part("output64.")  # without the official code's outputs of other calls
+    expected = {key: theirs for key, theirs in case.part("output.").items() if not wide or key in wide}
     with torch.no_grad():
         outputs = named(module(**case.inputs(torch.float32)), expected)
     tolerance = 2e-4 if case.config.get("w", 1) >= 10 else 1e-5  # sines of large arguments
@@ -69,7 +79,8 @@ def test_output_in_float32(path):
 
 
 def s4d_kernels(case: Case, module) -> dict[str, Tensor]:
-    return {"k": module.conv.filter(case.config["L"])}
+    support = module.conv.support or case.config["L"]
+    return {"k": module.conv.filter(min(case.config["L"], support))}
 
 
 def s4dmin_kernels(case: Case, module) -> dict[str, Tensor]:
@@ -89,19 +100,52 @@ def hyena_kernels(case: Case, module) -> dict[str, Tensor]:
     return {"filter": module.model.filter_fn(case.config["L"]).T}
 
 
+def h3conv_kernels(case: Case, module) -> dict[str, Tensor]:
+    convs = {"k_kernel": module.k_conv, "kernel": module.conv}
+    return {name: conv.filter(conv.filter.max_len) for name, conv in convs.items()}
+
+
+def m2_kernels(case: Case, module) -> dict[str, Tensor]:
+    names = {"fwd": "filter_fn", "rev": "filter_ahead"} if case.config.get("bidirectional") else {"fwd": "filter_fn"}
+    return {key: getattr(module.model, name)(case.config["L"]).T for key, name in names.items()}
+
+
 def hyenastandalone_kernels(case: Case, module) -> dict[str, Tensor]:
     taps = module.model.filter_fn(case.config["L"]).T
     return {"filter": taps.unflatten(1, (case.config["d_model"], -1)).transpose(1, 2).flatten(1)}
 
 
+def s4nd_kernels(case: Case, module) -> dict[str, Tensor]:
+    filters = module.conv.inner.filters
+    return {f"k{i}": filter(length) for i, (filter, length) in enumerate(zip(filters, case.config["dims"]))}
+
+
+def dss_kernels(case: Case, module) -> dict[str, Tensor]:
+    return {"k": module.block.conv.kernel(case.config["L"])}
+
+
+def s4v3_kernels(case: Case, module) -> dict[str, Tensor]:
+    conv = next(part for part in module.modules() if isinstance(part, StateSpaceConv))
+    return {"k": conv.filter(case.config["L"])}
+
+
 # Our filters under the names and layouts of the files' ``kernel64.*``, by system.
 KERNELS = {
+    "dss": dss_kernels,
+    "gss": s4v3_kernels,
     "h3": h3_kernels,
     "hyena": hyena_kernels,
+    "h3conv": h3conv_kernels,
+    "hyenadna": hyena_kernels,
     "hyenastandalone": hyenastandalone_kernels,
+    "m2": m2_kernels,
+    "liquids4": s4v3_kernels,
     "longconv": longconv_kernels,
+    "s4": s4d_kernels,
     "s4d": s4d_kernels,
     "s4dmin": s4dmin_kernels,
+    "s4nd": s4nd_kernels,
+    "s4v3": s4v3_kernels,
 }
 
 
@@ -123,7 +167,7 @@ def test_official_steps_against_our_state(path):
     for key, theirs in case.part("step.").items():
         prefill = int(key.partition("@prefill")[2] or case.config.get("prefill", 1))
         y = STEPS.get(case.system, model_steps)(case, module, x, prefill)
-        assert error(y, theirs) < 1e-5, key
+        assert error(y, theirs) < STEPS_IN_FLOAT32.get(path.stem, 1e-5), key
 
 
 def model_steps(case: Case, module, x: Tensor, prefill: int) -> Tensor:
@@ -145,8 +189,13 @@ def conv_block_steps(case: Case, module, x: Tensor, prefill: int) -> Tensor:
     return torch.cat(ys, dim=time)
 
 
+def s5_steps(case: Case, module, x: Tensor, prefill: int) -> Tensor:
+    """The official recurrence of a bidirectional layer runs over the whole sequence, either way."""
+    return module(x=x) if case.config.get("bidirectional") else model_steps(case, module, x, prefill)
+
+
 # How a system steps where it is not as ``model_steps`` does.
-STEPS = {"s4d": conv_block_steps}
+STEPS = {"s4": conv_block_steps, "s4d": conv_block_steps, "s4v3": conv_block_steps, "s5": s5_steps}
 
 
 @torch.no_grad()
@@ -189,7 +238,7 @@ def block(**args) -> dict:
         ("h3__hd1_H8_L32", {"disc": "dss"}, "disc = 'dss'"),
         ("h3__hd1_H8_L32", {"real_type": "none"}, "real_type = 'none'"),
         ("hyena__o2_H8_L32", {"num_heads": 2}, "num_heads = 2"),
-        ("hyena__o2_H8_L32", {"num_blocks": 4}, "num_blocks = 4"),
+        ("hyena__o2_H8_L32", {"num_blocks": 5}, "num_blocks = 5"),
         ("hyena__o2_H8_L32", {"inner_factor": 2}, "inner_factor = 2"),
         ("hyena__o2_H8_L32", {"filter_cls": "ckconv"}, "filter_cls = 'ckconv'"),
         ("hyena__o2_H8_L32", {"post_order_ffn": True}, "no key 'ord_proj_w'"),

@@ -1,7 +1,8 @@
 """Speed and memory beside named peers: rows in, a table, JSON lines and plots out."""
 
+from longwave.bench.memory import MEMORY_COLUMNS, bench_memory
 from longwave.bench.models import bench_models
 from longwave.bench.ops import bench_ops
-from longwave.bench.report import lines, plot, save
+from longwave.bench.report import COLUMNS, lines, plot, save
 
-__all__ = ["bench_models", "bench_ops", "lines", "plot", "save"]
+__all__ = ["COLUMNS", "MEMORY_COLUMNS", "bench_memory", "bench_models", "bench_ops", "lines", "plot", "save"]

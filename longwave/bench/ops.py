@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from longwave.bench.cases import CASES, Case
 
-MODES = ("forward", "both")  # without and with the backward pass
 PACKAGES = {"mambapy pscan": "mambapy"}
 
 
@@ -48,7 +47,7 @@ def _runner(run: Callable[..., Any], inputs: list[Any], mode: str) -> Callable[[
 
     def both() -> None:
         outputs = [t for t in tree_leaves(run(*inputs)) if isinstance(t, torch.Tensor) and t.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
 
     return both if mode == "both" else forward
 
@@ -60,7 +59,7 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _peak(run: Callable[[], None]) -> float:
+def peak(run: Callable[[], None]) -> float:
     """MB that a call needs at its peak above what is held before; Linux only, else nan."""
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
@@ -86,9 +85,9 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
         repeats: pairs.
     """
     ours, theirs = _sides(case, L, mode)
-    memory = [_peak(side) if malloc == "default" else float("nan") for side in (ours, theirs)]
     for side in (ours, theirs):
-        side()  # warm up
+        side()  # warm up, and compile
+    memory = [peak(side) if malloc == "default" else float("nan") for side in (ours, theirs)]
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
     a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
     target = case.targets.get((mode, malloc))
@@ -105,6 +104,7 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
         "target": target if torch.get_num_threads() == 1 else None,
         "peak_mb": round(memory[0], 1),
         "baseline_peak_mb": round(memory[1], 1),
+        "note": case.note,
     }
 
 
@@ -119,5 +119,5 @@ def bench_ops(names: list[str], threads: list[int], repeats: int) -> Iterator[di
                 if why_not(case) or (names and case.name.split()[0] not in names):
                     continue
                 for L in case.lengths:
-                    for mode in MODES:
+                    for mode in case.modes:
                         yield measure(case, L, mode, malloc, repeats)

@@ -3,7 +3,7 @@
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,19 @@ RESULTS = Path("benchmarks/results")
 COLUMNS = ("op", "against", "L", "mode", "malloc", "threads", "ms", "baseline_ms", "ratio", "target")
 
 
-def lines(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any] | None, str]]:
+def lines(
+    rows: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS
+) -> Iterator[tuple[dict[str, Any] | None, str]]:
     """The header (None, line), then (row, line of a table) as each row comes."""
-    yield None, " ".join(f"{c:>{_width(c)}}" for c in COLUMNS)
+    yield None, " ".join(f"{c:>{_width(c)}}" for c in columns)
     for row in rows:
-        cells = ["" if row.get(c) is None else str(row[c]) for c in COLUMNS]
+        cells = ["" if row.get(c) is None else str(row[c]) for c in columns]
         missed = row.get("target") and not isinstance(row["target"], str) and row["ratio"] < row["target"]
-        yield row, " ".join(f"{v:>{_width(c)}}" for c, v in zip(COLUMNS, cells)) + ("  missed" if missed else "")
+        yield (
+            row,
+            " ".join(f"{v:>{_width(c)}}" for c, v in zip(columns, cells))
+            + (f"  missed: {row.get('note', '')}" if missed else ""),
+        )
 
 
 def _width(column: str) -> int:

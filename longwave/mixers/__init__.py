@@ -3,26 +3,45 @@
 from longwave.mixers.attention import Attention
 from longwave.mixers.base import MIXERS, Mixer, MixerSpec, State, mixer, nearest, options_of, state_bytes
 from longwave.mixers.bidirectional import Bidirectional
+from longwave.mixers.bigs import BiGS
+from longwave.mixers.butterfly_conv import ButterflyConv
+from longwave.mixers.ckconv import CKConv
+from longwave.mixers.dss import DSS, DSSSoftmax
+from longwave.mixers.gss import GSS
 from longwave.mixers.h3 import H3
-from longwave.mixers.hyena import Hyena
+from longwave.mixers.hyena import Hyena, HyenaTwoSided
+from longwave.mixers.liquid_s4 import LiquidS4
 from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
+from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
+from longwave.mixers.s5 import S5, S5TwoSided
 from longwave.mixers.two_sided import TwoSided
 
 __all__ = [
+    "DSS",
+    "GSS",
     "H3",
     "LSTM",
     "MIXERS",
+    "S4",
     "S4D",
+    "S5",
     "Attention",
+    "BiGS",
     "Bidirectional",
+    "ButterflyConv",
+    "CKConv",
+    "DSSSoftmax",
     "Hyena",
+    "HyenaTwoSided",
+    "LiquidS4",
     "LongConvMixer",
     "Mamba",
     "Mixer",
     "MixerSpec",
+    "S5TwoSided",
     "State",
     "TwoSided",
     "mixer",

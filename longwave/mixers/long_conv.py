@@ -15,24 +15,27 @@ from longwave.nn.filters import Smooth
 
 
 class LongConvState(NamedTuple):
-    past: Tensor  # (B, t, D) every input so far
+    past: Tensor  # (B, t, channels D) every input so far, once a filter
 
 
 class LongConvMixer(Mixer, name="long_conv"):
-    """y = GLU(W gelu(k * x + D x)) with k = squash(smooth(free taps)).
+    """y = GLU(W gelu([k_c * x + D_c x]_c)) with k = squash(smooth(free taps)).
 
     Args:
         d_model: D.
         max_len: longest sequence, one tap a step.
+        channels: c, filters a feature, which the linear map after them joins.
         squash: soft threshold on the taps.
         smooth: odd width of the moving average over the taps; 1 is none.
         decay: taps start under an exponential decay.
         dropout: of taps, in training.
+    Raises:
+        ValueError: for channels < 1, an even width of the average, and on a sequence longer than max_len.
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"max_len": 64, "squash": 0.001},
-        {"max_len": 32, "squash": 0.01, "smooth": 5, "decay": True},
+        {"max_len": 32, "channels": 2, "squash": 0.001, "smooth": 5, "decay": True},
     )
     optim_hints: ClassVar[dict[str, Hint]] = {"kernel.kernel": Hint(max_lr=1e-3)}
 
@@ -40,17 +43,21 @@ class LongConvMixer(Mixer, name="long_conv"):
         self,
         d_model: int,
         max_len: int,
+        channels: int = 1,
         squash: float = 0.003,
         smooth: int = 1,
         decay: bool = False,
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.d_model = d_model
+        if channels < 1:
+            raise ValueError(f"long_conv needs channels >= 1; got {channels}")
+        self.d_model, self.channels = d_model, channels
+        rows = channels * d_model
         average = Smooth(smooth) if smooth != 1 else None
-        self.kernel = FreeFilter(d_model, max_len, squash=squash, smooth=average, decay=decay, dropout=dropout)
-        self.D = nn.Parameter(torch.empty(d_model))
-        self.output_linear = OutputGLU(d_model, d_model)
+        self.kernel = FreeFilter(rows, max_len, squash=squash, smooth=average, decay=decay, dropout=dropout)
+        self.D = nn.Parameter(torch.empty(rows))
+        self.output_linear = OutputGLU(rows, d_model)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -62,5 +69,5 @@ class LongConvMixer(Mixer, name="long_conv"):
 
     def forward(self, x: Tensor, state: LongConvState | None = None, *, mask: Tensor | None = None):
         past = None if state is None else state.past
-        y, past = long_conv(zero_padding(x, mask), self.kernel, past, skip=self.D)
+        y, past = long_conv(zero_padding(x, mask).repeat(1, 1, self.channels), self.kernel, past, skip=self.D)
         return self.output_linear(y), None if past is None else LongConvState(past)

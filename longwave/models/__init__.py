@@ -4,8 +4,10 @@ from longwave.models.backbone import Backbone, BackboneState, Block
 from longwave.models.classifier import Classifier
 from longwave.models.generate import generate, stream
 from longwave.models.lm import LM
+from longwave.models.masked_lm import MaskedLM, MaskedLMHead
+from longwave.models.sashimi import Level, Sashimi, SashimiState
 from longwave.models.score import Score
-from longwave.models.spec import MODEL_SPEC, ClassifierSpec, LMSpec, ModelSpec
+from longwave.models.spec import MODEL_SPEC, ClassifierSpec, LMSpec, MaskedLMSpec, ModelSpec, SashimiSpec
 from longwave.models.storage import load, save, weights
 
 __all__ = [
@@ -17,7 +19,14 @@ __all__ = [
     "Classifier",
     "ClassifierSpec",
     "LMSpec",
+    "Level",
+    "MaskedLM",
+    "MaskedLMHead",
+    "MaskedLMSpec",
     "ModelSpec",
+    "Sashimi",
+    "SashimiSpec",
+    "SashimiState",
     "Score",
     "generate",
     "load",

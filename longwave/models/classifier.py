@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.models.backbone import Backbone
+from longwave.models.sashimi import Sashimi
 from longwave.models.score import IGNORE, Score, score_logits
 
 POOLINGS = ("mean", "last", "first")
@@ -26,7 +27,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | Sashimi,
         classes: int,
         *,
         vocab: int | None = None,

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longwave.models.backbone import Backbone, BackboneState
-from longwave.models.score import IGNORE, Score, score_logits
+from longwave.models.sashimi import Sashimi, SashimiRows, SashimiState
+from longwave.models.score import Score, score_tokens
+
+ModelState = BackboneState | SashimiState | SashimiRows
 
 LOGITS_AT_ONCE = 2**22  # elements; of a long sequence, logits exist for as many tokens as this allows
 
@@ -19,7 +21,7 @@ class LM(nn.Module):
         tied: the head's weight is the embedding.
     """
 
-    def __init__(self, backbone: Backbone, vocab: int, tied: bool = True):
+    def __init__(self, backbone: Backbone | Sashimi, vocab: int, tied: bool = True):
         super().__init__()
         if vocab < 1:
             raise ValueError(f"a language model needs vocab >= 1; got {vocab}")
@@ -46,13 +48,13 @@ class LM(nn.Module):
     def vocab(self) -> int:
         return self.embedding.num_embeddings
 
-    def init_state(self, batch: int) -> BackboneState:
+    def init_state(self, batch: int) -> ModelState:
         """The state before the first token of ``batch`` sequences."""
         return self.backbone.init_state(batch)
 
     def forward(
-        self, ids: Tensor, state: BackboneState | None = None, *, mask: Tensor | None = None, last: bool = False
-    ) -> tuple[Tensor, BackboneState | None]:
+        self, ids: Tensor, state: ModelState | None = None, *, mask: Tensor | None = None, last: bool = False
+    ) -> tuple[Tensor, ModelState | None]:
         """Logits over the next token.
 
         Args:
@@ -78,13 +80,4 @@ class LM(nn.Module):
             mask: (B, L) bool, True = real token.
         """
         x, _ = self.backbone(self.embedding(ids), mask=mask)
-        scored = targets.flatten() != IGNORE
-        x, targets = x.flatten(0, 1)[scored], targets.flatten()[scored]
-        step = max(1, LOGITS_AT_ONCE // self.vocab)
-        chunks = list(zip(x.split(step), targets.split(step)))
-        again = len(chunks) > 1 and torch.is_grad_enabled()
-        parts = [checkpoint(self._score, *c, use_reentrant=False) if again else self._score(*c) for c in chunks]
-        return Score(*(torch.stack(column).sum() for column in zip(*parts)))
-
-    def _score(self, x: Tensor, targets: Tensor) -> Score:
-        return score_logits(self.head(x), targets)
+        return score_tokens(x, targets, self.head, LOGITS_AT_ONCE // self.vocab)

@@ -1,5 +1,6 @@
 """Models as data: what a recipe writes down, a checkpoint stores, and ``build`` turns into modules."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -7,9 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from torch import nn
 
 from longwave.mixers import MIXERS, Mixer, options_of
-from longwave.models.backbone import Backbone
+from longwave.models.backbone import Backbone, Block
 from longwave.models.classifier import Classifier
 from longwave.models.lm import LM
+from longwave.models.masked_lm import MaskedLM
+from longwave.models.sashimi import Level, Sashimi
 from longwave.nn import MLP, SwiGLU
 
 
@@ -95,29 +98,87 @@ class BackboneSpec(Spec):
             object.__setattr__(self, "layers", len(self.pattern))
         return self
 
-    def build_backbone(self) -> Backbone:
+    def build_backbone(self) -> Backbone | Sashimi:
         """The blocks, freshly drawn."""
+        return Backbone(self._mixers(self.d_model), self._norm(), self._channel(), self.dropout)
+
+    def _mixers(self, d_model: int) -> list[Mixer]:
         assert self.layers is not None
-        mixers = [self.pattern[i % len(self.pattern)].build(self.d_model) for i in range(self.layers)]
-        norm = partial(nn.RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
+        return [self.pattern[i % len(self.pattern)].build(d_model) for i in range(self.layers)]
+
+    def _norm(self) -> Callable[[int], nn.Module]:
+        return partial(nn.RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
+
+    def _channel(self) -> Callable[[int], nn.Module] | None:
         if self.channel is None:
-            return Backbone(mixers, norm, None, self.dropout)
-        channel = partial(CHANNEL_MIXERS[self.channel.kind], expand=self.channel.expand)
-        return Backbone(mixers, norm, channel, self.dropout)
+            return None
+        return partial(CHANNEL_MIXERS[self.channel.kind], expand=self.channel.expand)
 
 
-class LMSpec(BackboneSpec):
-    """A language model, see :class:`longwave.models.LM`. Without ``vocab`` it takes the task's."""
+class LanguageSpec(BackboneSpec):
+    """What tells tokens: without ``vocab`` it takes the task's."""
 
-    kind: Literal["lm"] = "lm"
     vocab: int | None = Field(None, ge=1)
     tied: bool = True
 
-    def build(self) -> LM:
-        """The model, freshly drawn."""
+    def known_vocab(self) -> int:
+        """``vocab``, which a model needs at the latest when it is built."""
         if self.vocab is None:
             raise ValueError("a language model needs vocab, the number of token ids")
-        return LM(self.build_backbone(), self.vocab, self.tied)
+        return self.vocab
+
+
+class LMSpec(LanguageSpec):
+    """A language model, see :class:`longwave.models.LM`."""
+
+    kind: Literal["lm"] = "lm"
+
+    def build(self) -> LM:
+        """The model, freshly drawn."""
+        return LM(self.build_backbone(), self.known_vocab(), self.tied)
+
+
+class SashimiSpec(LanguageSpec):
+    """A language model over :class:`longwave.models.Sashimi`, by default the paper's with S4D in the place of S4.
+
+    Audio becomes its tokens by :func:`longwave.nn.mu_law_encode`.
+
+    Fields, where they differ from those of a stack:
+        d_model: width at the full sampling rate.
+        pattern, layers: of every level.
+        pool: by what factors the rate is divided, from the full rate down.
+        expand: by what factor the width grows at every pool.
+    """
+
+    kind: Literal["sashimi"] = "sashimi"
+    d_model: int = Field(64, ge=1)
+    pattern: list[AnyMixer] = Field(["s4d"], min_length=1, validate_default=True)
+    layers: int | None = Field(8, ge=1)
+    channel: AnyChannelMixer | None = Field(default_factory=lambda: MLPSpec(expand=2.0))
+    norm: Literal["rms", "layer"] = "layer"
+    pool: list[Annotated[int, Field(ge=1)]] = [4, 4]
+    expand: int = Field(2, ge=1)
+
+    def build_backbone(self) -> Sashimi:
+        """The levels, freshly drawn."""
+        norm, channel = self._norm(), self._channel()
+        widths = [self.d_model * self.expand**i for i in range(len(self.pool) + 1)]
+        levels = [Level([Block(mixer, norm, channel, self.dropout) for mixer in self._mixers(d)]) for d in widths]
+        return Sashimi(levels, self.pool, norm(self.d_model))
+
+    def build(self) -> LM:
+        """The model, freshly drawn."""
+        return LM(self.build_backbone(), self.known_vocab(), self.tied)
+
+
+class MaskedLMSpec(LanguageSpec):
+    """A masked language model, see :class:`longwave.models.MaskedLM`."""
+
+    kind: Literal["masked_lm"] = "masked_lm"
+
+    def build(self) -> MaskedLM:
+        """The model, freshly drawn."""
+        return MaskedLM(self.build_backbone(), self.known_vocab(), self.tied)
 
 
 class ClassifierSpec(BackboneSpec):
@@ -136,5 +197,5 @@ class ClassifierSpec(BackboneSpec):
         )
 
 
-ModelSpec = Annotated[LMSpec | ClassifierSpec, Field(discriminator="kind")]
-MODEL_SPEC: TypeAdapter[LMSpec | ClassifierSpec] = TypeAdapter(ModelSpec)
+ModelSpec = Annotated[LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec, Field(discriminator="kind")]
+MODEL_SPEC: TypeAdapter[LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec] = TypeAdapter(ModelSpec)

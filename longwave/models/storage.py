@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from longwave.models.spec import MODEL_SPEC, ClassifierSpec, LMSpec
+from longwave.models.spec import MODEL_SPEC, ModelSpec
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -29,7 +29,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def save(folder: str | Path, model: nn.Module, spec: LMSpec | ClassifierSpec) -> None:
+def save(folder: str | Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write a model that :func:`load` reads back; an older one in the folder is replaced file by file, never half.
 
     Args:
@@ -44,7 +44,7 @@ def save(folder: str | Path, model: nn.Module, spec: LMSpec | ClassifierSpec) ->
         os.replace(folder / (name + ".part"), folder / name)
 
 
-def write(folder: Path, tensors: dict[str, Tensor], spec: LMSpec | ClassifierSpec, suffix: str = "") -> None:
+def write(folder: Path, tensors: dict[str, Tensor], spec: ModelSpec, suffix: str = "") -> None:
     """The two files, under their names and a suffix.
 
     Raises:
@@ -106,7 +106,7 @@ def fill(
         tensor.copy_(like(stored[name], tensor))
 
 
-def load(folder: str | Path) -> tuple[nn.Module, LMSpec | ClassifierSpec]:
+def load(folder: str | Path) -> tuple[nn.Module, ModelSpec]:
     """The model and its spec that :func:`save` wrote, in evaluation mode.
 
     Raises:

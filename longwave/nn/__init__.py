@@ -1,10 +1,20 @@
 """Modules without a policy on time: filters, the long convolution that carries state, channel mixers, positions."""
 
+from longwave.nn.block_fft import BlockFFT, MonarchFFT, block_fft, fourier_factors, monarch_fft, monarch_sizes
 from longwave.nn.channel import MLP, OutputGLU, SwiGLU
+from longwave.nn.dense_conv import dense_conv
 from longwave.nn.filters import (
     FILTERS,
+    CKConvFilter,
+    DenseStateSpace,
+    DPLRFilter,
+    DPLRStateSpace,
+    DSSFilter,
+    DSSSoftmaxFilter,
     Filter,
+    FlexConvFilter,
     FreeFilter,
+    GSSFilter,
     HyenaFilter,
     S4DFilter,
     ShiftFilter,
@@ -15,28 +25,55 @@ from longwave.nn.filters import (
 from longwave.nn.hippo import hippo, nplr
 from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv, two_sided_conv
 from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, reset, set_rate
+from longwave.nn.monarch import BlockdiagLinear, ButterflyLinear, MonarchLinear
+from longwave.nn.monarch_conv import monarch_conv
+from longwave.nn.mu_law import mu_law_decode, mu_law_encode
 from longwave.nn.rotary import rotate
+from longwave.nn.s4nd import S4ND, SeparableConv
 
 __all__ = [
     "FILTERS",
     "MLP",
+    "S4ND",
+    "BlockFFT",
+    "BlockdiagLinear",
+    "ButterflyLinear",
+    "CKConvFilter",
+    "DPLRFilter",
+    "DPLRStateSpace",
+    "DSSFilter",
+    "DSSSoftmaxFilter",
+    "DenseStateSpace",
     "Filter",
+    "FlexConvFilter",
     "FreeFilter",
+    "GSSFilter",
     "Hint",
     "HyenaFilter",
     "LongConv",
+    "MonarchFFT",
+    "MonarchLinear",
     "OutputGLU",
     "S4DFilter",
+    "SeparableConv",
     "ShiftFilter",
     "StateSpace",
     "StateSpaceFilter",
     "SwiGLU",
     "Truncated",
     "append_time",
+    "block_fft",
     "conv_with_past",
+    "dense_conv",
+    "fourier_factors",
     "hippo",
     "init_conv_state",
     "long_conv",
+    "monarch_conv",
+    "monarch_fft",
+    "monarch_sizes",
+    "mu_law_decode",
+    "mu_law_encode",
     "nplr",
     "optim_hints",
     "positive_rate",

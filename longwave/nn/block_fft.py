@@ -1,6 +1,7 @@
 """The Fourier transform as a product of small matrices, which may be learned."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,11 +24,15 @@ def dft_matrices(
     if radix < 2 or radix & (radix - 1):
         raise ValueError(f"radix = {radix} is no power of two >= 2")
     sizes = [2**i for i in range(1, radix.bit_length())]
-    return {n: _roots(n, n, n, device).to(dtype) for n in sizes}
+    return {n: roots_of_unity(n, n, n, device).to(dtype) for n in sizes}
 
 
-def _roots(rows: int, columns: int, period: int, device: torch.device | str | None) -> Tensor:
-    """exp(-2 pi i j k / period), (rows, columns) in complex128."""
+def roots_of_unity(rows: int, columns: int, period: int, device: torch.device | str | None = None) -> Tensor:
+    """exp(-2 pi i j k / period), (rows, columns) in complex128.
+
+    The Fourier matrix of size n where all three are n; the twiddle factors between a transform of the rows and one of
+    the columns where the period is rows * columns.
+    """
     turns = torch.arange(rows, device=device)[:, None] * torch.arange(columns, device=device) % period
     angle = turns.double() * (-2 * torch.pi / period)
     return torch.polar(torch.ones_like(angle), angle)
@@ -58,28 +63,74 @@ def block_fft(
     if length < 1:
         raise ValueError(f"length = {length} is below 1")
     size = 1 << (length - 1).bit_length()
-    dtype = torch.promote_types(x.dtype, torch.complex64)
     if matrices is None:
-        matrices = dft_matrices(dtype=dtype, device=x.device)
-    for matrix in matrices.values():
+        matrices = dft_matrices(dtype=torch.promote_types(x.dtype, torch.complex64), device=x.device)
+    R, sizes, rest = max(matrices), [], size
+    while rest > R:
+        sizes.append(R)
+        rest //= R
+    return monarch_fft(x, [matrices[n] for n in [*sizes, rest] if n > 1], activation)
+
+
+def monarch_sizes(length: int, order: int) -> tuple[int, ...]:
+    """``order`` powers of two as near to each other as can be, the larger ones first, whose product is >= length.
+
+    Raises:
+        ValueError: for a length or an order below 1.
+    """
+    if length < 1 or order < 1:
+        raise ValueError(f"length and order are at least 1; got length = {length}, order = {order}")
+    bits = (length - 1).bit_length()
+    return tuple(2 ** (bits // order + (i < bits % order)) for i in range(order))
+
+
+def fourier_factors(
+    sizes: Sequence[int], dtype: torch.dtype = torch.complex64, device: torch.device | str | None = None
+) -> list[Tensor]:
+    """The Fourier matrix of every size: with them :func:`monarch_fft` is ``torch.fft.fft``."""
+    return [roots_of_unity(n, n, n, device).to(dtype) for n in sizes]
+
+
+def monarch_fft(x: Tensor, matrices: Sequence[Tensor], activation: Activation | None = None) -> Tensor:
+    """The Fourier transform of length N = n_1 n_2 ... n_p as p Monarch factors, with any matrices as the blocks.
+
+    Source: Fu et al. (2023), arXiv:2302.06646, sec. 3.3 (order-p butterfly decomposition); Fu et al. (2023)
+    "FlashFFTConv", arXiv:2311.05908, sec. 3.1 and algorithm 1. Of x as a matrix (n_1, N / n_1): multiply by the first
+    matrix, by exp(-2 pi i j k / N), transpose, and go on likewise with the axis of N / n_1.
+
+    Args:
+        x: (..., H, T) real or complex. Behind it come zeros up to N; what is behind N is dropped.
+        matrices: p of them, (n_i, n_i) or (H, n_i, n_i) complex, or with H = 1.
+        activation: elementwise, on the real and the imaginary parts (..., 2) behind every matrix.
+    Returns:
+        (..., H, N), complex in the widest dtype of x and the matrices, at least complex64.
+    Raises:
+        ValueError: for matrices that are not square or of H that does not fit x.
+    Cost: O(N (n_1 + ... + n_p)) time.
+    """
+    dtype = torch.promote_types(x.dtype, torch.complex64)
+    for matrix in matrices:
         dtype = torch.promote_types(dtype, matrix.dtype)
+        if matrix.shape[-1] != matrix.shape[-2]:
+            raise ValueError(f"the matrices of a transform are square; got shape {tuple(matrix.shape)}")
         if matrix.ndim > 2 and x.ndim > 1 and len({1, len(matrix), x.shape[-2]}) > 2:
             raise ValueError(f"x has {x.shape[-2]} features; the matrices have {len(matrix)}")
-    if size == 1:
-        return x[..., :1].to(dtype)
+    size = math.prod([matrix.shape[-1] for matrix in matrices])
     x = F.pad(x, (0, size - x.shape[-1])).to(dtype)
-    return _columns(x[..., None], {n: matrix.to(dtype) for n, matrix in matrices.items()}, activation)[..., 0]
+    return _columns(x[..., None], [matrix.to(dtype) for matrix in matrices], activation)[..., 0]
 
 
-def _columns(x: Tensor, matrices: Mapping[int, Tensor], activation: Activation | None) -> Tensor:
+def _columns(x: Tensor, matrices: Sequence[Tensor], activation: Activation | None) -> Tensor:
     """The transform of every column of x (..., N, C)."""
-    N, C, R = *x.shape[-2:], max(matrices)
-    if N <= R:
-        return _apply(matrices[N], x, activation)
+    if not matrices:
+        return x
+    N, C, R = *x.shape[-2:], matrices[0].shape[-1]
+    if N == R:
+        return _apply(matrices[0], x, activation)
     n = N // R
-    x = _apply(matrices[R], x.unflatten(-2, (R, n)).flatten(-2), activation).unflatten(-1, (n, C))  # (..., R, n, C)
-    x = x * _roots(R, n, N, x.device).to(x.dtype)[..., None]
-    x = _columns(x.transpose(-3, -2).flatten(-2), matrices, activation)  # (..., n, R C)
+    x = _apply(matrices[0], x.unflatten(-2, (R, n)).flatten(-2), activation).unflatten(-1, (n, C))  # (..., R, n, C)
+    x = x * roots_of_unity(R, n, N, x.device).to(x.dtype)[..., None]
+    x = _columns(x.transpose(-3, -2).flatten(-2), matrices[1:], activation)  # (..., n, R C)
     return x.unflatten(-1, (R, C)).flatten(-3, -2)
 
 
@@ -121,3 +172,45 @@ class BlockFFT(nn.Module):
         pairs = {int(name.removeprefix("mat_")): p for name, p in self.named_parameters(recurse=False)}
         matrices = {n: torch.view_as_complex(at_least_float32(p)[0].contiguous()) for n, p in pairs.items()}
         return block_fft(x, length, matrices, self.activation)
+
+
+class MonarchFFT(nn.Module):
+    """:func:`monarch_fft` of one length with learned matrices, which start as the Fourier matrices or near them.
+
+    Source: Fu et al. (2023), arXiv:2302.06646, sec. 3.3, the learned butterflies.
+
+    Args:
+        features: H, each with its own matrices; 1 for the same ones everywhere.
+        sizes: n_1, ..., n_p, each >= 2; the length is their product. p is the order of the decomposition.
+        noise: standard deviation of what is added to the Fourier matrices at the start, >= 0; 0.01 is the start of
+            the authors' ``learn_additive``, whose parameters are the difference alone.
+        activation: behind every matrix.
+    Parameters:
+        factors.i: (H, n_i, n_i, 2), real and imaginary parts.
+    Raises:
+        ValueError: for no sizes, one below 2, or a negative noise.
+    """
+
+    optim_hints: ClassVar[dict[str, Hint]] = {"factors.*": Hint(max_lr=1e-3)}
+
+    def __init__(
+        self, features: int, sizes: Sequence[int], *, noise: float = 0.0, activation: Activation | None = None
+    ):
+        super().__init__()
+        if not sizes or min(sizes) < 2 or noise < 0:
+            raise ValueError(
+                f"a learned transform needs sizes >= 2 and noise >= 0; got sizes = {tuple(sizes)}, noise = {noise}"
+            )
+        self.sizes, self.noise, self.activation = tuple(sizes), noise, activation
+        self.factors = nn.ParameterList(torch.empty(features, n, n, 2) for n in sizes)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for factor, fourier in zip(self.factors, fourier_factors(self.sizes, device=self.factors[0].device)):
+            factor.normal_(std=self.noise).add_(torch.view_as_real(fourier))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., H, T) real or complex -> (..., H, n_1 ... n_p) complex."""
+        factors = [torch.view_as_complex(factor.contiguous()) for factor in at_least_float32(*self.factors)]
+        return monarch_fft(x, factors, self.activation)

@@ -5,10 +5,12 @@ sec. 3 (fourier) and app. A; the NPLR form: Gu et al. (2021) "S4", arXiv:2111.00
 authors' code (github.com/state-spaces/s4), in which legt is halved.
 """
 
-import difflib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from longwave.nn.module import choose
 
 
 def legs(N: int) -> tuple[Tensor, Tensor]:
@@ -26,66 +28,148 @@ def legt(N: int) -> tuple[Tensor, Tensor]:
     return -0.5 * root[:, None] * sign * root[None], 0.5 * root
 
 
+def legsd(N: int) -> tuple[Tensor, Tensor]:
+    """The normal part of legs, with half of its B: what is left without the low rank part."""
+    A, B = legs(N)
+    return A + 0.5 * B[:, None] * B[None], 0.5 * B
+
+
+def lmu(N: int) -> tuple[Tensor, Tensor]:
+    """Legendre memory unit (Voelker et al. 2019): legt in another normalisation, over a window of length 1."""
+    n = torch.arange(N, dtype=torch.float64)
+    width = 2 * n + 1
+    sign = (-1.0) ** n
+    return torch.where(n[:, None] < n[None], -1.0, -sign[:, None] * sign[None]) * width[:, None], sign * width
+
+
 def lagt(N: int) -> tuple[Tensor, Tensor]:
     """Translated Laguerre: an exponentially fading past."""
     ones = torch.ones(N, N, dtype=torch.float64)
     return 0.5 * torch.eye(N, dtype=torch.float64) - torch.tril(ones), ones[0]
 
 
+def tlagt(N: int) -> tuple[Tensor, Tensor]:
+    """Tilted Laguerre, with no tilt: lagt without the fading of what is remembered."""
+    A, B = lagt(N)
+    return A - 0.5 * torch.eye(N, dtype=torch.float64), B
+
+
+def glagt(N: int) -> tuple[Tensor, Tensor]:
+    """Generalised Laguerre with alpha = 0, beta = 0.01."""
+    beta = 0.01
+    A, B = lagt(N)
+    return A - beta / 2 * torch.eye(N, dtype=torch.float64), beta**0.5 * B
+
+
 def fourier(N: int) -> tuple[Tensor, Tensor]:
-    """Truncated Fourier (fout): a sliding window in sines and cosines; N even."""
-    _require_even("fourier", N)
-    frequency = torch.stack([torch.zeros(N // 2), torch.arange(N // 2)], dim=1).flatten()[1:].double()
+    """Truncated Fourier (fout): a sliding window in sines and cosines; N even, as for all Fourier measures."""
+    B = _waves(N)
+    return _turning(N) - B[:, None] * B[None], B
+
+
+def fourier_decay(N: int) -> tuple[Tensor, Tensor]:
+    """Fourier, whose past fades instead of leaving a window."""
+    B = _waves(N)
+    return _turning(N) - 0.5 * B[:, None] * B[None], 0.5 * B
+
+
+def fourier_double(N: int) -> tuple[Tensor, Tensor]:
+    """Fourier over a window of half the length."""
+    B = _waves(N)
+    return 2 * (_turning(N) - B[:, None] * B[None]), 2 * B
+
+
+def foud(N: int) -> tuple[Tensor, Tensor]:
+    """Diagonal Fourier: sines and cosines that fade, each by itself."""
+    B = _waves(N)
+    return 2 * _turning(N) - 0.5 * torch.eye(N, dtype=torch.float64), B
+
+
+def _waves(N: int) -> Tensor:
+    """(N,) the value of each cosine and sine at the end of the window."""
+    _require_even("a Fourier measure", N)
     B = torch.zeros(N, dtype=torch.float64)
     B[0::2] = 2**0.5
     B[0] = 1.0
-    skew = torch.pi * (torch.diag(frequency, -1) - torch.diag(frequency, 1))
-    return skew - B[:, None] * B[None], B
+    return B
 
 
-MEASURES = {"legs": legs, "legt": legt, "lagt": lagt, "fourier": fourier}
+def _turning(N: int) -> Tensor:
+    """(N, N) what turns cosine into sine, n half turns a unit of time."""
+    frequency = torch.stack([torch.zeros(N // 2), torch.arange(N // 2)], dim=1).flatten()[1:].double()
+    return torch.pi * (torch.diag(frequency, -1) - torch.diag(frequency, 1))
+
+
+Measure = Callable[[int], tuple[Tensor, Tensor]]
+
+MEASURES: dict[str, Measure] = {
+    "legs": legs,
+    "legsd": legsd,
+    "legt": legt,
+    "lagt": lagt,
+    "fourier": fourier,
+    "fout": fourier,
+    "fourier_decay": fourier_decay,
+    "fourier_double": fourier_double,
+    "foud": foud,
+}
+WITHOUT_NPLR: dict[str, Measure] = {"lmu": lmu, "tlagt": tlagt, "glagt": glagt}
 
 
 def hippo(measure: str, N: int) -> tuple[Tensor, Tensor]:
     """The system  x' = A x + B u  whose state holds the coefficients of u's past under a measure.
 
     Args:
-        measure: legs | legt | lagt | fourier.
-        N: state size, >= 1 (even for fourier).
+        measure: legs | legsd | legt | lmu | lagt | tlagt | glagt | fourier (also called fout) | fourier_decay |
+            fourier_double | foud.
+        N: state size, >= 1 (even for the Fourier measures).
     Returns:
         A: (N, N) float64.
         B: (N,) float64.
     Raises:
         ValueError: for an unknown measure or a size that it does not have.
     """
-    if measure not in MEASURES:
-        near = difflib.get_close_matches(measure, MEASURES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no HiPPO measure is called {measure!r}; there are {', '.join(MEASURES)}{hint}")
+    system = choose("HiPPO measure", measure, {**MEASURES, **WITHOUT_NPLR})
     if N < 1:
         raise ValueError(f"a HiPPO matrix needs N >= 1; got {N}")
-    return MEASURES[measure](N)
+    return system(N)
+
+
+def _legt_rank(N: int) -> Tensor:
+    n = torch.arange(N, dtype=torch.float64)
+    P = (0.5 + n).sqrt()
+    even = torch.where(n % 2 == 0, P, 0.0)
+    return torch.stack([P - even, even])
+
+
+# P (r, N) of each measure in MEASURES.
+LOW_RANK: dict[str, Callable[[int], Tensor]] = {
+    "legs": lambda N: (0.5 + torch.arange(N, dtype=torch.float64)).sqrt()[None],
+    "legsd": lambda N: torch.zeros(1, N, dtype=torch.float64),
+    "legt": _legt_rank,
+    "lagt": lambda N: torch.full((1, N), 0.5**0.5, dtype=torch.float64),
+    "fourier": lambda N: _waves(N)[None],
+    "fout": lambda N: _waves(N)[None],
+    "fourier_decay": lambda N: 0.5**0.5 * _waves(N)[None],
+    "fourier_double": lambda N: 2**0.5 * _waves(N)[None],
+    "foud": lambda N: torch.zeros(1, N, dtype=torch.float64),
+}
 
 
 def low_rank(measure: str, N: int) -> Tensor:
-    """P (r, N) that makes  A + P^T P  normal: rank 2 for legt, 1 for the others. Float64."""
-    n = torch.arange(N, dtype=torch.float64)
-    if measure == "legt":
-        P = (1 + 2 * n).sqrt()
-        even = torch.where(n % 2 == 0, P, 0.0)
-        return torch.stack([even, P - even]) * 0.5**0.5
-    if measure == "legs":
-        return (0.5 + n).sqrt()[None]
-    if measure == "lagt":
-        return torch.full((1, N), 0.5**0.5, dtype=torch.float64)
-    return fourier(N)[1][None]
+    """P (r, N) that makes  A + P^T P  normal: rank 2 for legt, 1 for the others. Float64.
+
+    Raises:
+        ValueError: for a measure that is unknown or has no such form.
+    """
+    return choose("HiPPO measure with a normal plus low rank form", measure, LOW_RANK)(N)
 
 
 def nplr(measure: str, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The HiPPO system in the basis that makes it diagonal plus low rank, one half of each conjugate pair.
 
     Args:
-        measure: legs | legt | lagt | fourier.
+        measure: legs | legsd | legt | lagt | fourier (fout) | fourier_decay | fourier_double | foud.
         N: even state size.
     Returns:
         Lambda: (N/2,) complex128 with Im <= 0, most negative first;  A = 2 Re(V diag(Lambda) V^*) - P^T P.
@@ -93,15 +177,17 @@ def nplr(measure: str, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         B: (N/2,) = V^* B.
         V: (N, N/2) eigenvectors; their phases are arbitrary.
     Raises:
-        ValueError: for an unknown measure or an odd N.
+        ValueError: for a measure that is unknown or has no such form, or an odd N.
     """
-    A, B = hippo(measure, N)
     _require_even("the NPLR form", N)
     P = low_rank(measure, N)
+    A, B = hippo(measure, N)
     normal = A + P.T @ P
     imag, V = torch.linalg.eigh(-1j * normal)  # the symmetric part is a multiple of the identity; ascending
     V = V[:, : N // 2].clone()
-    if imag[N // 2 - 1].abs() < 1e-4:  # fourier has one pair of zero eigenvalues, whose basis eigh leaves open
+    if (
+        imag[N // 2 - 1].abs() < 1e-4
+    ):  # a Fourier measure has one pair of real eigenvalues, whose basis eigh leaves open
         V[:, -1] = 0
         V[0, -1], V[1, -1] = 2**-0.5, 2**-0.5 * 1j
     Lambda = torch.complex(normal.diagonal().mean().expand(N // 2), imag[: N // 2])

@@ -1,5 +1,6 @@
 """What every module of longwave shares: how it is (re)drawn, and what it asks of the optimiser."""
 
+import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -43,6 +44,15 @@ def reset(module: nn.Module) -> nn.Module:
     if redraw is not None:
         redraw()
     return module
+
+
+def choose(what: str, name: str, table: dict) -> Any:
+    """table[name], or a ValueError that lists the table and the nearest name."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(table)}{hint}")
+    return table[name]
 
 
 def positive_rate(rate: float) -> float:

@@ -1,10 +1,13 @@
 """Pure functions on tensors, time on axis 1: what the mixers are made of."""
 
 from longwave.ops.attention import attention
+from longwave.ops.butterfly import butterfly
+from longwave.ops.cauchy import cauchy
 from longwave.ops.causal_conv import causal_conv
 from longwave.ops.dispatch import OPS, Op, at_least_float32
 from longwave.ops.linear_attention import linear_attention
 from longwave.ops.linear_scan import linear_scan
+from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.short_conv import short_conv
 from longwave.ops.vandermonde import vandermonde, vandermonde_transpose
@@ -15,9 +18,14 @@ __all__ = [
     "Op",
     "at_least_float32",
     "attention",
+    "blockdiag_multiply",
+    "butterfly",
+    "cauchy",
     "causal_conv",
     "linear_attention",
     "linear_scan",
+    "monarch",
+    "monarch_project",
     "selective_scan",
     "short_conv",
     "vandermonde",

@@ -101,6 +101,10 @@ class Op:
                 continue
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{self.__name__}: {argument} must be a tensor; got {type(tensor).__name__}")
+            if not (tensor.is_floating_point() or tensor.is_complex() or argument == "mask"):
+                raise ValueError(
+                    f"{self.__name__}: {argument} must be floating point or complex; got {tensor.dtype}; convert it"
+                )
             first = first or (tensor.device, argument)
             if tensor.device != first[0]:
                 raise ValueError(
@@ -119,9 +123,9 @@ class Op:
                         f"{self.__name__}: {argument} must be {wanted} with {letter} = {known} as in {owner}; "
                         f"got shape {tuple(tensor.shape)}"
                     )
-        for letter in ("L", "K"):
-            if sizes.get(letter, (1, ""))[0] == 0:
-                raise ValueError(f"{self.__name__}: {sizes[letter][1]} has {letter} = 0; at least 1 is needed")
+        for letter, (size, owner) in sizes.items():
+            if size == 0 and letter != "M":  # there may be no taps that look ahead
+                raise ValueError(f"{self.__name__}: {owner} has {letter} = 0; at least 1 is needed")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

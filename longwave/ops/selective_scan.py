@@ -187,13 +187,13 @@ def _why_not_fused(u, dt, A, B, C, D=None, state=None, *, z=None, dt_bias=None, 
 def _(u, dt, A, B, C, D=None, state=None, *, z=None, dt_bias=None, softplus=False):
     E, N = A.shape
     B, C = _grouped(B, C, E)
-    if N % 2:  # the kernel takes states in pairs
-        A, B, C = (F.pad(x, (0, 1)) for x in (A, B, C))
-        state = None if state is None else F.pad(state, (0, 1))
+    if N % 4:  # the kernel takes four states at a time
+        A, B, C = (F.pad(x, (0, -N % 4)) for x in (A, B, C))
+        state = None if state is None else F.pad(state, (0, -N % 4))
     inputs = (u, dt, A, B, C, D, state, z, dt_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, h, _ = _fused(*inputs, softplus, keep)
-    return y, h[..., :N] if N % 2 else h
+    return y, h[..., :N] if N % 4 else h
 
 
 _EVERY = 32  # steps between two states that the fused form keeps

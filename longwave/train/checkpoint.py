@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longwave.models import ClassifierSpec, LMSpec, weights
+from longwave.models import ModelSpec, weights
 from longwave.models.storage import WEIGHTS, fill, read_tensors, whole, write, write_tensors
 
 OPTIMIZER, TRAINER, MANIFEST = "optimizer.safetensors", "trainer.json", "manifest.json"
@@ -84,7 +84,7 @@ def save_checkpoint(
     run: Path,
     step: int,
     tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
-    spec: LMSpec | ClassifierSpec,
+    spec: ModelSpec,
     best: Best | None,
     keep: int,
 ) -> Path:

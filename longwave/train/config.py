@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from longwave.mixers import nearest
-from longwave.models import ClassifierSpec, LMSpec, ModelSpec
-from longwave.models.spec import AnyChannelMixer, AnyMixer, Spec
+from longwave.models import ModelSpec
+from longwave.models.spec import AnyChannelMixer, AnyMixer, LanguageSpec, Spec
 from longwave.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _complete(self) -> "Recipe":
         model = self.model
-        if isinstance(model, LMSpec) and model.vocab is None:
+        if isinstance(model, LanguageSpec) and model.vocab is None:
             object.__setattr__(self, "model", model.model_copy(update={"vocab": self.task.vocab}))
         elif model.vocab is not None and model.vocab < self.task.vocab:
             raise ValueError(f"model.vocab = {model.vocab} is too small: the task has {self.task.vocab} token ids")
@@ -120,7 +120,7 @@ def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = ()) -
     if not isinstance(tree, dict):
         raise ValueError(f"{where} is not a recipe: it must hold fields such as model, task and steps")
     for change in changes:
-        _change(tree, change)
+        set_field(tree, change)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -143,7 +143,12 @@ def _read(source: str) -> tuple[str, str]:
     raise ValueError(f"{source!r} is neither a recipe nor a YAML file{hint}")
 
 
-def _change(tree: dict, change: str) -> None:
+def set_field(tree: dict, change: str) -> None:
+    """Put a ``key=value`` change into a tree of dicts and lists, the value read as YAML.
+
+    Raises:
+        ValueError: for a path that leads nowhere, or text that is not YAML.
+    """
     path, equals, text = change.partition("=")
     if not equals or not path:
         raise ValueError(f"{change!r} is no change: write key=value, such as lr=3e-3 or task.length=512")
@@ -177,7 +182,7 @@ def _classes(annotation: Any) -> dict[str, type[BaseModel]]:
 TAGGED: dict[str, dict[str, type[BaseModel]]] = {
     "mixer": _classes(AnyMixer),
     "task": dict(TASKS),
-    "model": {"lm": LMSpec, "classifier": ClassifierSpec},
+    "model": _classes(ModelSpec),
     "channel mixer": _classes(AnyChannelMixer),
 }
 

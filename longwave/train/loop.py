@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from longwave.models import LM, Classifier, Score
+from longwave.models import LM, Classifier, MaskedLM, Score
 from longwave.models.backbone import Block
 from longwave.models.storage import whole
 from longwave.tasks.base import Batch
@@ -53,7 +53,7 @@ class Interrupted(Exception):
 class Objective(nn.Module):
     """What is trained: (inputs, targets) -> Score. One forward, as DDP and FSDP2 want it."""
 
-    def __init__(self, model: LM | Classifier):
+    def __init__(self, model: LM | MaskedLM | Classifier):
         super().__init__()
         self.model = model
 

@@ -6,23 +6,72 @@ from typing import Any
 from torch import Tensor, nn
 
 from longwave.mixers import nearest
-from longwave.models.pretrained import mamba, s4, safari
-from longwave.models.pretrained.system import Choice, Options, System
+from longwave.models.pretrained import (
+    bigs,
+    ckconv,
+    dss,
+    flexconv,
+    gss,
+    hyenadna,
+    m2,
+    mamba,
+    monarch,
+    s4,
+    s4model,
+    s4nd,
+    s4v3,
+    s5,
+    safari_h3,
+    safari_hyena,
+    safari_lm,
+    safari_longconv,
+    sashimi,
+)
+from longwave.models.pretrained.system import Choice, Either, Family, Options, System
 
-SYSTEMS: dict[str, System] = {**s4.SYSTEMS, **safari.SYSTEMS, **mamba.SYSTEMS}
+SYSTEMS: dict[str, System | Either | Family] = {
+    **s4.SYSTEMS,
+    **s4v3.SYSTEMS,
+    **s4model.SYSTEMS,
+    **safari_h3.SYSTEMS,
+    **safari_hyena.SYSTEMS,
+    **safari_longconv.SYSTEMS,
+    **safari_lm.SYSTEMS,
+    **hyenadna.SYSTEMS,
+    **m2.SYSTEMS,
+    **mamba.SYSTEMS,
+    **monarch.SYSTEMS,
+    **s5.SYSTEMS,
+    **dss.SYSTEMS,
+    **gss.SYSTEMS,
+    **bigs.SYSTEMS,
+    **ckconv.SYSTEMS,
+    **flexconv.SYSTEMS,
+    **s4nd.SYSTEMS,
+    **sashimi.SYSTEMS,
+}
 
-__all__ = ["SYSTEMS", "Choice", "Options", "System", "from_official"]
+__all__ = ["SYSTEMS", "Choice", "Either", "Family", "Options", "System", "from_official"]
 
 
 def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """A module that computes what the official one does, from the official one's weights.
 
     Args:
-        system: which official module: h3, hyena, hyenastandalone, longconv, blockfft (HazyResearch/safari), s4d,
-            s4dmin (state-spaces/s4), mamba_hf (Hugging Face transformers), selective_scan (state-spaces/mamba).
+        system: which official module: h3, h3conv, hyena, hyenastandalone, hyenafilter, longconv,
+            longconvkernel, longconvstandalone, blockfft, hyenalm, h3lm (HazyResearch/safari, HazyResearch/H3), hyenadna
+            (HazyResearch/hyena-dna), m2 (HazyResearch/m2), s4, s4d,
+            s4kernel, s4dkernel, s4dmin, s4model (state-spaces/s4),
+            s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf (Hugging Face transformers), selective_scan
+            (state-spaces/mamba),
+            s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
+            (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc (state-spaces/s4),
+            monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv
+            (rjbruin/flexconv).
         config: the official constructor's arguments by name, defaults left out or not; arguments of the run
             (L, rate, batch, ...) may be among them.
-        state: the official ``state_dict()``.
+        state: the official ``state_dict()``; of Liquid-S4 also its attributes ``kernel.B``, ``C``, ``w``, ``log_dt``,
+            which it does not save (else what they were if it had started from these weights).
     Returns:
         A module that takes the official inputs by name and returns the output, or a dict of them where there are
         several. It is in the weights' dtype. The mixer or model inside, with its own state, is ``.model`` where

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers import Mixer
 from longwave.models.pretrained.system import Shapes
 
 ELEMENTWISE: dict[str | None, Callable[[], nn.Module]] = {
@@ -45,11 +44,11 @@ class MixerFace(nn.Module):
     """A mixer behind the call of an official layer:  y = module(x=x).
 
     Args:
-        model: the mixer; with state, call it itself.
+        model: the mixer, or what is called like one; with state, call it itself.
         transposed: x and y are (B, D, L) rather than (B, L, D).
     """
 
-    def __init__(self, model: Mixer, transposed: bool = False):
+    def __init__(self, model: nn.Module, transposed: bool = False):
         super().__init__()
         self.model, self.transposed = model, transposed
 
@@ -69,7 +68,7 @@ class ConvBlock(nn.Module):
         d_model: H.
         channels: K, filters a feature.
         out: what follows the convolution, on the last axis.
-        transposed: x and y are (B, H, L) rather than (B, L, H).
+        transposed: x and y are (B, H, L) rather than (B, L, H); L may be several axes where ``conv`` takes them.
         swapped: ``out`` sees feature by feature its K filters, rather than filter by filter the H features.
     """
 
@@ -89,10 +88,10 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor | dict[str, Any]:
         """x -> y, or with a state {"y": y, "next_state": the state after the last step}."""
-        u = (x.transpose(1, 2) if self.transposed else x).repeat(1, 1, len(self.D))
+        u = torch.cat([x.movedim(1, -1) if self.transposed else x] * len(self.D), dim=-1)
         y, state = self.conv(u, self.D.flatten(), state)
         if self.swapped:
-            y = y.unflatten(2, self.D.shape).transpose(2, 3).flatten(2)
+            y = y.unflatten(-1, self.D.shape).transpose(-1, -2).flatten(-2)
         y = self.out(y)
-        y = y.transpose(1, 2) if self.transposed else y
+        y = y.movedim(-1, 1) if self.transposed else y
         return y if state is None else {"y": y, "next_state": state}

@@ -1,6 +1,5 @@
 """Diagonal state spaces: S4D, and the second SSM of H3."""
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import ClassVar
@@ -10,14 +9,14 @@ from torch import Tensor, nn
 
 from longwave.nn.filters.base import StateSpace, StateSpaceFilter
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32, positive_rate
+from longwave.nn.module import Hint, at_least_float32, choose, positive_rate
 
 
 def zoh(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """Zero-order hold:  a = exp(dt A),  b = (exp(dt A) - 1) / A  (dt where A = 0)."""
     a = torch.exp(dt * A)
     at_zero = A == 0
-    return a, torch.where(at_zero, dt.to(a.dtype), (a - 1) / torch.where(at_zero, torch.ones_like(A), A))
+    return a, torch.where(at_zero, dt.to(a.dtype), torch.expm1(dt * A) / torch.where(at_zero, torch.ones_like(A), A))
 
 
 def bilinear(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,15 +70,6 @@ INITS: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
 }
 
 
-def choose(what: str, name: str, table: dict) -> Callable:
-    """table[name], or a ValueError that lists the table and the nearest name."""
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(table)}{hint}")
-    return table[name]
-
-
 class S4DFilter(StateSpaceFilter):
     """A diagonal state space with a learned step size:  k[l] = 2 Re sum_n C[n] b[n] a[n]^l,  (a, b) from (A, B, dt).
 
@@ -95,9 +85,12 @@ class S4DFilter(StateSpaceFilter):
         systems: S, how many different (A, B) there are; channels c, c + S, ... share one. Default C.
         rate: > 0, factor on every step size: 2 reads a signal sampled half as often, see
             :func:`longwave.nn.set_rate`.
+        bandlimit: > 0, modes that turn faster than bandlimit / 2 of a circle a step, at rate 1, are silent: 1 is the
+            Nyquist frequency, and below it a filter can be read at other resolutions (S4ND, arXiv:2210.06583). None
+            keeps all.
     Raises:
         ValueError: for an unknown init or discretization, an odd d_state, 0 < dt_min <= dt_max violated, S not
-            dividing C.
+            dividing C, bandlimit <= 0.
     """
 
     optim_hints: ClassVar[dict[str, Hint]] = dict.fromkeys(("log_dt", "log_A_real", "A_imag", "B"), Hint(max_lr=1e-3))
@@ -113,6 +106,7 @@ class S4DFilter(StateSpaceFilter):
         dt_max: float = 1e-1,
         systems: int | None = None,
         rate: float = 1.0,
+        bandlimit: float | None = None,
     ):
         super().__init__()
         systems = channels if systems is None else systems
@@ -122,9 +116,12 @@ class S4DFilter(StateSpaceFilter):
             raise ValueError(f"step sizes need 0 < dt_min <= dt_max; got dt_min = {dt_min}, dt_max = {dt_max}")
         if systems < 1 or channels % systems:
             raise ValueError(f"systems = {systems} does not divide channels = {channels}")
+        if bandlimit is not None and not bandlimit > 0:
+            raise ValueError(f"a bandlimit is > 0, in units of the Nyquist frequency; got bandlimit = {bandlimit}")
         self.init = choose("S4D init", init, INITS)
         self.discretize = choose("discretization", discretization, DISCRETIZATIONS)
         self.channels, self.dt_min, self.dt_max, self.rate = channels, dt_min, dt_max, positive_rate(rate)
+        self.bandlimit = bandlimit
         pairs = d_state // 2
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_A_real = nn.Parameter(torch.empty(systems, pairs))
@@ -147,5 +144,8 @@ class S4DFilter(StateSpaceFilter):
         log_dt, log_A_real, A_imag, B, C = at_least_float32(self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
         copies = self.channels // len(A_imag)
         A = torch.complex(-log_A_real.exp(), A_imag).repeat(copies, 1)  # (C, N/2)
-        a, b = self.discretize(A, self.rate * log_dt.exp()[:, None])
-        return StateSpace(a, b * torch.view_as_complex(B).repeat(copies, 1), torch.view_as_complex(C))
+        dt, C = log_dt.exp()[:, None], torch.view_as_complex(C)
+        if self.bandlimit is not None:
+            C = C * (dt * A.imag.abs() / (2 * math.pi) < self.bandlimit / 2)
+        a, b = self.discretize(A, self.rate * dt)
+        return StateSpace(a, b * torch.view_as_complex(B).repeat(copies, 1), C)

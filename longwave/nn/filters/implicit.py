@@ -1,6 +1,7 @@
 """Hyena's implicit filter: a small network says what every tap is, from its position."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +87,13 @@ class HyenaFilter(Filter):
         frequency: initial w of the sines; a higher one gives filters that oscillate faster.
         target, slowest, fastest, shift: the window falls to ``target`` within ``slowest`` (first channel) to
             ``fastest`` (last) times max_len; target 1 is no window; ``shift`` is a floor under it.
+        skip: it owns ``bias`` (C,) too, as the authors' does: the weight of the present input that the convolution
+            around it adds.
     Raises:
         ValueError: for an even emb_dim, or on a length above max_len.
     """
+
+    bias: Any  # (C,), or None
 
     def __init__(
         self,
@@ -103,12 +108,13 @@ class HyenaFilter(Filter):
         slowest: float = 1.5,
         fastest: float = 0.3,
         shift: float = 0.0,
+        skip: bool = False,
     ):
         super().__init__()
         if max_len < 1:
             raise ValueError(f"an implicit filter needs max_len >= 1; got {max_len}")
         self.channels, self.max_len = channels, max_len
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if skip else None
         self.pos_emb = PositionalFeatures(emb_dim, max_len)
         sin = Sin(width, frequency)  # one module for all layers, as in the authors' checkpoints
         layers: list[nn.Module] = [nn.Linear(emb_dim, width), sin]
@@ -120,7 +126,8 @@ class HyenaFilter(Filter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.bias.normal_()
+        if self.bias is not None:
+            self.bias.normal_()
 
     def forward(self, length: int) -> Tensor:
         if length > self.max_len:
@@ -129,7 +136,7 @@ class HyenaFilter(Filter):
                 f"build it with max_len >= {length}"
             )
         z, t = at_least_float32(self.pos_emb.z[:, :length], self.pos_emb.t[:, :length])
-        dtype = self.bias.dtype
+        dtype = next(self.implicit_filter.parameters()).dtype
         k = self.implicit_filter(z.to(dtype)) if dtype.itemsize >= 4 else self._widened(z)
         return (k * self.modulation(t))[0].T
 

@@ -57,8 +57,7 @@ class FreeFilter(Filter):
         max_len: number of taps and longest sequence.
         squash: soft threshold lambda, >= 0, taken off the magnitude of every tap.
         smooth: a module on taps (C, max_len), or None.
-        decay: taps start as .002 randn, or where True as randn exp(-rate t) with a rate that grows from channel to
-            channel.
+        decay: taps start as .002 randn, or where True as .02 randn exp(-(C // 2)^(c / C) t / max_len) in channel c.
         dropout: probability with which a tap is dropped in training.
     Raises:
         ValueError: for max_len < 1, a negative threshold, or on a length above max_len.
@@ -85,13 +84,12 @@ class FreeFilter(Filter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.kernel.normal_()
-        if self.decay:
-            t = torch.linspace(0, 1, self.max_len, device=self.kernel.device)
-            rate = torch.linspace(1, 20, self.channels, device=self.kernel.device)
-            self.kernel.mul_(torch.exp(-t * rate[:, None]))
-        else:
-            self.kernel.mul_(0.002)
+        if not self.decay:
+            self.kernel.normal_(std=0.002)
+            return
+        t = torch.arange(self.max_len, device=self.kernel.device) / self.max_len
+        rate = float(self.channels // 2) ** (torch.arange(self.channels, device=self.kernel.device) / self.channels)
+        self.kernel.normal_(std=0.02).mul_(torch.exp(-t * rate[:, None]))
 
     def forward(self, length: int) -> Tensor:
         if length > self.max_len:

@@ -1,4 +1,4 @@
-"""Long convolution by one half-length complex FFT a row, eight channels in the lanes, everything pointwise fused in.
+"""Long convolution by one half-length complex FFT a row, channels in the lanes, everything pointwise fused in.
 
 The transform. A real sequence x of at most 2M samples is the polynomial sum_j x[j] z^j modulo z^2M + 1. That modulus is
 (z^M - i)(z^M + i), and real polynomials are conjugate in the two factors, so one factor tells all: with z^M = i the
@@ -12,23 +12,24 @@ twiddles. After the last division the points are the values of the polynomial at
 not matter, because the inverse undoes the same steps backwards. The first division is by 3, 4 or 5 (M = radix 2^p) and
 is done while reading, its inverse while writing. Blocks are divided depth first, so that small ones stay in cache.
 
-Memory: a point is sixteen floats, eight real parts and eight imaginary parts (of eight channels), one cache line.
+Memory: a point is a vector of real parts and one of imaginary parts, of eight channels or sixteen: a cache line or two.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longwave.ops._numba import pool
-from longwave.ops._numba.jit import kernel as counting_kernel
+from longwave.ops._numba.jit import kernel
 from longwave.ops._numba.simd import (
+    Width,
+    eight,
     fma,
     fms,
     fnma,
+    lanes_of,
     load,
     load_first,
     load_splat,
@@ -38,16 +39,14 @@ from longwave.ops._numba.simd import (
     store,
     store_first,
     transpose,
+    widest,
     zero,
 )
 
-POINT = 16  # floats
-LEAF = 256  # largest block, in points, that is divided to the end at once: 16 kB, half of an L1 cache
+LEAF = 2048  # floats of a block's real parts that is divided to the end at once: 16 kB, half of an L1 cache
 WIDTH = 16  # columns that pass through the tile at a time on their way in or out
-ROW = WIDTH * POINT
-TILE = 5 * ROW
-
-WIDE = 1 << 16  # up to here, in points, sixteen channels at a time
+TILE = 5 * WIDTH * 2  # vectors
+SHARED = 1 << 16  # up to here, in points, sixteen channels at a time share the cache lines of u
 
 float32 = np.float32
 SQRT3_4 = float32(np.sqrt(0.75))
@@ -69,7 +68,7 @@ def plan(L: int, K: int, F: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def tables(M: int, radix: int) -> tuple[np.ndarray, np.ndarray]:
-    """Twiddles g, g^2, ... of every block as (cos, sin) pairs, and where those of blocks of 2^e points begin, by e."""
+    """Twiddles g, g^2, ... of full block as (cos, sin) pairs, and where those of blocks of 2^e points begin, by e."""
     angle = np.full(1, np.pi / 2)  # the blocks' moduli are z^n - exp(i angle), in the order of the blocks
     parts, starts, count, n, divide = [], np.zeros(64, np.int64), 0, M, radix
     while n > 1:
@@ -85,13 +84,6 @@ def tables(M: int, radix: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts), starts
 
 
-def kernel(function: Callable) -> Any:
-    """Without reference counts: they are atomic, and at two a call cost more than a small function's arithmetic."""
-    counting = counting_kernel(function)
-    counting.targetoptions["_nrt"] = False
-    return counting
-
-
 @kernel
 def turn(re, im, cos, sin):
     return fnma(im, sin, re * cos), fma(im, cos, re * sin)
@@ -103,33 +95,36 @@ def turn_back(re, im, cos, sin):
 
 
 @kernel
-def get(x, o):
-    return load(x, o), load(x, o + 8)
+def get(w, x, o):
+    full = lanes_of(w)
+    return load(w, x, o), load(w, x, o + full)
 
 
 @kernel
-def put(x, o, re, im):
+def put(w, x, o, re, im):
+    full = lanes_of(w)
     store(x, o, re)
-    store(x, o + 8, im)
+    store(x, o + full, im)
 
 
 @kernel
-def get_turned(x, o, cos, sin):
-    return turn(load(x, o), load(x, o + 8), cos, sin)
+def get_turned(w, x, o, cos, sin):
+    full = lanes_of(w)
+    return turn(load(w, x, o), load(w, x, o + full), cos, sin)
 
 
 @kernel
-def put_turned_back(x, o, re, im, cos, sin):
+def put_turned_back(w, x, o, re, im, cos, sin):
     re, im = turn_back(re, im, cos, sin)
-    put(x, o, re, im)
+    put(w, x, o, re, im)
 
 
 @kernel
-def get_twiddles(tw, t):
+def get_twiddles(w, tw, t):
     """Cosines and sines of g, g^2 and g^3."""
     return (
-        load_splat(tw, t), load_splat(tw, t + 1), load_splat(tw, t + 2),
-        load_splat(tw, t + 3), load_splat(tw, t + 4), load_splat(tw, t + 5),
+        load_splat(w, tw, t), load_splat(w, tw, t + 1), load_splat(w, tw, t + 2),
+        load_splat(w, tw, t + 3), load_splat(w, tw, t + 4), load_splat(w, tw, t + 5),
     )  # fmt: skip
 
 
@@ -142,109 +137,116 @@ def dft4(ar, ai, br, bi, cr, ci, dr, di):
 
 
 @kernel
-def split4(x, i, s, y, o, t, c1, s1, c2, s2, c3, s3):
+def split4(w, x, i, s, y, o, t, c1, s1, c2, s2, c3, s3):
     """One point of each quarter of a block, s apart in x, to one point of each of four blocks, t apart in y."""
-    ar, ai = get(x, i)
-    br, bi = get_turned(x, i + s, c1, s1)
-    cr, ci = get_turned(x, i + 2 * s, c2, s2)
-    dr, di = get_turned(x, i + 3 * s, c3, s3)
+    ar, ai = get(w, x, i)
+    br, bi = get_turned(w, x, i + s, c1, s1)
+    cr, ci = get_turned(w, x, i + 2 * s, c2, s2)
+    dr, di = get_turned(w, x, i + 3 * s, c3, s3)
     ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
-    put(y, o, ar, ai)
-    put(y, o + t, br, bi)
-    put(y, o + 2 * t, cr, ci)
-    put(y, o + 3 * t, dr, di)
+    put(w, y, o, ar, ai)
+    put(w, y, o + t, br, bi)
+    put(w, y, o + 2 * t, cr, ci)
+    put(w, y, o + 3 * t, dr, di)
 
 
 @kernel
-def join4(x, i, s, y, o, t, c1, s1, c2, s2, c3, s3):
+def join4(w, x, i, s, y, o, t, c1, s1, c2, s2, c3, s3):
     """The inverse, times 4: from blocks s apart in x to quarters t apart in y."""
-    ar, ai = get(x, i)
-    br, bi = get(x, i + s)
-    cr, ci = get(x, i + 2 * s)
-    dr, di = get(x, i + 3 * s)
+    ar, ai = get(w, x, i)
+    br, bi = get(w, x, i + s)
+    cr, ci = get(w, x, i + 2 * s)
+    dr, di = get(w, x, i + 3 * s)
     ar, ai, dr, di, cr, ci, br, bi = dft4(ar, ai, br, bi, cr, ci, dr, di)
-    put(y, o, ar, ai)
-    put_turned_back(y, o + t, br, bi, c1, s1)
-    put_turned_back(y, o + 2 * t, cr, ci, c2, s2)
-    put_turned_back(y, o + 3 * t, dr, di, c3, s3)
+    put(w, y, o, ar, ai)
+    put_turned_back(w, y, o + t, br, bi, c1, s1)
+    put_turned_back(w, y, o + 2 * t, cr, ci, c2, s2)
+    put_turned_back(w, y, o + 3 * t, dr, di, c3, s3)
 
 
 @kernel
-def divide(x, start, n, blocks, tw, t):
+def divide(w, x, start, n, blocks, tw, t):
     """Blocks of n = 4m points, the first at ``start``, into four of m points each."""
-    s = n // 4 * POINT
+    point = 2 * lanes_of(w)
+    s = n // 4 * point
     for block in range(blocks):
-        c1, s1, c2, s2, c3, s3 = get_twiddles(tw, t + 6 * block)
-        first = (start + block * n) * POINT
-        for o in range(first, first + s, POINT):
-            split4(x, o, s, x, o, s, c1, s1, c2, s2, c3, s3)
+        c1, s1, c2, s2, c3, s3 = get_twiddles(w, tw, t + 6 * block)
+        first = (start + block * n) * point
+        for o in range(first, first + s, point):
+            split4(w, x, o, s, x, o, s, c1, s1, c2, s2, c3, s3)
 
 
 @kernel
-def unite(x, start, n, blocks, tw, t):
+def unite(w, x, start, n, blocks, tw, t):
     """The inverse of divide, times 4."""
-    s = n // 4 * POINT
+    point = 2 * lanes_of(w)
+    s = n // 4 * point
     for block in range(blocks):
-        c1, s1, c2, s2, c3, s3 = get_twiddles(tw, t + 6 * block)
-        first = (start + block * n) * POINT
-        for o in range(first, first + s, POINT):
-            join4(x, o, s, x, o, s, c1, s1, c2, s2, c3, s3)
+        c1, s1, c2, s2, c3, s3 = get_twiddles(w, tw, t + 6 * block)
+        first = (start + block * n) * point
+        for o in range(first, first + s, point):
+            join4(w, x, o, s, x, o, s, c1, s1, c2, s2, c3, s3)
 
 
 @kernel
-def divide_pairs(x, start, count, tw, t):
+def divide_pairs(w, x, start, count, tw, t):
     """Blocks of two points into single points."""
-    for o in range(start * POINT, (start + count) * POINT, 2 * POINT):
-        ar, ai = get(x, o)
-        br, bi = get_turned(x, o + 16, load_splat(tw, t), load_splat(tw, t + 1))
-        put(x, o, ar + br, ai + bi)
-        put(x, o + 16, ar - br, ai - bi)
+    point = 2 * lanes_of(w)
+    for o in range(start * point, (start + count) * point, 2 * point):
+        ar, ai = get(w, x, o)
+        br, bi = get_turned(w, x, o + point, load_splat(w, tw, t), load_splat(w, tw, t + 1))
+        put(w, x, o, ar + br, ai + bi)
+        put(w, x, o + point, ar - br, ai - bi)
         t += 2
 
 
 @kernel
-def unite_pairs(x, start, count, tw, t):
-    for o in range(start * POINT, (start + count) * POINT, 2 * POINT):
-        ar, ai = get(x, o)
-        br, bi = get(x, o + 16)
-        put(x, o, ar + br, ai + bi)
-        put_turned_back(x, o + 16, ar - br, ai - bi, load_splat(tw, t), load_splat(tw, t + 1))
+def unite_pairs(w, x, start, count, tw, t):
+    point = 2 * lanes_of(w)
+    for o in range(start * point, (start + count) * point, 2 * point):
+        ar, ai = get(w, x, o)
+        br, bi = get(w, x, o + point)
+        put(w, x, o, ar + br, ai + bi)
+        put_turned_back(w, x, o + point, ar - br, ai - bi, load_splat(w, tw, t), load_splat(w, tw, t + 1))
         t += 2
 
 
 @kernel
-def times(re, im, k, o):
-    return turn(re, im, load(k, o), load(k, o + 8))
+def times(w, re, im, k, o):
+    full = lanes_of(w)
+    return turn(re, im, load(w, k, o), load(w, k, o + full))
 
 
 @kernel
-def multiply_fours(x, start, count, k, tw, t):
+def multiply_fours(w, x, start, count, k, tw, t):
     """Divide blocks of four points, multiply by k, unite: all in registers."""
-    for o in range(start * POINT, (start + count) * POINT, 4 * POINT):
-        c1, s1, c2, s2, c3, s3 = get_twiddles(tw, t)
+    point = 2 * lanes_of(w)
+    for o in range(start * point, (start + count) * point, 4 * point):
+        c1, s1, c2, s2, c3, s3 = get_twiddles(w, tw, t)
         t += 6
-        ar, ai = get(x, o)
-        br, bi = get_turned(x, o + 16, c1, s1)
-        cr, ci = get_turned(x, o + 32, c2, s2)
-        dr, di = get_turned(x, o + 48, c3, s3)
+        ar, ai = get(w, x, o)
+        br, bi = get_turned(w, x, o + point, c1, s1)
+        cr, ci = get_turned(w, x, o + 2 * point, c2, s2)
+        dr, di = get_turned(w, x, o + 3 * point, c3, s3)
         ar, ai, br, bi, cr, ci, dr, di = dft4(ar, ai, br, bi, cr, ci, dr, di)
-        ar, ai = times(ar, ai, k, o)
-        br, bi = times(br, bi, k, o + 16)
-        cr, ci = times(cr, ci, k, o + 32)
-        dr, di = times(dr, di, k, o + 48)
+        ar, ai = times(w, ar, ai, k, o)
+        br, bi = times(w, br, bi, k, o + point)
+        cr, ci = times(w, cr, ci, k, o + 2 * point)
+        dr, di = times(w, dr, di, k, o + 3 * point)
         ar, ai, dr, di, cr, ci, br, bi = dft4(ar, ai, br, bi, cr, ci, dr, di)
-        put(x, o, ar, ai)
-        put_turned_back(x, o + 16, br, bi, c1, s1)
-        put_turned_back(x, o + 32, cr, ci, c2, s2)
-        put_turned_back(x, o + 48, dr, di, c3, s3)
+        put(w, x, o, ar, ai)
+        put_turned_back(w, x, o + point, br, bi, c1, s1)
+        put_turned_back(w, x, o + 2 * point, cr, ci, c2, s2)
+        put_turned_back(w, x, o + 3 * point, dr, di, c3, s3)
 
 
 @kernel
-def multiply(x, start, count, k):
-    for o in range(start * POINT, (start + count) * POINT, POINT):
-        re, im = get(x, o)
-        re, im = times(re, im, k, o)
-        put(x, o, re, im)
+def multiply(w, x, start, count, k):
+    point = 2 * lanes_of(w)
+    for o in range(start * point, (start + count) * point, point):
+        re, im = get(w, x, o)
+        re, im = times(w, re, im, k, o)
+        put(w, x, o, re, im)
 
 
 @kernel
@@ -257,105 +259,105 @@ def exponent(n):
 
 
 @kernel
-def leaf_size(m):
-    """Blocks of m points are divided by 4 until they are no larger than LEAF."""
-    while m > LEAF:
+def leaf_size(w, m):
+    """Blocks of m points are divided by 4 until they are no larger than LEAF // lanes_of(w)."""
+    while m > LEAF // lanes_of(w):
         m //= 4
     return m
 
 
 @kernel
-def descend(x, leaf, n, m, tw, starts):
+def descend(w, x, leaf, n, m, tw, starts):
     """Divide the blocks that begin with this leaf, of n points, down to it; the largest have m points."""
     size = m
     while size > n:
         start = leaf * n
         if start % size == 0:
-            divide(x, start, size, 1, tw, starts[exponent(size)] + 6 * (start // size))
+            divide(w, x, start, size, 1, tw, starts[exponent(size)] + 6 * (start // size))
         size //= 4
 
 
 @kernel
-def ascend(x, leaf, n, m, tw, starts):
+def ascend(w, x, leaf, n, m, tw, starts):
     """Unite the blocks that end with this leaf."""
     size = 4 * n
     while size <= m:
         end = (leaf + 1) * n
         if end % size == 0:
-            unite(x, end - size, size, 1, tw, starts[exponent(size)] + 6 * (end // size - 1))
+            unite(w, x, end - size, size, 1, tw, starts[exponent(size)] + 6 * (end // size - 1))
         size *= 4
 
 
 @kernel
-def leaf_down(x, start, n, tw, starts):
+def leaf_down(w, x, start, n, tw, starts):
     """Divide a leaf down to blocks of at most four points; returns their size."""
     size, e = n, exponent(n)
     while size > 4:
-        divide(x, start, size, n // size, tw, starts[e] + 6 * (start // size))
+        divide(w, x, start, size, n // size, tw, starts[e] + 6 * (start // size))
         size //= 4
         e -= 2
     return size
 
 
 @kernel
-def leaf_up(x, start, n, size, tw, starts):
+def leaf_up(w, x, start, n, size, tw, starts):
     """Unite blocks of ``size`` points up to the leaf."""
     size *= 4
     e = exponent(size)
     while size <= n:
-        unite(x, start, size, n // size, tw, starts[e] + 6 * (start // size))
+        unite(w, x, start, size, n // size, tw, starts[e] + 6 * (start // size))
         size *= 4
         e += 2
 
 
 @kernel
-def leaf_to_end(x, start, n, tw, starts):
+def leaf_to_end(w, x, start, n, tw, starts):
     """Divide a leaf into single points; returns the size of the blocks before the last division."""
-    size = leaf_down(x, start, n, tw, starts)
+    size = leaf_down(w, x, start, n, tw, starts)
     if size == 4:
-        divide(x, start, 4, n // 4, tw, starts[2] + 6 * (start // 4))
+        divide(w, x, start, 4, n // 4, tw, starts[2] + 6 * (start // 4))
     elif size == 2:
-        divide_pairs(x, start, n, tw, starts[1] + start)
+        divide_pairs(w, x, start, n, tw, starts[1] + start)
     return size
 
 
 @kernel
-def leaf_from_end(x, start, n, size, tw, starts):
+def leaf_from_end(w, x, start, n, size, tw, starts):
     if size == 4:
-        unite(x, start, 4, n // 4, tw, starts[2] + 6 * (start // 4))
+        unite(w, x, start, 4, n // 4, tw, starts[2] + 6 * (start // 4))
     elif size == 2:
-        unite_pairs(x, start, n, tw, starts[1] + start)
-    leaf_up(x, start, n, size, tw, starts)
+        unite_pairs(w, x, start, n, tw, starts[1] + start)
+    leaf_up(w, x, start, n, size, tw, starts)
 
 
 @kernel
-def leaf_times(x, start, n, k, tw, starts):
+def leaf_times(w, x, start, n, k, tw, starts):
     """Transform a leaf, multiply it by the spectrum k, transform it back."""
-    size = leaf_down(x, start, n, tw, starts)
+    size = leaf_down(w, x, start, n, tw, starts)
     if size == 4:
-        multiply_fours(x, start, n, k, tw, starts[2] + 6 * (start // 4))
+        multiply_fours(w, x, start, n, k, tw, starts[2] + 6 * (start // 4))
     elif size == 2:
-        divide_pairs(x, start, n, tw, starts[1] + start)
-        multiply(x, start, n, k)
-        unite_pairs(x, start, n, tw, starts[1] + start)
+        divide_pairs(w, x, start, n, tw, starts[1] + start)
+        multiply(w, x, start, n, k)
+        unite_pairs(w, x, start, n, tw, starts[1] + start)
     else:
-        multiply(x, start, n, k)
-    leaf_up(x, start, n, size, tw, starts)
+        multiply(w, x, start, n, k)
+    leaf_up(w, x, start, n, size, tw, starts)
 
 
 @kernel
-def dft3(ar, ai, br, bi, cr, ci):
+def dft3(w, ar, ai, br, bi, cr, ci):
     """a + w^p b + w^2p c for p = 0, 1, 2, w = exp(2 pi i / 3)."""
-    half, sine = splat(HALF), splat(SQRT3_4)
+    half, sine = splat(w, HALF), splat(w, SQRT3_4)
     sr, si, dr, di = br + cr, bi + ci, (br - cr) * sine, (bi - ci) * sine
     er, ei = fnma(sr, half, ar), fnma(si, half, ai)
     return ar + sr, ai + si, er - di, ei + dr, er + di, ei - dr
 
 
 @kernel
-def dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei):
+def dft5(w, ar, ai, br, bi, cr, ci, dr, di, er, ei):
     """a + w^p b + w^2p c + w^3p d + w^4p e for p = 0 ... 4, w = exp(2 pi i / 5)."""
-    cos1, cos2, sin1, sin2 = splat(COS1), splat(COS2), splat(SIN1), splat(SIN2)
+    cos1, cos2, sin1, sin2 = splat(w, COS1), splat(w, COS2), splat(w, SIN1), splat(w, SIN2)
     pr, pi, qr, qi = br + er, bi + ei, br - er, bi - ei
     rr, ri, sr, si = cr + dr, ci + di, cr - dr, ci - di
     fr, fi = fma(rr, cos2, fma(pr, cos1, ar)), fma(ri, cos2, fma(pi, cos1, ai))
@@ -366,285 +368,315 @@ def dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei):
 
 
 @kernel
-def divide_tile(x, start, m, radix, tile, width, j, tw):
+def divide_tile(w, x, start, m, radix, tile, width, j, tw):
     """The first division, out of the tile: its row q holds points q m + j ... of the whole, which make row p of x."""
-    c1, s1, c2, s2, c3, s3 = get_twiddles(tw, 0)
-    c4, s4 = load_splat(tw, 6), load_splat(tw, 7)
-    t, first = m * POINT, start + j * POINT
+    point = 2 * lanes_of(w)
+    line = WIDTH * point
+    c1, s1, c2, s2, c3, s3 = get_twiddles(w, tw, 0)
+    c4, s4 = load_splat(w, tw, 6), load_splat(w, tw, 7)
+    t, first = m * point, start + j * point
     if radix == 4:
-        for i in range(0, width * POINT, POINT):
-            split4(tile, i, ROW, x, first + i, t, c1, s1, c2, s2, c3, s3)
+        for i in range(0, width * point, point):
+            split4(w, tile, i, line, x, first + i, t, c1, s1, c2, s2, c3, s3)
     elif radix == 3:
-        for i in range(0, width * POINT, POINT):
-            ar, ai = get(tile, i)
-            br, bi = get_turned(tile, i + ROW, c1, s1)
-            cr, ci = get_turned(tile, i + 2 * ROW, c2, s2)
-            ar, ai, br, bi, cr, ci = dft3(ar, ai, br, bi, cr, ci)
-            put(x, first + i, ar, ai)
-            put(x, first + i + t, br, bi)
-            put(x, first + i + 2 * t, cr, ci)
+        for i in range(0, width * point, point):
+            ar, ai = get(w, tile, i)
+            br, bi = get_turned(w, tile, i + line, c1, s1)
+            cr, ci = get_turned(w, tile, i + 2 * line, c2, s2)
+            ar, ai, br, bi, cr, ci = dft3(w, ar, ai, br, bi, cr, ci)
+            put(w, x, first + i, ar, ai)
+            put(w, x, first + i + t, br, bi)
+            put(w, x, first + i + 2 * t, cr, ci)
     else:
-        for i in range(0, width * POINT, POINT):
-            ar, ai = get(tile, i)
-            br, bi = get_turned(tile, i + ROW, c1, s1)
-            cr, ci = get_turned(tile, i + 2 * ROW, c2, s2)
-            dr, di = get_turned(tile, i + 3 * ROW, c3, s3)
-            er, ei = get_turned(tile, i + 4 * ROW, c4, s4)
-            ar, ai, br, bi, cr, ci, dr, di, er, ei = dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei)
-            put(x, first + i, ar, ai)
-            put(x, first + i + t, br, bi)
-            put(x, first + i + 2 * t, cr, ci)
-            put(x, first + i + 3 * t, dr, di)
-            put(x, first + i + 4 * t, er, ei)
+        for i in range(0, width * point, point):
+            ar, ai = get(w, tile, i)
+            br, bi = get_turned(w, tile, i + line, c1, s1)
+            cr, ci = get_turned(w, tile, i + 2 * line, c2, s2)
+            dr, di = get_turned(w, tile, i + 3 * line, c3, s3)
+            er, ei = get_turned(w, tile, i + 4 * line, c4, s4)
+            ar, ai, br, bi, cr, ci, dr, di, er, ei = dft5(w, ar, ai, br, bi, cr, ci, dr, di, er, ei)
+            put(w, x, first + i, ar, ai)
+            put(w, x, first + i + t, br, bi)
+            put(w, x, first + i + 2 * t, cr, ci)
+            put(w, x, first + i + 3 * t, dr, di)
+            put(w, x, first + i + 4 * t, er, ei)
 
 
 @kernel
-def unite_tile(x, start, m, radix, tile, width, j, tw):
+def unite_tile(w, x, start, m, radix, tile, width, j, tw):
     """The inverse of divide_tile, times radix."""
-    c1, s1, c2, s2, c3, s3 = get_twiddles(tw, 0)
-    c4, s4 = load_splat(tw, 6), load_splat(tw, 7)
-    t, first = m * POINT, start + j * POINT
+    point = 2 * lanes_of(w)
+    line = WIDTH * point
+    c1, s1, c2, s2, c3, s3 = get_twiddles(w, tw, 0)
+    c4, s4 = load_splat(w, tw, 6), load_splat(w, tw, 7)
+    t, first = m * point, start + j * point
     if radix == 4:
-        for i in range(0, width * POINT, POINT):
-            join4(x, first + i, t, tile, i, ROW, c1, s1, c2, s2, c3, s3)
+        for i in range(0, width * point, point):
+            join4(w, x, first + i, t, tile, i, line, c1, s1, c2, s2, c3, s3)
     elif radix == 3:
-        for i in range(0, width * POINT, POINT):
-            ar, ai = get(x, first + i)
-            br, bi = get(x, first + i + t)
-            cr, ci = get(x, first + i + 2 * t)
-            ar, ai, cr, ci, br, bi = dft3(ar, ai, br, bi, cr, ci)
-            put(tile, i, ar, ai)
-            put_turned_back(tile, i + ROW, br, bi, c1, s1)
-            put_turned_back(tile, i + 2 * ROW, cr, ci, c2, s2)
+        for i in range(0, width * point, point):
+            ar, ai = get(w, x, first + i)
+            br, bi = get(w, x, first + i + t)
+            cr, ci = get(w, x, first + i + 2 * t)
+            ar, ai, cr, ci, br, bi = dft3(w, ar, ai, br, bi, cr, ci)
+            put(w, tile, i, ar, ai)
+            put_turned_back(w, tile, i + line, br, bi, c1, s1)
+            put_turned_back(w, tile, i + 2 * line, cr, ci, c2, s2)
     else:
-        for i in range(0, width * POINT, POINT):
-            ar, ai = get(x, first + i)
-            br, bi = get(x, first + i + t)
-            cr, ci = get(x, first + i + 2 * t)
-            dr, di = get(x, first + i + 3 * t)
-            er, ei = get(x, first + i + 4 * t)
-            ar, ai, er, ei, dr, di, cr, ci, br, bi = dft5(ar, ai, br, bi, cr, ci, dr, di, er, ei)
-            put(tile, i, ar, ai)
-            put_turned_back(tile, i + ROW, br, bi, c1, s1)
-            put_turned_back(tile, i + 2 * ROW, cr, ci, c2, s2)
-            put_turned_back(tile, i + 3 * ROW, dr, di, c3, s3)
-            put_turned_back(tile, i + 4 * ROW, er, ei, c4, s4)
+        for i in range(0, width * point, point):
+            ar, ai = get(w, x, first + i)
+            br, bi = get(w, x, first + i + t)
+            cr, ci = get(w, x, first + i + 2 * t)
+            dr, di = get(w, x, first + i + 3 * t)
+            er, ei = get(w, x, first + i + 4 * t)
+            ar, ai, er, ei, dr, di, cr, ci, br, bi = dft5(w, ar, ai, br, bi, cr, ci, dr, di, er, ei)
+            put(w, tile, i, ar, ai)
+            put_turned_back(w, tile, i + line, br, bi, c1, s1)
+            put_turned_back(w, tile, i + 2 * line, cr, ci, c2, s2)
+            put_turned_back(w, tile, i + 3 * line, dr, di, c3, s3)
+            put_turned_back(w, tile, i + 4 * line, er, ei, c4, s4)
 
 
 @kernel
-def read(tile, o, u, gate, place, C, lanes, count):
-    """``count`` samples of up to eight channels, times the gate, to every second vector of the tile from o on.
+def read(w, tile, o, u, gate, place, C, lanes, count):
+    """``count`` samples of ``lanes`` channels, times the gate, to every second vector of the tile from o on.
 
     Those of the next tile are prefetched: their distance, C floats, is more than the hardware's prefetchers follow.
     """
+    full = lanes_of(w)
+    point = 2 * full
     ahead = WIDTH * C
     for at in range(place, place + count * C, C):
         prefetch(u, at + ahead)
-        if lanes < 8:
-            v = load_first(u, at, lanes)
+        if lanes < full:
+            v = load_first(w, u, at, lanes)
             if gate.size:
-                v = v * load_first(gate, at, lanes)
+                v = v * load_first(w, gate, at, lanes)
             store(tile, o, v)
         elif gate.size:
             prefetch(gate, at + ahead)
-            store(tile, o, load(u, at) * load(gate, at))
+            store(tile, o, load(w, u, at) * load(w, gate, at))
         else:
-            store(tile, o, load(u, at))
-        o += POINT
+            store(tile, o, load(w, u, at))
+        o += point
 
 
 @kernel
-def write(tile, o, y, gate, place, C, lanes, count):
+def write(w, tile, o, y, gate, place, C, lanes, count):
     """The way back: y = gate times what the tile holds."""
+    full = lanes_of(w)
+    point = 2 * full
     ahead = WIDTH * C
     for at in range(place, place + count * C, C):
         prefetch_to_write(y, at + ahead)
-        v = load(tile, o)
-        if lanes < 8:
+        v = load(w, tile, o)
+        if lanes < full:
             if gate.size:
-                v = v * load_first(gate, at, lanes)
+                v = v * load_first(w, gate, at, lanes)
             store_first(y, at, v, lanes)
         elif gate.size:
             prefetch(gate, at + ahead)
-            store(y, at, v * load(gate, at))
+            store(y, at, v * load(w, gate, at))
         else:
             store(y, at, v)
-        o += POINT
+        o += point
 
 
 @kernel
-def clear(tile, o, start, stop):
+def clear(w, tile, o, start, stop):
+    point = 2 * lanes_of(w)
     for i in range(start, stop):
-        store(tile, o + i * POINT, zero())
+        store(tile, o + i * point, zero(w))
 
 
 @kernel
-def bring_in(x, tile, u, gate, first, L, C, channels, M, radix, tw):
+def bring_in(w, x, tile, u, gate, first, L, C, channels, M, radix, tw):
     """u times gate, (L, channels) from ``first`` on, as polynomials modulo z^M - i, after the first division.
 
-    Several groups of eight channels at a time, one array of M points after the other in x, so that of each cache line
+    Several vectors of channels at a time, one array of M points after the other in x, so that of each cache line
     and each page of u all is used that there is.
     """
+    full = lanes_of(w)
+    line = WIDTH * 2 * full
     m = M // radix
     parts = 2 if L > M else 1
-    for i in range(0, 5 * ROW, 8):
-        store(tile, i, zero())
+    for i in range(0, 5 * line, full):
+        store(tile, i, zero(w))
     for j in range(0, m, WIDTH):
         width = min(WIDTH, m - j)
-        for c in range(0, channels, 8):
-            lanes = min(8, channels - c)
+        for c in range(0, channels, full):
+            lanes = min(full, channels - c)
             for q in range(radix):
                 for part in range(parts):
                     start = q * m + j + part * M
                     there = max(0, min(width, L - start))
-                    o = q * ROW + part * 8
-                    read(tile, o, u, gate, first + c + start * C, C, lanes, there)
+                    o = q * line + part * full
+                    read(w, tile, o, u, gate, first + c + start * C, C, lanes, there)
                     if there < width:
-                        clear(tile, o, there, width)
-            divide_tile(x, c * 2 * M, m, radix, tile, width, j, tw)
+                        clear(w, tile, o, there, width)
+            divide_tile(w, x, c * 2 * M, m, radix, tile, width, j, tw)
 
 
 @kernel
-def bring_out(x, tile, y, gate, y2, gate2, first, L, C, channels, M, radix, tw):
+def bring_out(w, x, tile, y, gate, y2, gate2, first, L, C, channels, M, radix, tw):
     """The inverse: y = gate times what x holds, and y2 = gate2 times it where there is a y2."""
+    full = lanes_of(w)
+    line = WIDTH * 2 * full
     m = M // radix
     parts = 2 if L > M else 1
     for j in range(0, m, WIDTH):
         width = min(WIDTH, m - j)
-        for c in range(0, channels, 8):
-            lanes = min(8, channels - c)
-            unite_tile(x, c * 2 * M, m, radix, tile, width, j, tw)
+        for c in range(0, channels, full):
+            lanes = min(full, channels - c)
+            unite_tile(w, x, c * 2 * M, m, radix, tile, width, j, tw)
             for q in range(radix):
                 for part in range(parts):
                     start = q * m + j + part * M
                     there = max(0, min(width, L - start))
-                    o = q * ROW + part * 8
-                    write(tile, o, y, gate, first + c + start * C, C, lanes, there)
+                    o = q * line + part * full
+                    write(w, tile, o, y, gate, first + c + start * C, C, lanes, there)
                     if y2.size:
-                        write(tile, o, y2, gate2, first + c + start * C, C, lanes, there)
+                        write(w, tile, o, y2, gate2, first + c + start * C, C, lanes, there)
 
 
 @kernel
-def read_taps(tile, o, k, place, stride, lanes, count):
-    """``count`` taps of eight rows, ``stride`` apart, to every second vector of the tile from o on."""
-    whole = count // 8 * 8 if lanes == 8 else 0
+def read_taps(w, tile, o, k, place, stride, lanes, count):
+    """``count`` taps of ``lanes`` rows, ``stride`` apart, to every second vector of the tile from o on."""
+    point = 2 * lanes_of(w)
+    whole = count // 8 * 8 if lanes % 8 == 0 else 0
     for i in range(0, whole, 8):
-        transpose(tile, o + i * POINT, POINT, k, place + i, stride)
+        for lane in range(0, lanes, 8):
+            transpose(tile, o + i * point + lane, point, k, place + lane * stride + i, stride)
     for i in range(whole, count):
-        store(tile, o + i * POINT, zero())
+        store(tile, o + i * point, zero(w))
         for lane in range(lanes):
-            tile[o + i * POINT + lane] = k[place + lane * stride + i]
+            tile[o + i * point + lane] = k[place + lane * stride + i]
 
 
 @kernel
-def write_taps(tile, o, k, place, stride, lanes, count):
-    whole = count // 8 * 8 if lanes == 8 else 0
+def write_taps(w, tile, o, k, place, stride, lanes, count):
+    point = 2 * lanes_of(w)
+    whole = count // 8 * 8 if lanes % 8 == 0 else 0
     for i in range(0, whole, 8):
-        transpose(k, place + i, stride, tile, o + i * POINT, POINT)
+        for lane in range(0, lanes, 8):
+            transpose(k, place + lane * stride + i, stride, tile, o + i * point + lane, point)
     for i in range(whole, count):
         for lane in range(lanes):
-            k[place + lane * stride + i] = tile[o + i * POINT + lane]
+            k[place + lane * stride + i] = tile[o + i * point + lane]
 
 
 @kernel
-def taps_in(x, tile, k, k_stride, K, future, F, skip, channel, lanes, M, radix, tw):
-    """All taps of eight channels, divided by M, as a polynomial after the first division.
+def taps_in(w, x, tile, k, k_stride, K, future, F, skip, channel, lanes, M, radix, tw):
+    """All taps of ``lanes`` channels, divided by M, as a polynomial after the first division.
 
     The tap of lag -s is that of 2M - s negated, which is an imaginary part.
     """
+    full = lanes_of(w)
+    point = 2 * full
+    line = WIDTH * point
     m = M // radix
     scale = float32(1) / float32(M)
     for j in range(0, m, WIDTH):
         width = min(WIDTH, m - j)
         for q in range(radix):
-            t, o = q * m + j, q * ROW
+            t, o = q * m + j, q * line
             there = max(0, min(width, K - t))
-            read_taps(tile, o, k, channel * k_stride + t, k_stride, lanes, there)
+            read_taps(w, tile, o, k, channel * k_stride + t, k_stride, lanes, there)
             if t == 0 and skip.size:
                 for lane in range(lanes):
                     tile[lane] += skip[channel + lane]
             for i in range(there):
-                store(tile, o + i * POINT, load(tile, o + i * POINT) * splat(scale))
-            clear(tile, o, there, width)
-            clear(tile, o + 8, 0, width)
+                store(tile, o + i * point, load(w, tile, o + i * point) * splat(w, scale))
+            clear(w, tile, o, there, width)
+            clear(w, tile, o + full, 0, width)
             for i in range(max(0, M - F - t), width):
                 for lane in range(lanes):
-                    tile[o + i * POINT + 8 + lane] = -scale * future[(channel + lane) * F + M - 1 - t - i]
-        divide_tile(x, 0, m, radix, tile, width, j, tw)
+                    tile[o + i * point + full + lane] = -scale * future[(channel + lane) * F + M - 1 - t - i]
+        divide_tile(w, x, 0, m, radix, tile, width, j, tw)
 
 
 @kernel
-def taps_out(x, tile, k, k_stride, K, future, F, channel, lanes, M, radix, tw):
+def taps_out(w, x, tile, k, k_stride, K, future, F, channel, lanes, M, radix, tw):
+    full = lanes_of(w)
+    point = 2 * full
+    line = WIDTH * point
     m = M // radix
     for j in range(0, m, WIDTH):
         width = min(WIDTH, m - j)
-        unite_tile(x, 0, m, radix, tile, width, j, tw)
+        unite_tile(w, x, 0, m, radix, tile, width, j, tw)
         for q in range(radix):
-            t, o = q * m + j, q * ROW
+            t, o = q * m + j, q * line
             there = max(0, min(width, K - t))
-            write_taps(tile, o, k, channel * k_stride + t, k_stride, lanes, there)
+            write_taps(w, tile, o, k, channel * k_stride + t, k_stride, lanes, there)
             for i in range(max(0, M - F - t), width):
                 for lane in range(lanes):
-                    future[(channel + lane) * F + M - 1 - t - i] = -tile[o + i * POINT + 8 + lane]
+                    future[(channel + lane) * F + M - 1 - t - i] = -tile[o + i * point + full + lane]
 
 
 @kernel
 def convolve(
-    start, stop, scratch, y, k, k_stride, K, future, F, skip, u, gate_in, gate_out,
+    start, stop, scratch, w, y, k, k_stride, K, future, F, skip, u, gate_in, gate_out,
     B, L, C, span, rows, M, radix, tw, starts,
 ):  # fmt: skip
     """y = gate_out (k * (gate_in u)); a task is ``rows`` rows of the batch and ``span`` channels."""
+    full = lanes_of(w)
+    point, tile_size = 2 * full, TILE * full
     m = M // radix
-    n = leaf_size(m)
-    scratch = scratch[-(scratch.ctypes.data // 4) % POINT :]  # from its first cache line on
-    tile, none = scratch[:TILE], scratch[:0]
-    size = M * POINT
-    spectra, points = scratch[TILE : TILE + span * 2 * M], scratch[TILE + span * 2 * M : TILE + span * 4 * M]
+    n = leaf_size(w, m)
+    scratch = scratch[-(scratch.ctypes.data // 4) % point :]  # from its first cache line on
+    tile, none = scratch[:tile_size], scratch[:0]
+    size = M * point
+    spectra, points = (
+        scratch[tile_size : tile_size + span * 2 * M],
+        scratch[tile_size + span * 2 * M : tile_size + span * 4 * M],
+    )
     spans = (C + span - 1) // span
     for task in range(start, stop):
         channel = task % spans * span
         channels = min(span, C - channel)
-        for c in range(0, channels, 8):
+        for c in range(0, channels, full):
             k_f = spectra[c * 2 * M : c * 2 * M + size]
-            lanes = min(8, channels - c)
-            taps_in(k_f, tile, k, k_stride, K, future, F, skip, channel + c, lanes, M, radix, tw)
+            lanes = min(full, channels - c)
+            taps_in(w, k_f, tile, k, k_stride, K, future, F, skip, channel + c, lanes, M, radix, tw)
         begin = task // spans * rows
         for row in range(begin, min(B, begin + rows)):
             first = row * L * C + channel
-            bring_in(points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
-            for c in range(0, channels, 8):
+            bring_in(w, points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
+            for c in range(0, channels, full):
                 k_f, x = spectra[c * 2 * M : c * 2 * M + size], points[c * 2 * M : c * 2 * M + size]
                 for leaf in range(M // n):
                     if row == begin:
-                        descend(k_f, leaf, n, m, tw, starts)
-                        leaf_to_end(k_f, leaf * n, n, tw, starts)
-                    descend(x, leaf, n, m, tw, starts)
-                    leaf_times(x, leaf * n, n, k_f, tw, starts)
-                    ascend(x, leaf, n, m, tw, starts)
-            bring_out(points, tile, y, gate_out, none, none, first, L, C, channels, M, radix, tw)
+                        descend(w, k_f, leaf, n, m, tw, starts)
+                        leaf_to_end(w, k_f, leaf * n, n, tw, starts)
+                    descend(w, x, leaf, n, m, tw, starts)
+                    leaf_times(w, x, leaf * n, n, k_f, tw, starts)
+                    ascend(w, x, leaf, n, m, tw, starts)
+            bring_out(w, points, tile, y, gate_out, none, none, first, L, C, channels, M, radix, tw)
 
 
 @kernel
-def correlate(g, x, k, total, start, stop, fresh, keep, scale):
+def correlate(w, g, x, k, total, start, stop, fresh, keep, scale):
     """total += g conj(x) scale, g *= conj(k), and x *= k if it is kept, for points start ... stop - 1."""
-    for o in range(start * POINT, stop * POINT, POINT):
-        gr, gi = get(g, o)
-        xr, xi = get(x, o)
-        kr, ki = get(k, o)
+    full = lanes_of(w)
+    point = 2 * full
+    for o in range(start * point, stop * point, point):
+        gr, gi = get(w, g, o)
+        xr, xi = get(w, x, o)
+        kr, ki = get(w, k, o)
         re, im = turn_back(gr, gi, xr, xi)
         re, im = re * scale, im * scale
         if not fresh:
-            re, im = re + load(total, o), im + load(total, o + 8)
-        put(total, o, re, im)
-        put_turned_back(g, o, gr, gi, kr, ki)
+            re, im = re + load(w, total, o), im + load(w, total, o + full)
+        put(w, total, o, re, im)
+        put_turned_back(w, g, o, gr, gi, kr, ki)
         if keep:
             re, im = turn(xr, xi, kr, ki)
-            put(x, o, re, im)
+            put(w, x, o, re, im)
 
 
 @kernel
 def gradients(
-    start, stop, scratch, du, dgate_in, dgate_out, dk, dfuture,
+    start, stop, scratch, w, du, dgate_in, dgate_out, dk, dfuture,
     dy, k, k_stride, K, future, F, skip, u, gate_in, gate_out,
     B, L, C, span, M, radix, tw, starts,
 ):  # fmt: skip
@@ -653,54 +685,56 @@ def gradients(
     With s = k * x, x = gate_in u, y = gate_out s: of s it is g = gate_out dy, of x the correlation of g with k, of k
     that of g with x; s itself is wanted for the gradient of gate_out only.
     """
+    full = lanes_of(w)
+    point, tile_size = 2 * full, TILE * full
     m = M // radix
-    n = leaf_size(m)
-    scratch = scratch[-(scratch.ctypes.data // 4) % POINT :]
-    tile, none = scratch[:TILE], scratch[:0]
-    size, all_of = M * POINT, span * 2 * M
-    spectra, points = scratch[TILE : TILE + all_of], scratch[TILE + all_of : TILE + 2 * all_of]
-    gs = scratch[TILE + 2 * all_of : TILE + 3 * all_of]
+    n = leaf_size(w, m)
+    scratch = scratch[-(scratch.ctypes.data // 4) % point :]
+    tile, none = scratch[:tile_size], scratch[:0]
+    size, all_of = M * point, span * 2 * M
+    spectra, points = scratch[tile_size : tile_size + all_of], scratch[tile_size + all_of : tile_size + 2 * all_of]
+    gs = scratch[tile_size + 2 * all_of : tile_size + 3 * all_of]
     keep = dgate_out.size > 0
-    totals = scratch[TILE + 3 * all_of : TILE + 4 * all_of] if keep or B > 1 else points
-    scale = splat(float32(1) / float32(M))
+    totals = scratch[tile_size + 3 * all_of : tile_size + 4 * all_of] if keep or B > 1 else points
+    scale = splat(w, float32(1) / float32(M))
     for task in range(start, stop):
         channel = task * span
         channels = min(span, C - channel)
-        for c in range(0, channels, 8):
+        for c in range(0, channels, full):
             k_f = spectra[c * 2 * M : c * 2 * M + size]
-            lanes = min(8, channels - c)
-            taps_in(k_f, tile, k, k_stride, K, future, F, skip, channel + c, lanes, M, radix, tw)
+            lanes = min(full, channels - c)
+            taps_in(w, k_f, tile, k, k_stride, K, future, F, skip, channel + c, lanes, M, radix, tw)
         for row in range(B):
             first = row * L * C + channel
-            bring_in(points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
-            bring_in(gs, tile, dy, gate_out, first, L, C, channels, M, radix, tw)
-            for c in range(0, channels, 8):
+            bring_in(w, points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
+            bring_in(w, gs, tile, dy, gate_out, first, L, C, channels, M, radix, tw)
+            for c in range(0, channels, full):
                 k_f, x = spectra[c * 2 * M : c * 2 * M + size], points[c * 2 * M : c * 2 * M + size]
                 g, total = gs[c * 2 * M : c * 2 * M + size], totals[c * 2 * M : c * 2 * M + size]
                 for leaf in range(M // n):
                     if row == 0:
-                        descend(k_f, leaf, n, m, tw, starts)
-                        leaf_to_end(k_f, leaf * n, n, tw, starts)
-                    descend(x, leaf, n, m, tw, starts)
-                    descend(g, leaf, n, m, tw, starts)
-                    block = leaf_to_end(x, leaf * n, n, tw, starts)
-                    leaf_to_end(g, leaf * n, n, tw, starts)
-                    correlate(g, x, k_f, total, leaf * n, (leaf + 1) * n, row == 0, keep, scale)
-                    leaf_from_end(g, leaf * n, n, block, tw, starts)
-                    ascend(g, leaf, n, m, tw, starts)
+                        descend(w, k_f, leaf, n, m, tw, starts)
+                        leaf_to_end(w, k_f, leaf * n, n, tw, starts)
+                    descend(w, x, leaf, n, m, tw, starts)
+                    descend(w, g, leaf, n, m, tw, starts)
+                    block = leaf_to_end(w, x, leaf * n, n, tw, starts)
+                    leaf_to_end(w, g, leaf * n, n, tw, starts)
+                    correlate(w, g, x, k_f, total, leaf * n, (leaf + 1) * n, row == 0, keep, scale)
+                    leaf_from_end(w, g, leaf * n, n, block, tw, starts)
+                    ascend(w, g, leaf, n, m, tw, starts)
                     if keep:
-                        leaf_from_end(x, leaf * n, n, block, tw, starts)
-                        ascend(x, leaf, n, m, tw, starts)
+                        leaf_from_end(w, x, leaf * n, n, block, tw, starts)
+                        ascend(w, x, leaf, n, m, tw, starts)
                     if row == B - 1:
-                        leaf_from_end(total, leaf * n, n, block, tw, starts)
-                        ascend(total, leaf, n, m, tw, starts)
-            bring_out(gs, tile, du, gate_in, dgate_in, u, first, L, C, channels, M, radix, tw)
+                        leaf_from_end(w, total, leaf * n, n, block, tw, starts)
+                        ascend(w, total, leaf, n, m, tw, starts)
+            bring_out(w, gs, tile, du, gate_in, dgate_in, u, first, L, C, channels, M, radix, tw)
             if keep:
-                bring_out(points, tile, dgate_out, dy, none, none, first, L, C, channels, M, radix, tw)
-        for c in range(0, channels, 8):
+                bring_out(w, points, tile, dgate_out, dy, none, none, first, L, C, channels, M, radix, tw)
+        for c in range(0, channels, full):
             total = totals[c * 2 * M : c * 2 * M + size]
-            lanes = min(8, channels - c)
-            taps_out(total, tile, dk, k_stride, K, dfuture, F, channel + c, lanes, M, radix, tw)
+            lanes = min(full, channels - c)
+            taps_out(w, total, tile, dk, k_stride, K, dfuture, F, channel + c, lanes, M, radix, tw)
 
 
 def _plan(u: Tensor, k: Tensor, future: Tensor | None) -> tuple[int, int, int, int]:
@@ -710,10 +744,11 @@ def _plan(u: Tensor, k: Tensor, future: Tensor | None) -> tuple[int, int, int, i
     return K, F, *plan(L, K, F)
 
 
-def _span(C: int, M: int, rows: int) -> int:
-    """Channels a task: sixteen share the cache lines of u, eight take half the memory and make twice the tasks."""
+def _span(C: int, M: int, rows: int) -> tuple[Width, int]:
+    """The lanes, and channels a task: sixteen share the cache lines of u, eight take half the memory of long rows."""
     threads = torch.get_num_threads()
-    return 16 if M <= WIDE and (threads == 1 or -(-C // 16) * rows >= 2 * threads) else 8
+    span = 16 if M <= SHARED and (threads == 1 or -(-C // 16) * rows >= 2 * threads) else 8
+    return widest if widest.lanes == span and C > 8 else eight, span
 
 
 def forward(
@@ -728,7 +763,7 @@ def forward(
     B, L, C = u.shape
     K, F, M, radix = _plan(u, k, future)
     y = torch.empty(B, L, C)
-    span = _span(C, M, B)
+    w, span = _span(C, M, B)
     spans = -(-C // span)
     tasks = 1 if torch.get_num_threads() == 1 else -(-4 * torch.get_num_threads() // spans)  # of the same channels
     rows = max(1, B // tasks)
@@ -737,8 +772,8 @@ def forward(
     pool.run(
         convolve,
         spans * -(-B // rows),
-        *(pool.flat(y), *taps, *inputs, B, L, C, span, rows, M, radix, *tables(M, radix)),
-        scratch_size=TILE + POINT + 2 * span * 2 * M,
+        *(w, pool.flat(y), *taps, *inputs, B, L, C, span, rows, M, radix, *tables(M, radix)),
+        scratch_size=(TILE + 2) * w.lanes + 2 * span * 2 * M,
     )
     return y
 
@@ -757,18 +792,18 @@ def backward(
     K, F, M, radix = _plan(u, k, future)
     du = torch.empty(B, L, C)
     dgate_in, dgate_out = (None if gate is None else torch.empty(B, L, C) for gate in (gate_in, gate_out))
-    dk = torch.zeros(C, k.shape[1]) if k.shape[1] > K or B == 0 else torch.empty(C, K)
+    dk = torch.zeros(C, k.shape[1]) if k.shape[1] > K else torch.empty(C, K)
     dfuture = torch.zeros(C, F)
-    span = _span(C, M, 1)
+    w, span = _span(C, M, 1)
     outputs = (pool.flat(t) for t in (du, dgate_in, dgate_out, dk, dfuture))
     taps = pool.flat(k), k.shape[1], K, pool.flat(None if future is None else future[:, :F]), F, pool.flat(skip)
     inputs = (pool.flat(t) for t in (u, gate_in, gate_out))
     arrays = 4 if B > 1 or gate_out is not None else 3
     pool.run(
         gradients,
-        -(-C // span) if B else 0,
-        *(*outputs, pool.flat(dy), *taps, *inputs, B, L, C, span, M, radix, *tables(M, radix)),
-        scratch_size=TILE + POINT + arrays * span * 2 * M,
+        -(-C // span),
+        *(w, *outputs, pool.flat(dy), *taps, *inputs, B, L, C, span, M, radix, *tables(M, radix)),
+        scratch_size=(TILE + 2) * w.lanes + arrays * span * 2 * M,
     )
     if future is not None and future.shape[1] > F:
         dfuture = torch.cat([dfuture, dfuture.new_zeros(C, future.shape[1] - F)], dim=1)

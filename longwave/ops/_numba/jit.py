@@ -40,7 +40,9 @@ vars(numba.config)["CACHE_DIR"] = str(_cache)
 
 def kernel(function: Callable) -> Any:
     """Compile without the GIL and without bounds checks; fast maths is for single operations to choose, not for all."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    compiled = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    compiled.targetoptions["_nrt"] = False  # arrays are counted otherwise, atomically, and at two counts a call
+    return compiled
 
 
 def tell_once() -> None:

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from longwave.ops._numba.jit import kernel
 from longwave.ops._numba.pool import flat, run
-from longwave.ops._numba.simd import LANES, even_lanes, fma, load, odd_lanes, store, swap_pairs, zero
+from longwave.ops._numba.simd import eight, even_lanes, fma, load, odd_lanes, store, swap_pairs, zero
+
+R = eight  # lanes of a vector
+LANES = R.lanes
+
 
 STRIP = 16  # vectors in a strip, or more where a row has more than STRIPS of them
 STRIPS = 16
@@ -33,7 +37,7 @@ def _signs(scratch, odd):
     """odd in the odd lanes, -odd in the even ones."""
     for lane in range(LANES):
         scratch[lane] = odd if lane % 2 else -odd
-    return load(scratch, 0)
+    return load(R, scratch, 0)
 
 
 @kernel
@@ -51,12 +55,12 @@ def _forward(start, stop, states, a, b, h0, h, L, W, strips, pairs, reverse):
         batch = task // strips
         first, count = _vectors(task % strips, strips, W)
         for k in range(count):
-            store(states, k * LANES, load(h0, batch * W + min((first + k) * LANES, W - LANES)))
+            store(states, k * LANES, load(R, h0, batch * W + min((first + k) * LANES, W - LANES)))
         for step in range(L):
             row = (batch * L + (L - 1 - step if reverse else step)) * W
             for k in range(count):
                 i = row + min((first + k) * LANES, W - LANES)
-                x = _times_plus(load(a, i), load(states, k * LANES), load(b, i), pairs, signs)
+                x = _times_plus(load(R, a, i), load(R, states, k * LANES), load(R, b, i), pairs, signs)
                 store(states, k * LANES, x)
                 store(h, i, x)
 
@@ -69,20 +73,24 @@ def _backward(start, stop, carries, a, h0, h, dh, da, db, dh0, L, W, strips, pai
         batch = task // strips
         first, count = _vectors(task % strips, strips, W)
         for k in range(count):
-            store(carries, k * LANES, zero())
+            store(carries, k * LANES, zero(R))
         for step in range(L):
             t = step if reverse else L - 1 - step
             row = (batch * L + t) * W
             before = row + (W if reverse else -W)
             for k in range(count):
                 place = min((first + k) * LANES, W - LANES)
-                grad = load(dh, row + place) + load(carries, k * LANES)
-                past = load(h0, batch * W + place) if step == L - 1 else load(h, before + place)
+                grad = load(R, dh, row + place) + load(R, carries, k * LANES)
+                past = load(R, h0, batch * W + place) if step == L - 1 else load(R, h, before + place)
                 store(db, row + place, grad)
-                store(da, row + place, _times_plus(past, grad, zero(), pairs, conjugate))
-                store(carries, k * LANES, _times_plus(load(a, row + place), grad, zero(), pairs, conjugate))
+                store(da, row + place, _times_plus(past, grad, zero(R), pairs, conjugate))
+                store(
+                    carries,
+                    k * LANES,
+                    _times_plus(load(R, a, row + place), grad, zero(R), pairs, conjugate),
+                )
         for k in range(count):
-            store(dh0, batch * W + min((first + k) * LANES, W - LANES), load(carries, k * LANES))
+            store(dh0, batch * W + min((first + k) * LANES, W - LANES), load(R, carries, k * LANES))
 
 
 def _floats(x: Tensor) -> Tensor:

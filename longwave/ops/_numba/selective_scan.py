@@ -3,8 +3,8 @@
 
 The lanes are neighbouring channels. A task is a strip of up to STRIP blocks of LANES channels in one group, for which a
 row of B and C is read once. It walks through time in chunks of T steps, and in each from block to block: what a block
-needs of a chunk, (T, LANES) an array, stays in the L1 cache. Its states are taken two at a time (N is even) and stay in
-registers for the whole chunk. States and A come with the channel last, (N, E), as everything else does.
+needs of a chunk, (T, LANES) an array, stays in the L1 cache. Its states are taken four at a time (N is a multiple of
+four) and stay in registers for the whole chunk. States and A come with the channel last, (N, E), as everything does.
 """
 
 import numpy as np
@@ -14,19 +14,23 @@ from torch import Tensor
 from longwave.ops._numba.jit import kernel
 from longwave.ops._numba.pool import flat, run
 from longwave.ops._numba.simd import (
-    LANES,
     exp2,
     fma,
     load,
+    load_first,
     load_splat,
     sigmoid,
     softplus,
     splat,
     store,
-    sum_lanes,
+    store_first,
+    store_sums,
+    widest,
     zero,
 )
 
+R = widest  # lanes of a register
+LANES = R.lanes
 T = 32  # steps between two kept states
 STRIP = 8  # fewer blocks a task make more partial sums of dB and dC, more leave threads idle
 ROW = T * LANES
@@ -38,12 +42,10 @@ def _fetch(target, source, place, stride, rows, width):
     """target[r, lane] = source[place + r * stride + lane], and zero from lane ``width`` on."""
     if width == LANES:
         for r in range(rows):
-            store(target, r * LANES, load(source, place + r * stride))
+            store(target, r * LANES, load(R, source, place + r * stride))
     else:
         for r in range(rows):
-            store(target, r * LANES, zero())
-            for lane in range(width):
-                target[r * LANES + lane] = source[place + r * stride + lane]
+            store(target, r * LANES, load_first(R, source, place + r * stride, width))
 
 
 @kernel
@@ -51,11 +53,10 @@ def _put(target, place, stride, source, rows, width):
     """The way back: target[place + r * stride + lane] = source[r, lane]  for lane < width."""
     if width == LANES:
         for r in range(rows):
-            store(target, place + r * stride, load(source, r * LANES))
+            store(target, place + r * stride, load(R, source, r * LANES))
     else:
         for r in range(rows):
-            for lane in range(width):
-                target[place + r * stride + lane] = source[r * LANES + lane]
+            store_first(target, place + r * stride, load(R, source, r * LANES), width)
 
 
 @kernel
@@ -63,6 +64,13 @@ def _add(target, place, source, width):
     """target[place + lane] += source[lane] in float64: the sums over time of the gradients of parameters."""
     for lane in range(width):
         target[place + lane] += source[lane]
+
+
+@kernel
+def _store_sums(target, place, source, i):
+    """target[place + k] = the sum of the lanes of the k-th vector behind source[i], k < 4."""
+    a, b = load(R, source, i), load(R, source, i + LANES)
+    store_sums(target, place, a, b, load(R, source, i + 2 * LANES), load(R, source, i + 3 * LANES))
 
 
 @kernel
@@ -76,7 +84,7 @@ def _strip(task, parts, E, G):
 @kernel
 def _scale(x, count, factor):
     for i in range(0, count, LANES):
-        store(x, i, load(x, i) * splat(factor))
+        store(x, i, load(R, x, i) * splat(R, factor))
 
 
 @kernel
@@ -113,32 +121,40 @@ def _forward(
                 _fetch(step, dt, first * E + e, E, rows, width)
                 _fetch(drive, u, first * E + e, E, rows, width)
                 for t in range(0, rows * LANES, LANES):
-                    dt_t = load(step, t) + load(bias, k * LANES)
+                    dt_t = load(R, step, t) + load(R, bias, k * LANES)
                     if with_softplus:
                         dt_t = softplus(dt_t)
-                    u_t = load(drive, t)
+                    u_t = load(R, drive, t)
                     store(step, t, dt_t)
                     store(drive, t, dt_t * u_t)
-                    store(out, t, load(skip, k * LANES) * u_t)
-                for n in range(0, N, 2):
+                    store(out, t, load(R, skip, k * LANES) * u_t)
+                for n in range(0, N, 4):
                     i = k * size + n * LANES
-                    A0, A1 = load(decays, i), load(decays, i + LANES)
-                    h0, h1 = load(states, i), load(states, i + LANES)
+                    A0, A1 = load(R, decays, i), load(R, decays, i + LANES)
+                    A2, A3 = load(R, decays, i + 2 * LANES), load(R, decays, i + 3 * LANES)
+                    h0, h1 = load(R, states, i), load(R, states, i + LANES)
+                    h2, h3 = load(R, states, i + 2 * LANES), load(R, states, i + 3 * LANES)
                     m = (first * G + group) * N + n
                     for t in range(0, rows * LANES, LANES):
-                        dt_t, drive_t = load(step, t), load(drive, t)
-                        h0 = fma(exp2(dt_t * A0), h0, drive_t * load_splat(B, m))
-                        h1 = fma(exp2(dt_t * A1), h1, drive_t * load_splat(B, m + 1))
-                        y_t = fma(h0, load_splat(C, m), load(out, t))
-                        store(out, t, fma(h1, load_splat(C, m + 1), y_t))
+                        dt_t, drive_t = load(R, step, t), load(R, drive, t)
+                        h0 = fma(exp2(dt_t * A0), h0, drive_t * load_splat(R, B, m))
+                        h1 = fma(exp2(dt_t * A1), h1, drive_t * load_splat(R, B, m + 1))
+                        h2 = fma(exp2(dt_t * A2), h2, drive_t * load_splat(R, B, m + 2))
+                        h3 = fma(exp2(dt_t * A3), h3, drive_t * load_splat(R, B, m + 3))
+                        y_t = fma(h0, load_splat(R, C, m), load(R, out, t))
+                        y_t = fma(h1, load_splat(R, C, m + 1), y_t)
+                        y_t = fma(h2, load_splat(R, C, m + 2), y_t)
+                        store(out, t, fma(h3, load_splat(R, C, m + 3), y_t))
                         m += G * N
                     store(states, i, h0)
                     store(states, i + LANES, h1)
+                    store(states, i + 2 * LANES, h2)
+                    store(states, i + 3 * LANES, h3)
                 if with_gate:
                     _fetch(gate, z, first * z_stride + e, z_stride, rows, width)
                     for t in range(0, rows * LANES, LANES):
-                        z_t = load(gate, t)
-                        store(out, t, load(out, t) * (z_t * sigmoid(z_t)))
+                        z_t = load(R, gate, t)
+                        store(out, t, load(R, out, t) * (z_t * sigmoid(z_t)))
                 _put(y, first * E + e, E, out, rows, width)
         for k in range(blocks):
             e = low + k * LANES
@@ -160,10 +176,10 @@ def _backward(
     step, slope, value, drive = rest[:ROW], rest[ROW : 2 * ROW], rest[2 * ROW : 3 * ROW], rest[3 * ROW : 4 * ROW]
     out, grad, gate = rest[4 * ROW : 5 * ROW], rest[5 * ROW : 6 * ROW], rest[6 * ROW : 7 * ROW]
     d_step, d_drive = rest[7 * ROW : 8 * ROW], rest[8 * ROW : 9 * ROW]
-    factors, before = rest[9 * ROW : 11 * ROW], rest[11 * ROW : 13 * ROW]  # (T, 2, LANES): two states' decays, h[t-1]
-    skip, bias, sums = rest[13 * ROW : 14 * ROW], rest[14 * ROW : 15 * ROW], rest[15 * ROW : 16 * ROW]
+    factors, before = rest[9 * ROW : 13 * ROW], rest[13 * ROW : 17 * ROW]  # (T, 4, LANES): four states' decays, h[t-1]
+    skip, bias, sums = rest[17 * ROW : 18 * ROW], rest[18 * ROW : 19 * ROW], rest[19 * ROW : 20 * ROW]
     chunks = (L + T - 1) // T
-    one = splat(ONE)
+    one = splat(R, ONE)
     for task in range(start, stop):
         batch, group, low, high = _strip(task, parts, E, G)
         blocks = (high - low + LANES - 1) // LANES
@@ -179,8 +195,8 @@ def _backward(
             first = batch * L + chunk * T
             rows = min(T, L - chunk * T)
             for i in range(0, rows * size, LANES):
-                store(sum_B, i, zero())
-                store(sum_C, i, zero())
+                store(sum_B, i, zero(R))
+                store(sum_C, i, zero(R))
             for k in range(blocks):
                 e = low + k * LANES
                 width = min(LANES, high - e)
@@ -190,74 +206,115 @@ def _backward(
                 if with_gate:
                     _fetch(gate, z, first * z_stride + e, z_stride, rows, width)
                     for t in range(0, rows * LANES, LANES):
-                        z_t, dy_t = load(gate, t), load(grad, t)
+                        z_t, dy_t = load(R, gate, t), load(R, grad, t)
                         s = sigmoid(z_t)
                         store(grad, t, dy_t * (z_t * s))
                         store(gate, t, dy_t * (s * fma(z_t, one - s, one)))  # times y before the gate it is dz
                 for t in range(0, rows * LANES, LANES):
-                    dt_t = load(step, t) + load(bias, k * LANES)
+                    dt_t = load(R, step, t) + load(R, bias, k * LANES)
                     if with_softplus:
                         store(slope, t, sigmoid(dt_t))
                         dt_t = softplus(dt_t)
                     else:
                         store(slope, t, one)
-                    u_t = load(value, t)
+                    u_t = load(R, value, t)
                     store(step, t, dt_t)
                     store(drive, t, dt_t * u_t)
-                    store(out, t, load(skip, k * LANES) * u_t)
-                    store(d_step, t, zero())
-                    store(d_drive, t, zero())
-                for n in range(0, N, 2):
+                    store(out, t, load(R, skip, k * LANES) * u_t)
+                    store(d_step, t, zero(R))
+                    store(d_drive, t, zero(R))
+                for n in range(0, N, 4):
                     i = k * size + n * LANES
-                    A0, A1 = load(decays, i), load(decays, i + LANES)
-                    _fetch(sums, kept, ((batch * chunks + chunk) * N + n) * E + e, E, 2, width)
-                    h0, h1 = load(sums, 0), load(sums, LANES)
+                    A0, A1 = load(R, decays, i), load(R, decays, i + LANES)
+                    A2, A3 = load(R, decays, i + 2 * LANES), load(R, decays, i + 3 * LANES)
+                    _fetch(sums, kept, ((batch * chunks + chunk) * N + n) * E + e, E, 4, width)
+                    h0, h1, h2, h3 = (
+                        load(R, sums, 0),
+                        load(R, sums, LANES),
+                        load(R, sums, 2 * LANES),
+                        load(R, sums, 3 * LANES),
+                    )
                     m = (first * G + group) * N + n
                     for t in range(0, rows * LANES, LANES):
-                        dt_t, drive_t = load(step, t), load(drive, t)
-                        store(before, 2 * t, h0)
-                        store(before, 2 * t + LANES, h1)
-                        a0, a1 = exp2(dt_t * A0), exp2(dt_t * A1)
-                        store(factors, 2 * t, a0)
-                        store(factors, 2 * t + LANES, a1)
-                        h0 = fma(a0, h0, drive_t * load_splat(B, m))
-                        h1 = fma(a1, h1, drive_t * load_splat(B, m + 1))
-                        y_t = fma(h0, load_splat(C, m), load(out, t))
-                        store(out, t, fma(h1, load_splat(C, m + 1), y_t))
+                        dt_t, drive_t = load(R, step, t), load(R, drive, t)
+                        store(before, 4 * t, h0)
+                        store(before, 4 * t + LANES, h1)
+                        store(before, 4 * t + 2 * LANES, h2)
+                        store(before, 4 * t + 3 * LANES, h3)
+                        a0, a1, a2, a3 = exp2(dt_t * A0), exp2(dt_t * A1), exp2(dt_t * A2), exp2(dt_t * A3)
+                        store(factors, 4 * t, a0)
+                        store(factors, 4 * t + LANES, a1)
+                        store(factors, 4 * t + 2 * LANES, a2)
+                        store(factors, 4 * t + 3 * LANES, a3)
+                        h0 = fma(a0, h0, drive_t * load_splat(R, B, m))
+                        h1 = fma(a1, h1, drive_t * load_splat(R, B, m + 1))
+                        h2 = fma(a2, h2, drive_t * load_splat(R, B, m + 2))
+                        h3 = fma(a3, h3, drive_t * load_splat(R, B, m + 3))
+                        y_t = fma(h0, load_splat(R, C, m), load(R, out, t))
+                        y_t = fma(h1, load_splat(R, C, m + 1), y_t)
+                        y_t = fma(h2, load_splat(R, C, m + 2), y_t)
+                        store(out, t, fma(h3, load_splat(R, C, m + 3), y_t))
                         m += G * N
-                    g0, g1 = load(carries, i), load(carries, i + LANES)
-                    dA0, dA1 = zero(), zero()
+                    g0, g1 = load(R, carries, i), load(R, carries, i + LANES)
+                    g2, g3 = load(R, carries, i + 2 * LANES), load(R, carries, i + 3 * LANES)
+                    dA0, dA1, dA2, dA3 = zero(R), zero(R), zero(R), zero(R)
                     for t in range((rows - 1) * LANES, -1, -LANES):
                         m -= G * N
-                        dt_t, drive_t, dy_t = load(step, t), load(drive, t), load(grad, t)
-                        g0 = fma(dy_t, load_splat(C, m), g0)  # of h[t]
-                        g1 = fma(dy_t, load_splat(C, m + 1), g1)
+                        dt_t, drive_t, dy_t = load(R, step, t), load(R, drive, t), load(R, grad, t)
+                        g0 = fma(dy_t, load_splat(R, C, m), g0)  # of h[t]
+                        g1 = fma(dy_t, load_splat(R, C, m + 1), g1)
+                        g2 = fma(dy_t, load_splat(R, C, m + 2), g2)
+                        g3 = fma(dy_t, load_splat(R, C, m + 3), g3)
                         j = t * N + n * LANES
-                        store(sum_C, j, fma(dy_t, h0, load(sum_C, j)))
-                        store(sum_C, j + LANES, fma(dy_t, h1, load(sum_C, j + LANES)))
-                        store(sum_B, j, fma(g0, drive_t, load(sum_B, j)))
-                        store(sum_B, j + LANES, fma(g1, drive_t, load(sum_B, j + LANES)))
-                        x = fma(g0, load_splat(B, m), load(d_drive, t))
-                        store(d_drive, t, fma(g1, load_splat(B, m + 1), x))
-                        h0, h1 = load(before, 2 * t), load(before, 2 * t + LANES)
-                        g0, g1 = g0 * load(factors, 2 * t), g1 * load(factors, 2 * t + LANES)  # of h[t-1], so far
-                        x0, x1 = g0 * h0, g1 * h1  # of dt A
-                        dA0, dA1 = fma(x0, dt_t, dA0), fma(x1, dt_t, dA1)
-                        store(d_step, t, fma(x1, A1, fma(x0, A0, load(d_step, t))))
+                        store(sum_C, j, fma(dy_t, h0, load(R, sum_C, j)))
+                        store(sum_C, j + LANES, fma(dy_t, h1, load(R, sum_C, j + LANES)))
+                        store(sum_C, j + 2 * LANES, fma(dy_t, h2, load(R, sum_C, j + 2 * LANES)))
+                        store(sum_C, j + 3 * LANES, fma(dy_t, h3, load(R, sum_C, j + 3 * LANES)))
+                        store(sum_B, j, fma(g0, drive_t, load(R, sum_B, j)))
+                        store(sum_B, j + LANES, fma(g1, drive_t, load(R, sum_B, j + LANES)))
+                        store(sum_B, j + 2 * LANES, fma(g2, drive_t, load(R, sum_B, j + 2 * LANES)))
+                        store(sum_B, j + 3 * LANES, fma(g3, drive_t, load(R, sum_B, j + 3 * LANES)))
+                        x = fma(g0, load_splat(R, B, m), load(R, d_drive, t))
+                        x = fma(g1, load_splat(R, B, m + 1), x)
+                        x = fma(g2, load_splat(R, B, m + 2), x)
+                        store(d_drive, t, fma(g3, load_splat(R, B, m + 3), x))
+                        h0, h1 = load(R, before, 4 * t), load(R, before, 4 * t + LANES)
+                        h2, h3 = load(R, before, 4 * t + 2 * LANES), load(R, before, 4 * t + 3 * LANES)
+                        g0, g1 = (
+                            g0 * load(R, factors, 4 * t),
+                            g1 * load(R, factors, 4 * t + LANES),
+                        )  # of h[t-1], so far
+                        g2, g3 = (
+                            g2 * load(R, factors, 4 * t + 2 * LANES),
+                            g3 * load(R, factors, 4 * t + 3 * LANES),
+                        )
+                        x0, x1, x2, x3 = g0 * h0, g1 * h1, g2 * h2, g3 * h3  # of dt A
+                        dA0, dA1, dA2, dA3 = (
+                            fma(x0, dt_t, dA0),
+                            fma(x1, dt_t, dA1),
+                            fma(x2, dt_t, dA2),
+                            fma(x3, dt_t, dA3),
+                        )
+                        x = fma(x1, A1, fma(x0, A0, load(R, d_step, t)))
+                        store(d_step, t, fma(x3, A3, fma(x2, A2, x)))
                     store(carries, i, g0)
                     store(carries, i + LANES, g1)
+                    store(carries, i + 2 * LANES, g2)
+                    store(carries, i + 3 * LANES, g3)
                     store(sums, 0, dA0)
                     store(sums, LANES, dA1)
-                    _add(dA, (batch * N + n) * E + e, sums, width)
-                    _add(dA, (batch * N + n + 1) * E + e, sums[LANES:], width)
-                sum_D, sum_bias = zero(), zero()
+                    store(sums, 2 * LANES, dA2)
+                    store(sums, 3 * LANES, dA3)
+                    for j in range(4):
+                        _add(dA, (batch * N + n + j) * E + e, sums[j * LANES :], width)
+                sum_D, sum_bias = zero(R), zero(R)
                 for t in range(0, rows * LANES, LANES):
-                    dy_t, u_t, d_drive_t = load(grad, t), load(value, t), load(d_drive, t)
-                    x = fma(load(d_step, t), splat(LN_2), d_drive_t * u_t) * load(slope, t)
+                    dy_t, u_t, d_drive_t = load(R, grad, t), load(R, value, t), load(R, d_drive, t)
+                    x = fma(load(R, d_step, t), splat(R, LN_2), d_drive_t * u_t) * load(R, slope, t)
                     sum_D, sum_bias = fma(dy_t, u_t, sum_D), sum_bias + x
                     store(d_step, t, x)
-                    store(d_drive, t, fma(d_drive_t, load(step, t), dy_t * load(skip, k * LANES)))
-                    store(gate, t, load(gate, t) * load(out, t))
+                    store(d_drive, t, fma(d_drive_t, load(R, step, t), dy_t * load(R, skip, k * LANES)))
+                    store(gate, t, load(R, gate, t) * load(R, out, t))
                 _put(ddt, first * E + e, E, d_step, rows, width)
                 _put(du, first * E + e, E, d_drive, rows, width)
                 if with_gate:
@@ -269,9 +326,10 @@ def _backward(
             part = task % parts * (len(dB) // parts)
             for t in range(rows):
                 m = part + ((first + t) * G + group) * N
-                for n in range(N):
-                    dB[m + n] = sum_lanes(load(sum_B, t * size + n * LANES))
-                    dC[m + n] = sum_lanes(load(sum_C, t * size + n * LANES))
+                for n in range(0, N, 4):
+                    j = t * size + n * LANES
+                    _store_sums(dB, m + n, sum_B, j)
+                    _store_sums(dC, m + n, sum_C, j)
         for k in range(blocks):
             e = low + k * LANES
             _put(dstate, batch * N * E + e, E, carries[k * size :], N, min(LANES, high - e))
@@ -339,7 +397,7 @@ def backward(
     grads = (du, ddt, dA, dB, dC, dD, dstate, dz, ddt_bias)
     arrays = (grad.view(-1).numpy() for grad in grads)
     sizes = (L, E, N, G, parts, z_stride, softplus, z is not None)
-    space = 2 * (STRIP + T) * N * LANES + 16 * ROW
+    space = 2 * (STRIP + T) * N * LANES + 20 * ROW
     run(_backward, batch * G * parts, *inputs, _channel_last(dlast), *arrays, *sizes, scratch_size=space)
     dB, dC = (x[0] if parts == 1 else x.sum(0) for x in (dB, dC))
     dA, dD, ddt_bias = (x.sum(0).to(torch.float32) for x in (dA, dD, ddt_bias))

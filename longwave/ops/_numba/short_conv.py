@@ -13,7 +13,11 @@ from torch import Tensor
 
 from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel
-from longwave.ops._numba.simd import LANES, fma, load, sigmoid, splat, store, zero
+from longwave.ops._numba.simd import eight, fma, load, sigmoid, splat, store, zero
+
+R = eight  # lanes of a vector
+LANES = R.lanes
+
 
 STEPS = 64  # rows of a tile
 WIDTH = 64  # channels of a tile: 64 rows of 64 floats are 16 KB
@@ -84,7 +88,7 @@ def _strided(x: Tensor) -> tuple[np.ndarray, int, int]:
 def _copy_row(to, i, source, j, width):
     whole = width - width % LANES
     for c in range(0, whole, LANES):
-        store(to, i + c, load(source, j + c))
+        store(to, i + c, load(R, source, j + c))
     for c in range(whole, width):
         to[i + c] = source[j + c]
 
@@ -116,7 +120,7 @@ def _inputs_in(tile, first, count, u, at, step, past, past_at, L, C, K, width):
 @kernel
 def _clear(tile, first, stop):
     for i in range(first * WIDTH, stop * WIDTH, LANES):
-        store(tile, i, zero())
+        store(tile, i, zero(R))
 
 
 @kernel
@@ -139,25 +143,25 @@ def _correlate(out, rows, x, taps, bias, K, width):
     """out[r] = bias + sum_k taps[k] x[r + k],  four rows and where possible four taps at a time, to load each once."""
     for r in range(0, rows, 4):
         for c in range(0, width, LANES):
-            y0 = load(bias, c)
+            y0 = load(R, bias, c)
             y1 = y0
             y2 = y0
             y3 = y0
             i, j = r * WIDTH + c, c
-            x0, x1, x2 = load(x, i), load(x, i + WIDTH), load(x, i + 2 * WIDTH)
+            x0, x1, x2 = load(R, x, i), load(R, x, i + WIDTH), load(R, x, i + 2 * WIDTH)
             for _ in range(K // 4):
-                x3, tap = load(x, i + 3 * WIDTH), load(taps, j)
+                x3, tap = load(R, x, i + 3 * WIDTH), load(R, taps, j)
                 y0, y1, y2, y3 = fma(x0, tap, y0), fma(x1, tap, y1), fma(x2, tap, y2), fma(x3, tap, y3)
-                x4, tap = load(x, i + 4 * WIDTH), load(taps, j + WIDTH)
+                x4, tap = load(R, x, i + 4 * WIDTH), load(R, taps, j + WIDTH)
                 y0, y1, y2, y3 = fma(x1, tap, y0), fma(x2, tap, y1), fma(x3, tap, y2), fma(x4, tap, y3)
-                x5, tap = load(x, i + 5 * WIDTH), load(taps, j + 2 * WIDTH)
+                x5, tap = load(R, x, i + 5 * WIDTH), load(R, taps, j + 2 * WIDTH)
                 y0, y1, y2, y3 = fma(x2, tap, y0), fma(x3, tap, y1), fma(x4, tap, y2), fma(x5, tap, y3)
-                x6, tap = load(x, i + 6 * WIDTH), load(taps, j + 3 * WIDTH)
+                x6, tap = load(R, x, i + 6 * WIDTH), load(R, taps, j + 3 * WIDTH)
                 y0, y1, y2, y3 = fma(x3, tap, y0), fma(x4, tap, y1), fma(x5, tap, y2), fma(x6, tap, y3)
                 x0, x1, x2 = x4, x5, x6
                 i, j = i + 4 * WIDTH, j + 4 * WIDTH
             for _ in range(K % 4):
-                x3, tap = load(x, i + 3 * WIDTH), load(taps, j)
+                x3, tap = load(R, x, i + 3 * WIDTH), load(R, taps, j)
                 y0, y1, y2, y3 = fma(x0, tap, y0), fma(x1, tap, y1), fma(x2, tap, y2), fma(x3, tap, y3)
                 x0, x1, x2 = x1, x2, x3
                 i, j = i + WIDTH, j + WIDTH
@@ -185,7 +189,7 @@ def _forward(start, stop, scratch, u, u_batch, u_step, past, weight, bias, y, L,
             _correlate(out, n, x, taps, shift, K, width)
             if silu:
                 for i in range(0, n * WIDTH, LANES):
-                    v = load(out, i)
+                    v = load(R, out, i)
                     store(out, i, v * sigmoid(v))
             for r in range(n):
                 _copy_row(y, (b * L + t + r) * C + channel, out, r * WIDTH, width)
@@ -202,15 +206,15 @@ def _parameter_sums(sums, at, lanes, x, g, rows, C, K, width):
     """Adds sum_t g[t] x[t + k] for the taps, then sum_t g[t] for the bias; four taps share the loads."""
     for c in range(0, width, LANES):
         for k in range(0, K, 4):
-            total = zero()
-            s0 = zero()
-            s1 = zero()
-            s2 = zero()
-            s3 = zero()
+            total = zero(R)
+            s0 = zero(R)
+            s1 = zero(R)
+            s2 = zero(R)
+            s3 = zero(R)
             i = k * WIDTH + c
-            x0, x1, x2 = load(x, i), load(x, i + WIDTH), load(x, i + 2 * WIDTH)
+            x0, x1, x2 = load(R, x, i), load(R, x, i + WIDTH), load(R, x, i + 2 * WIDTH)
             for t in range(rows):
-                d, x3 = load(g, t * WIDTH + c), load(x, i + (t + 3) * WIDTH)
+                d, x3 = load(R, g, t * WIDTH + c), load(R, x, i + (t + 3) * WIDTH)
                 total = total + d
                 s0, s1, s2, s3 = fma(d, x0, s0), fma(d, x1, s1), fma(d, x2, s2), fma(d, x3, s3)
                 x0, x1, x2 = x1, x2, x3
@@ -252,11 +256,11 @@ def _backward(
             _inputs_in(x, t - K + 1, n + K - 1, u, at, u_step, past, past_at, L, C, K, width)
             if silu:
                 _correlate(out, n, x, taps, shift, K, width)
-                one = splat(_ONE)
+                one = splat(R, _ONE)
                 for i in range(0, n * WIDTH, LANES):
-                    v = load(out, i)
+                    v = load(R, out, i)
                     s = sigmoid(v)
-                    store(g, i, load(g, i) * s * fma(v, one - s, one))
+                    store(g, i, load(R, g, i) * s * fma(v, one - s, one))
             if t < end:
                 _parameter_sums(
                     sums, (b * segments + begin // segment) * (K + 1) * C + channel, lanes, x, g, n, C, K, width
@@ -268,8 +272,8 @@ def _backward(
             for r in range(K - 1):  # dpast[r] = sum_k flipped[k] g[r + k - (K - 1)] over the rows that there are
                 skip = K - 1 - r
                 for c in range(0, width, LANES):
-                    d = zero()
+                    d = zero(R)
                     for k in range(skip, K):
-                        d = fma(load(g, (k - skip) * WIDTH + c), load(flipped, k * WIDTH + c), d)
+                        d = fma(load(R, g, (k - skip) * WIDTH + c), load(R, flipped, k * WIDTH + c), d)
                     store(out, c, d)
                 _copy_row(dpast, (b * (K - 1) + r) * C + channel, out, 0, width)

@@ -1,49 +1,55 @@
-"""Eight float32 lanes as one value in Numba code: ``x = load(a, i); store(b, i, x * x + splat(one))``.
+"""Eight or sixteen float32 lanes as one value in Numba code: ``x = load(w, a, i); store(b, i, x * x + splat(w, one))``.
 
-The type is LLVM's <8 x float>, which LLVM turns into one AVX register, two of SSE or NEON, or half of AVX-512: so the
-same code runs on any CPU, and no compiler is needed. ``+ - * /`` work on it; the rest are the functions below. Indices
-count float32 elements of flat arrays; nothing is checked.
+The types are LLVM's <8 x float> and <16 x float>, which LLVM turns into registers of AVX or AVX-512, or into two and
+more of SSE or NEON: so the same code runs on any CPU, and no compiler is needed. A kernel is written once for both:
+what makes a vector of something else is told the width w, ``eight`` or ``sixteen``. ``+ - * /`` work on vectors; the
+rest are the functions below. Indices count float32 elements of flat arrays; nothing is checked.
 """
 
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.imputils import lower_constant
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, typeof_impl, unbox
 
-LANES = 8
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 _REASSOCIATE = ("fast",)  # on single operations: for whole functions it would fold the rounding trick of exp away
 
 
-class _Lanes(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name="float32x8")
+class Lanes(types.Type):
+    """Numba's type of a vector of ``count`` float32."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(name=f"float32x{count}")
+        self.count = count
+        self.llvm = ir.VectorType(_FLOAT, count)
 
 
-float32x8 = _Lanes()
+_WIDTHS = tuple(Lanes(count) for count in (8, 16))
 
 
-@register_model(_Lanes)
+@register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any):
-        super().__init__(manager, numba_type, _FLOATS)
+        super().__init__(manager, numba_type, numba_type.llvm)
 
 
 def _arithmetic(symbol: Callable, instruction: str) -> None:
     @infer_global(symbol)
     class Template(ConcreteTemplate):
         key = symbol
-        cases = [signature(float32x8, float32x8, float32x8)]  # noqa: RUF012
+        cases = [signature(kind, kind, kind) for kind in _WIDTHS]  # noqa: RUF012
 
     def lower(context: Any, builder: Any, sig: Any, args: Sequence) -> Any:
         return getattr(builder, instruction)(*args)
 
-    lower_builtin(symbol, float32x8, float32x8)(lower)
+    for kind in _WIDTHS:
+        lower_builtin(symbol, kind, kind)(lower)
 
 
 _arithmetic(operator.add, "fadd")
@@ -52,45 +58,56 @@ _arithmetic(operator.mul, "fmul")
 _arithmetic(operator.truediv, "fdiv")
 
 
-def _constant(x: float) -> ir.Constant:
-    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(x))] * LANES)
+def _filled(kind: Any, x: float) -> ir.Constant:
+    """x in every lane of a vector type."""
+    return ir.Constant(kind, [ir.Constant(kind.element, x)] * kind.count)
 
 
-def _integers(x: int) -> ir.Constant:
-    return ir.Constant(_INTS, [ir.Constant(_INT, int(x))] * LANES)
+def _constant(like: Any, x: float) -> ir.Constant:
+    """x in every lane of a vector as wide as ``like``."""
+    return _filled(like.type, x)
 
 
-def _call(builder: Any, name: str, args: Sequence, result: Any = _FLOATS, **keywords: Any) -> Any:
+def _integers(like: Any, x: int) -> ir.Constant:
+    return _filled(ir.VectorType(_INT, like.type.count), x)
+
+
+def _call(builder: Any, name: str, args: Sequence, result: Any, **keywords: Any) -> Any:
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), list(args), **keywords)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, "llvm.fma.v8f32", [a, b, c])
+    return _call(builder, f"llvm.fma.v{a.type.count}f32", [a, b, c], a.type)
+
+
+def _absolute(builder: Any, x: Any) -> Any:
+    return _call(builder, f"llvm.fabs.v{x.type.count}f32", [x], x.type)
 
 
 def _polynomial(builder: Any, x: Any, coefficients: Sequence[float]) -> Any:
     """Horner's rule, highest power first."""
-    p = _constant(coefficients[0])
+    p = _constant(x, coefficients[0])
     for c in coefficients[1:]:
-        p = _fma(builder, p, x, _constant(c))
+        p = _fma(builder, p, x, _constant(x, c))
     return p
 
 
 def _at_least(builder: Any, x: Any, bound: float) -> Any:
     """max(x, bound) that lets NaN through: one instruction on x86."""
-    c = _constant(bound)
+    c = _constant(x, bound)
     return builder.select(builder.fcmp_ordered("<", x, c), c, x)
 
 
 def _at_most(builder: Any, x: Any, bound: float) -> Any:
-    c = _constant(bound)
+    c = _constant(x, bound)
     return builder.select(builder.fcmp_ordered(">", x, c), c, x)
 
 
-def _spread(builder: Any, scalar: Any) -> Any:
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(undefined, scalar, _INT(0)), undefined, _integers(0))
+def _spread(builder: Any, scalar: Any, kind: Any) -> Any:
+    undefined = ir.Constant(kind, ir.Undefined)
+    vector = builder.insert_element(undefined, scalar, _INT(0))
+    return builder.shuffle_vector(vector, undefined, _integers(vector, 0))
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, kind: Any) -> Any:
@@ -107,59 +124,122 @@ def _unary(emit: Callable, doc: str) -> Any:
     """An intrinsic of one vector, from what it emits."""
 
     def typer(context: Any, a: Any) -> Any:
-        return float32x8(float32x8), lambda ctx, builder, sig, args: emit(builder, args[0])
+        return a(a), lambda ctx, builder, sig, args: emit(builder, args[0])
 
     typer.__doc__ = doc
     return intrinsic(typer)
 
 
-@intrinsic
-def zero(context):
-    """Eight zeros."""
-    return float32x8(), lambda ctx, builder, sig, args: _constant(0.0)
+def _first(builder: Any, lanes: int, count: Any) -> Any:
+    """True in the first ``count`` of the lanes."""
+    ints = ir.VectorType(_INT, lanes)
+    undefined = ir.Constant(ints, ir.Undefined)
+    counts = builder.insert_element(undefined, builder.trunc(count, _INT), _INT(0))
+    counts = builder.shuffle_vector(counts, undefined, _filled(ints, 0))
+    return builder.icmp_signed("<", ir.Constant(ints, [_INT(k) for k in range(lanes)]), counts)
+
+
+class Width:
+    """How many lanes: a value that kernels pass on, so that they exist once a width: ``load(eight, a, i)``."""
+
+    def __init__(self, kind: Lanes):
+        self.kind, self.lanes = kind, kind.count
+
+
+class _WidthType(types.Type):
+    def __init__(self, kind: Lanes):
+        super().__init__(name=f"width of {kind.count}")
+        self.kind = kind
+
+
+register_model(_WidthType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Width)
+def _(value: Width, context: Any) -> _WidthType:
+    return _WidthType(value.kind)
+
+
+@unbox(_WidthType)
+def _(kind: _WidthType, value: Any, c: Any) -> NativeValue:
+    return NativeValue(c.context.get_dummy_value())
+
+
+@lower_constant(_WidthType)
+def _(context: Any, builder: Any, kind: _WidthType, value: Any) -> Any:
+    return context.get_dummy_value()
+
+
+eight, sixteen = map(Width, _WIDTHS)
+widest = sixteen if llvmlite.binding.get_host_cpu_features().get("avx512f") else eight
 
 
 @intrinsic
-def splat(context, x):
-    """Eight times the scalar x (float32)."""
-    return float32x8(types.float32), lambda ctx, builder, sig, args: _spread(builder, args[0])
+def lanes_of(context, w):
+    """How many lanes a width has, a constant."""
+    return types.intp(w), lambda ctx, builder, sig, args: ir.Constant(ir.IntType(64), w.kind.count)
 
 
 @intrinsic
-def load(context, array, i):
-    """array[i : i + 8]."""
+def zero(context, w):
+    """Zeros."""
+    return w.kind(w), lambda ctx, builder, sig, args: _filled(w.kind.llvm, 0.0)
+
+
+@intrinsic
+def splat(context, w, x):
+    """The scalar x (float32) in every lane."""
+    return w.kind(w, types.float32), lambda ctx, builder, sig, args: _spread(builder, args[1], w.kind.llvm)
+
+
+@intrinsic
+def load(context, w, array, i):
+    """array[i : i + lanes]."""
 
     def emit(ctx, builder, sig, args):
-        return _unaligned(builder.load(_pointer(ctx, builder, sig.args[0], args[0], args[1], _FLOATS)))
+        return _unaligned(builder.load(_pointer(ctx, builder, sig.args[1], args[1], args[2], w.kind.llvm)))
 
-    return float32x8(array, types.intp), emit
+    return w.kind(w, array, types.intp), emit
 
 
 @intrinsic
-def load_splat(context, array, i):
-    """Eight times array[i]."""
+def load_splat(context, w, array, i):
+    """array[i] in every lane."""
 
     def emit(ctx, builder, sig, args):
-        return _spread(builder, _unaligned(builder.load(_pointer(ctx, builder, sig.args[0], args[0], args[1], _FLOAT))))
+        scalar = _unaligned(builder.load(_pointer(ctx, builder, sig.args[1], args[1], args[2], _FLOAT)))
+        return _spread(builder, scalar, w.kind.llvm)
 
-    return float32x8(array, types.intp), emit
+    return w.kind(w, array, types.intp), emit
+
+
+@intrinsic
+def load_first(context, w, array, i, count):
+    """array[i : i + count] in the first lanes, count <= lanes, zeros in the others; no more than that is read."""
+
+    def emit(ctx, builder, sig, args):
+        place = _pointer(ctx, builder, sig.args[1], args[1], args[2], w.kind.llvm)
+        given = [place, _INT(4), _first(builder, w.kind.count, args[3]), _filled(w.kind.llvm, 0.0)]
+        return _call(builder, f"llvm.masked.load.v{w.kind.count}f32.p0", given, w.kind.llvm)
+
+    return w.kind(w, array, types.intp, types.intp), emit
 
 
 @intrinsic
 def store(context, array, i, x):
-    """array[i : i + 8] = x."""
+    """array[i : i + lanes] = x."""
 
     def emit(ctx, builder, sig, args):
-        _unaligned(builder.store(args[2], _pointer(ctx, builder, sig.args[0], args[0], args[1], _FLOATS)))
+        _unaligned(builder.store(args[2], _pointer(ctx, builder, sig.args[0], args[0], args[1], args[2].type)))
         return ctx.get_dummy_value()
 
-    return types.void(array, types.intp, float32x8), emit
+    return types.void(array, types.intp, x), emit
 
 
 @intrinsic
 def fma(context, a, b, c):
     """a b + c, rounded once."""
-    return float32x8(float32x8, float32x8, float32x8), lambda ctx, builder, sig, args: _fma(builder, *args)
+    return a(a, a, a), lambda ctx, builder, sig, args: _fma(builder, *args)
 
 
 @intrinsic
@@ -169,7 +249,7 @@ def fnma(context, a, b, c):
     def emit(ctx, builder, sig, args):
         return _fma(builder, builder.fneg(args[0]), args[1], args[2])
 
-    return float32x8(float32x8, float32x8, float32x8), emit
+    return a(a, a, a), emit
 
 
 @intrinsic
@@ -179,7 +259,7 @@ def fms(context, a, b, c):
     def emit(ctx, builder, sig, args):
         return _fma(builder, args[0], args[1], builder.fneg(args[2]))
 
-    return float32x8(float32x8, float32x8, float32x8), emit
+    return a(a, a, a), emit
 
 
 @intrinsic
@@ -189,17 +269,18 @@ def maximum(context, a, b):
     def emit(ctx, builder, sig, args):
         return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[0], args[1])
 
-    return float32x8(float32x8, float32x8), emit
+    return a(a, a), emit
 
 
 @intrinsic
 def sum_lanes(context, a):
-    """The sum of the eight lanes, a float32."""
+    """The sum of the lanes, a float32."""
 
     def emit(ctx, builder, sig, args):
-        return _call(builder, "llvm.vector.reduce.fadd.v8f32", [_FLOAT(0.0), args[0]], _FLOAT, fastmath=_REASSOCIATE)
+        name = f"llvm.vector.reduce.fadd.v{a.count}f32"
+        return _call(builder, name, [_FLOAT(0.0), args[0]], _FLOAT, fastmath=_REASSOCIATE)
 
-    return types.float32(float32x8), emit
+    return types.float32(a), emit
 
 
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest integer, which then stands in the low bits
@@ -207,43 +288,44 @@ _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest integer, whic
 
 def _scaled(builder: Any, p: Any, rounded: Any) -> Any:
     """p 2^n, where n stands in the low bits of ``rounded``: added to the exponent."""
-    exponent = builder.shl(builder.bitcast(rounded, _INTS), _integers(23))
-    return builder.bitcast(builder.add(builder.bitcast(p, _INTS), exponent), _FLOATS)
+    shift = _integers(p, 23)
+    exponent = builder.shl(builder.bitcast(rounded, shift.type), shift)
+    return builder.bitcast(builder.add(builder.bitcast(p, shift.type), exponent), p.type)
 
 
 def _exp(builder: Any, x: Any) -> Any:
     """Cephes' expf: 1 ulp, 0 below -87.3, inf above 88.4, NaN for NaN."""
     clamped = _at_most(builder, _at_least(builder, x, -87.33), 88.37)
-    t = _fma(builder, clamped, _constant(1.4426950408889634), _constant(_ROUND))
-    n = builder.fsub(t, _constant(_ROUND))
-    r = _fma(builder, n, _constant(-0.693359375), clamped)
-    r = _fma(builder, n, _constant(2.12194440e-4), r)
+    t = _fma(builder, clamped, _constant(x, 1.4426950408889634), _constant(x, _ROUND))
+    n = builder.fsub(t, _constant(x, _ROUND))
+    r = _fma(builder, n, _constant(x, -0.693359375), clamped)
+    r = _fma(builder, n, _constant(x, 2.12194440e-4), r)
     taylor = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
     p = _polynomial(builder, r, taylor)
-    p = _fma(builder, p, builder.fmul(r, r), builder.fadd(r, _constant(1.0)))
+    p = _fma(builder, p, builder.fmul(r, r), builder.fadd(r, _constant(x, 1.0)))
     y = _scaled(builder, p, t)
-    y = builder.select(builder.fcmp_ordered("<", x, _constant(-87.33)), _constant(0.0), y)
-    return builder.select(builder.fcmp_ordered(">", x, _constant(88.37)), _constant(float("inf")), y)
+    y = builder.select(builder.fcmp_ordered("<", x, _constant(x, -87.33)), _constant(x, 0.0), y)
+    return builder.select(builder.fcmp_ordered(">", x, _constant(x, 88.37)), _constant(x, float("inf")), y)
 
 
 def _exp2(builder: Any, x: Any) -> Any:
     """2^x within 2e-7 for -126 <= x <= 126, clamped outside, NaN for NaN: the fast one, for decays."""
     x = _at_most(builder, _at_least(builder, x, -126.0), 126.0)
-    t = builder.fadd(x, _constant(_ROUND))
-    r = builder.fsub(x, builder.fsub(t, _constant(_ROUND)))
-    minimax = (1.535336188e-4, 1.339887440e-3, 9.618437357e-3, 5.550332548e-2, 2.402264791e-1, 6.931472028e-1, 1.0)
+    t = builder.fadd(x, _constant(x, _ROUND))
+    r = builder.fsub(x, builder.fsub(t, _constant(x, _ROUND)))
+    minimax = (1.326472725e-3, 9.671512688e-3, 5.550733744e-2, 2.402224208e-1, 6.931469776e-1, 1.0)
     return _scaled(builder, _polynomial(builder, r, minimax), t)
 
 
 def _sigmoid(builder: Any, x: Any) -> Any:
-    one = _constant(1.0)
+    one = _constant(x, 1.0)
     return builder.fdiv(one, builder.fadd(one, _exp(builder, builder.fneg(x))))
 
 
 def _softplus(builder: Any, x: Any) -> Any:
     """max(x, 0) + log(1 + y),  y = exp(-|x|);  log(1 + y) = 2 artanh(u),  u = y / (2 + y) <= 1/3."""
-    y = _exp(builder, builder.fneg(_call(builder, "llvm.fabs.v8f32", [x])))
-    u = builder.fdiv(y, builder.fadd(y, _constant(2.0)))
+    y = _exp(builder, builder.fneg(_absolute(builder, x)))
+    u = builder.fdiv(y, builder.fadd(y, _constant(x, 2.0)))
     series = (2 / 15, 2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3, 2.0)
     log = builder.fmul(_polynomial(builder, builder.fmul(u, u), series), u)
     return builder.fadd(_at_least(builder, x, 0.0), log)
@@ -257,13 +339,47 @@ negate = _unary(lambda builder, x: builder.fneg(x), "-x.")
 
 
 def _shuffle(builder: Any, a: Any, b: Any, order: Sequence[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(_INTS, [_INT(k) for k in order]))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), [_INT(k) for k in order]))
+
+
+def _within(place: Callable[[int], int], doc: str) -> Any:
+    """An intrinsic whose lane k is the argument's lane place(k)."""
+    return _unary(lambda builder, x: _shuffle(builder, x, x, [place(k) for k in range(x.type.count)]), doc)
+
+
+even_lanes = _within(lambda k: k - k % 2, "Lanes 0 0 2 2 4 4 ...")
+odd_lanes = _within(lambda k: k - k % 2 + 1, "Lanes 1 1 3 3 5 5 ...")
+swap_pairs = _within(lambda k: k ^ 1, "Lanes 1 0 3 2 5 4 ...")
+
+
+@intrinsic
+def store_sums(context, array, i, a, b, c, d):
+    """array[i : i + 4] = the sums of the lanes of a, b, c and d: a third of the work of four sums one by one."""
+
+    def emit(ctx, builder, sig, args):
+        lanes = range(a.count)
+
+        def folded(x, y, width):
+            """Lanes of x and y in turn, ``width`` at a time, in each four the first half plus the second."""
+            low = [k - k % 4 + k % 4 // (2 * width) * width + k % width + a.count * (k // width % 2) for k in lanes]
+            return builder.fadd(_shuffle(builder, x, y, low), _shuffle(builder, x, y, [k + 2 for k in low]))
+
+        total = folded(folded(args[2], args[3], 1), folded(args[4], args[5], 1), 2)
+        count = a.count
+        while count > 4:
+            count //= 2
+            halves = (_shuffle(builder, total, total, range(k, k + count)) for k in (0, count))
+            total = builder.fadd(*halves)
+        _unaligned(builder.store(total, _pointer(ctx, builder, sig.args[0], args[0], args[1], total.type)))
+        return ctx.get_dummy_value()
+
+    return types.void(array, types.intp, a, b, c, d), emit
 
 
 def _transposed(builder: Any, rows: Sequence) -> list:
     """The columns of eight rows: interleave singles, then pairs, then quarters."""
     singles = []
-    for i in range(0, LANES, 2):
+    for i in range(0, 8, 2):
         singles.append(_shuffle(builder, rows[i], rows[i + 1], [0, 8, 1, 9, 4, 12, 5, 13]))
         singles.append(_shuffle(builder, rows[i], rows[i + 1], [2, 10, 3, 11, 6, 14, 7, 15]))
     pairs = []
@@ -284,22 +400,18 @@ def transpose(context, target, i, target_stride, source, j, source_stride):
     def emit(ctx, builder, sig, args):
         to, i, to_stride, source, j, stride = args
         rows = []
-        for k in range(LANES):
+        for k in range(8):
             place = builder.add(j, builder.mul(stride, stride.type(k)))
-            rows.append(_unaligned(builder.load(_pointer(ctx, builder, sig.args[3], source, place, _FLOATS))))
+            rows.append(_unaligned(builder.load(_pointer(ctx, builder, sig.args[3], source, place, _WIDTHS[0].llvm))))
         for k, column in enumerate(_transposed(builder, rows)):
             place = builder.add(i, builder.mul(to_stride, to_stride.type(k)))
-            _unaligned(builder.store(column, _pointer(ctx, builder, sig.args[0], to, place, _FLOATS)))
+            _unaligned(builder.store(column, _pointer(ctx, builder, sig.args[0], to, place, _WIDTHS[0].llvm)))
         return ctx.get_dummy_value()
 
     return types.void(target, types.intp, types.intp, source, types.intp, types.intp), emit
 
 
-even_lanes = _unary(lambda builder, x: _shuffle(builder, x, x, [0, 0, 2, 2, 4, 4, 6, 6]), "Lanes 0 0 2 2 4 4 6 6.")
-odd_lanes = _unary(lambda builder, x: _shuffle(builder, x, x, [1, 1, 3, 3, 5, 5, 7, 7]), "Lanes 1 1 3 3 5 5 7 7.")
-swap_pairs = _unary(lambda builder, x: _shuffle(builder, x, x, [1, 0, 3, 2, 5, 4, 7, 6]), "Lanes 1 0 3 2 5 4 7 6.")
-
-absolute = _unary(lambda builder, x: _call(builder, "llvm.fabs.v8f32", [x]), "|x|.")
+absolute = _unary(_absolute, "|x|.")
 
 
 @intrinsic
@@ -309,7 +421,7 @@ def where_less(context, a, b, x, y):
     def emit(ctx, builder, sig, args):
         return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
 
-    return float32x8(float32x8, float32x8, float32x8, float32x8), emit
+    return a(a, b, x, y), emit
 
 
 def _prefetch(write: int, doc: str) -> Any:
@@ -331,34 +443,14 @@ prefetch = _prefetch(0, "Ask for the cache line of array[i], to be read soon; an
 prefetch_to_write = _prefetch(1, "Ask for the cache line of array[i], to be written soon; any i is harmless.")
 
 
-def _first(builder: Any, count: Any) -> Any:
-    """True in the first ``count`` lanes."""
-    undefined = ir.Constant(_INTS, ir.Undefined)
-    counts = builder.insert_element(undefined, builder.trunc(count, _INT), _INT(0))
-    counts = builder.shuffle_vector(counts, undefined, _integers(0))
-    return builder.icmp_signed("<", ir.Constant(_INTS, [_INT(k) for k in range(LANES)]), counts)
-
-
-@intrinsic
-def load_first(context, array, i, count):
-    """array[i : i + count] in the first lanes, count <= 8, and zeros in the others; no more than that is read."""
-
-    def emit(ctx, builder, sig, args):
-        place = _pointer(ctx, builder, sig.args[0], args[0], args[1], _FLOATS)
-        given = [place, _INT(4), _first(builder, args[2]), _constant(0.0)]
-        return _call(builder, "llvm.masked.load.v8f32.p0", given)
-
-    return float32x8(array, types.intp, types.intp), emit
-
-
 @intrinsic
 def store_first(context, array, i, x, count):
     """array[i : i + count] = the first lanes of x; no more than that is written."""
 
     def emit(ctx, builder, sig, args):
-        place = _pointer(ctx, builder, sig.args[0], args[0], args[1], _FLOATS)
-        given = [args[2], place, _INT(4), _first(builder, args[3])]
-        _call(builder, "llvm.masked.store.v8f32.p0", given, ir.VoidType())
+        place = _pointer(ctx, builder, sig.args[0], args[0], args[1], args[2].type)
+        given = [args[2], place, _INT(4), _first(builder, x.count, args[3])]
+        _call(builder, f"llvm.masked.store.v{x.count}f32.p0", given, ir.VoidType())
         return ctx.get_dummy_value()
 
-    return types.void(array, types.intp, float32x8, types.intp), emit
+    return types.void(array, types.intp, x, types.intp), emit

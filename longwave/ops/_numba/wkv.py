@@ -12,7 +12,6 @@ from torch import Tensor
 from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel
 from longwave.ops._numba.simd import (
-    LANES,
     absolute,
     exp,
     fma,
@@ -23,8 +22,12 @@ from longwave.ops._numba.simd import (
     splat,
     store,
     where_less,
+    widest,
     zero,
 )
+
+R = widest  # lanes of a register
+LANES = R.lanes
 
 WIDTH = 32  # channels of a task
 STATE = 3 * LANES  # floats of the state of eight channels: numerator, denominator, exponent
@@ -76,10 +79,10 @@ def _shares(old, new, one):
 @kernel
 def _run(y, y_at, y_step, k, v, at, step, rows, w, u, state):
     """Some steps of eight channels, from the state and into it."""
-    one = splat(_ONE)
-    a, b, p = load(state, 0), load(state, LANES), load(state, 2 * LANES)
+    one = splat(R, _ONE)
+    a, b, p = load(R, state, 0), load(R, state, LANES), load(R, state, 2 * LANES)
     for r in range(rows):
-        key, value = load(k, at + r * step), load(v, at + r * step)
+        key, value = load(R, k, at + r * step), load(R, v, at + r * step)
         _, past, now = _shares(p, key + u, one)
         store(y, y_at + r * y_step, fma(past, a, now * value) / fma(past, b, now))
         p, past, now = _shares(p + w, key, one)
@@ -111,7 +114,7 @@ def _forward(start, stop, scratch, k, v, w, u, state, y, end, starts, L, C, chun
                 count, at, held = min(LANES, C - c), (batch * L + i * chunk) * C + c, states[n * STATE :]
                 if starts.size > 0:
                     _copy(starts, (batch * chunks + i) * 3 * C + c, C, held, 0, LANES, 3, count)
-                decay, bonus = load(weights, n * 2 * LANES), load(weights, n * 2 * LANES + LANES)
+                decay, bonus = load(R, weights, n * 2 * LANES), load(R, weights, n * 2 * LANES + LANES)
                 if count == LANES:
                     _run(y, at, C, k, v, at, C, rows, decay, bonus, held)
                 else:
@@ -127,10 +130,10 @@ def _forward(start, stop, scratch, k, v, w, u, state, y, end, starts, L, C, chun
 @kernel
 def _remember(history, k, v, at, step, rows, w, state):
     """The states before each step, then the shares of the past and of the present in the next one: five vectors."""
-    one = splat(_ONE)
-    a, b, p = load(state, 0), load(state, LANES), load(state, 2 * LANES)
+    one = splat(R, _ONE)
+    a, b, p = load(R, state, 0), load(R, state, LANES), load(R, state, 2 * LANES)
     for r in range(rows):
-        key, value, i = load(k, at + r * step), load(v, at + r * step), r * 5 * LANES
+        key, value, i = load(R, k, at + r * step), load(R, v, at + r * step), r * 5 * LANES
         store(history, i, a)
         store(history, i + LANES, b)
         store(history, i + 2 * LANES, p)
@@ -148,19 +151,19 @@ def _run_back(history, k, v, dy, at, step, rows, u, grads, dk, dv, sums):
     """The same steps backwards. The gradients da, db of the scaled sums hold their exponent constant; what the
     exponent's own gradient dp is beyond that goes to whichever argument of the maximum was the larger, as autograd
     has it."""
-    one, half = splat(_ONE), splat(_HALF)
-    da, db, dp = load(grads, 0), load(grads, LANES), load(grads, 2 * LANES)
-    dw, du = zero(), zero()
+    one, half = splat(R, _ONE), splat(R, _HALF)
+    da, db, dp = load(R, grads, 0), load(R, grads, LANES), load(R, grads, 2 * LANES)
+    dw, du = zero(R), zero(R)
     for r in range(rows - 1, -1, -1):
-        i, key, value = r * 5 * LANES, load(k, at + r * step), load(v, at + r * step)
-        a, b, p = load(history, i), load(history, i + LANES), load(history, i + 2 * LANES)
-        past, now = load(history, i + 3 * LANES), load(history, i + 4 * LANES)
+        i, key, value = r * 5 * LANES, load(R, k, at + r * step), load(R, v, at + r * step)
+        a, b, p = load(R, history, i), load(R, history, i + LANES), load(R, history, i + 2 * LANES)
+        past, now = load(R, history, i + 3 * LANES), load(R, history, i + 4 * LANES)
         _, before, here = _shares(p, key + u, one)
         denominator = fma(before, b, here)
         y = fma(before, a, here * value) / denominator
-        d = load(dy, at + r * step) / denominator
+        d = load(R, dy, at + r * step) / denominator
         d_here = d * here * (value - y)
-        to_key = where_less(past, one, dp, where_less(now, one, zero(), half * dp))
+        to_key = where_less(past, one, dp, where_less(now, one, zero(R), half * dp))
         dp = dp - to_key
         store(dv, at + r * step, fma(d, here, now * da))
         store(dk, at + r * step, fma(now, fma(value, da, db), d_here + to_key))
@@ -197,7 +200,7 @@ def _backward(start, stop, scratch, k, v, w, u, starts, dy, dend, dk, dv, dstate
             for n in range(vectors):
                 c = channel + n * LANES
                 count, at, held = min(LANES, C - c), (batch * L + i * chunk) * C + c, grads[n * STATE :]
-                decay, bonus = load(weights, n * 2 * LANES), load(weights, n * 2 * LANES + LANES)
+                decay, bonus = load(R, weights, n * 2 * LANES), load(R, weights, n * 2 * LANES + LANES)
                 _copy(state, 0, LANES, starts, (batch * chunks + i) * 3 * C + c, C, 3, count)
                 if count == LANES:
                     _remember(history, k, v, at, C, rows, decay, state)
@@ -207,8 +210,8 @@ def _backward(start, stop, scratch, k, v, w, u, starts, dy, dend, dk, dv, dstate
                     _copy(dy_tile, 0, LANES, dy, at, C, rows, count)
                     _remember(history, k_tile, v_tile, 0, LANES, rows, decay, state)
                 if i == chunks - 1:
-                    dp = fnma(load(held, 0), load(state, 0), load(held, 2 * LANES))
-                    store(held, 2 * LANES, fnma(load(held, LANES), load(state, LANES), dp))
+                    dp = fnma(load(R, held, 0), load(R, state, 0), load(R, held, 2 * LANES))
+                    store(held, 2 * LANES, fnma(load(R, held, LANES), load(R, state, LANES), dp))
                 if count == LANES:
                     _run_back(history, k, v, dy, at, C, rows, bonus, held, dk, dv, added)
                 else:
@@ -219,8 +222,8 @@ def _backward(start, stop, scratch, k, v, w, u, starts, dy, dend, dk, dv, dstate
                     sums[batch * 2 * C + c + lane] += np.float64(added[lane])
                     sums[batch * 2 * C + C + c + lane] += np.float64(added[LANES + lane])
                 if i == 0:
-                    dp = fma(load(held, 0), load(history, 0), load(held, 2 * LANES))
-                    store(held, 2 * LANES, fma(load(held, LANES), load(history, LANES), dp))
+                    dp = fma(load(R, held, 0), load(R, history, 0), load(R, held, 2 * LANES))
+                    store(held, 2 * LANES, fma(load(R, held, LANES), load(R, history, LANES), dp))
         for n in range(vectors):
             c = channel + n * LANES
             _copy(dstate, batch * 3 * C + c, C, grads, n * STATE, LANES, 3, min(LANES, C - c))

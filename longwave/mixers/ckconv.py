@@ -1,0 +1,65 @@
+"""CKConv: a convolution with a kernel that a small network draws, a matrix between all features at every lag.
+
+Source: Romero et al. (2022) "CKConv: Continuous Kernel Convolution For Sequential Data", arXiv:2102.02611, eq. 1-2
+and the halves of the residual block of fig. 4; with a kernel that learns its length: Romero et al. (2022) "FlexConv",
+arXiv:2110.08059. The authors normalise over features and time at once, which looks ahead; here each step is
+normalised on its own.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longwave.mixers.base import Mixer, zero_padding
+from longwave.nn import CKConvFilter, Filter, FlexConvFilter, append_time, dense_conv
+from longwave.nn.module import choose
+
+KERNELS: dict[str, type[Filter]] = {"ckconv": CKConvFilter, "flexconv": FlexConvFilter}
+
+
+class CKConvState(NamedTuple):
+    past: Tensor  # (B, t, D) every input so far
+
+
+class CKConv(Mixer, name="ckconv"):
+    """y = relu(LayerNorm(sum_s K[s] x[t-s] + b)), K[s] (D, D) drawn by a network from the position of s.
+
+    Args:
+        d_model: D.
+        max_len: longest sequence at the rate of training.
+        filter: what draws the kernel: ckconv or flexconv.
+        options: its options, see :class:`longwave.nn.CKConvFilter` and :class:`longwave.nn.FlexConvFilter`.
+    Raises:
+        ValueError: for an unknown filter or one that refuses its options, and on a sequence longer than max_len.
+    """
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"max_len": 64, "options": {"width": 8, "omega": 10.0}},
+        {"max_len": 32, "filter": "flexconv", "options": {"width": 8, "mask_width": 0.3, "input_scale": 8.0}},
+        {"max_len": 64, "options": {"width": 4, "layers": 2, "rate": 2.0}},
+    )
+
+    def __init__(self, d_model: int, max_len: int, filter: str = "ckconv", options: dict[str, Any] | None = None):
+        super().__init__()
+        self.d_model = d_model
+        build: Any = choose("continuous filter", filter, KERNELS)
+        self.kernel = build(d_model * d_model, max_len, **(options or {}))
+        self.bias = nn.Parameter(torch.empty(d_model))
+        self.norm = nn.LayerNorm(d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.bias.zero_()
+
+    def init_state(self, batch: int) -> CKConvState:
+        return CKConvState(self.bias.new_zeros(batch, 0, self.d_model))
+
+    def forward(self, x: Tensor, state: CKConvState | None = None, *, mask: Tensor | None = None):
+        L, past = x.shape[1], zero_padding(x, mask)
+        if state is not None:
+            past = append_time(state.past, past)
+        k = self.kernel(past.shape[1]).unflatten(0, (self.d_model, self.d_model))
+        y = dense_conv(past, k)[:, past.shape[1] - L :]
+        return torch.relu(self.norm(y.to(x.dtype) + self.bias)), None if state is None else CKConvState(past)

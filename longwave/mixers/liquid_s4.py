@@ -1,0 +1,132 @@
+"""Liquid-S4: a state space that also hears products of successive inputs, then a gated linear unit.
+
+Source: Hasani, Lechner, Wang, Chahine, Amini & Rus (2022) "Liquid Structural State-Space Models", arXiv:2209.12951,
+sec. 3. The liquid system  h[t] = (a + b u[t]) h[t-1] + b u[t]  unrolls into  y = k * u  plus a kernel over products of
+inputs ("correlations"). Of these the products of successive inputs are kept,  v_q[t] = u[t] u[t-1] ... u[t-q+1]  for
+q = 2 ... p, and heard by one of two kernels, the parts :class:`PB` and :class:`KB`. All of it is causal here, as the
+paper's recurrence is; the authors' code reverses the products in time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longwave.mixers.base import Mixer, zero_padding
+from longwave.nn import OutputGLU, S4DFilter
+from longwave.nn.filters import DPLRFilter
+from longwave.nn.module import at_least_float32, choose
+from longwave.ops import causal_conv
+
+
+class PB:
+    """Powers of B: the state matrix of the correlations is the identity,  y[t] = (2 Re sum_n c_n b_n^q) v_q[t].
+
+    Source: arXiv:2209.12951, sec. 3.2, K_liquid = PB.
+    """
+
+    def __call__(self, v: Tensor, system: Any, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """v (B, L, C), the system with b^q for b -> what v adds to y (B, L, C), and the state, which has no part."""
+        return v * system.taps(1)[:, 0], h
+
+
+class KB:
+    """The kernel times powers of B:  y = k_q * v_q,  k_q[l] = 2 Re sum_n c_n a_n^l b_n^q.
+
+    Source: arXiv:2209.12951, sec. 3.2, K_liquid = KB.
+    """
+
+    def __call__(self, v: Tensor, system: Any, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """v (B, L, C), the system with b^q for b -> what v adds to y (B, L, C) and to the state, where there is one."""
+        y = causal_conv(v, system.taps(v.shape[1]))
+        return y, None if h is None else h + system.advance(system.rest(len(v)), v)
+
+
+LIQUID: dict[str, Callable[[], Any]] = {"pb": PB, "kb": KB}
+STATE_SPACES: dict[str, Callable[..., Any]] = {"s4d": partial(S4DFilter, discretization="bilinear"), "s4": DPLRFilter}
+
+
+class LiquidS4State(NamedTuple):
+    h: Tensor  # (B, D, N/2) complex or (B, D, N) real: that of the filter, to which KB adds
+    past: Tensor  # (B, p-1, D) the last inputs
+
+
+class LiquidS4(Mixer, name="liquid_s4"):
+    """y = GLU(W gelu(k * u + sum_{q=2}^p liquid_q(v_q) + D u)).
+
+    Args:
+        d_model: D.
+        degree: p >= 2, how many successive inputs a product has at most.
+        liquid: pb | kb, what a product does: see :class:`PB`, :class:`KB`.
+        filter: s4d (bilinear, unless its options say otherwise) | s4, which gives a, b, c. Powers of b are taken mode
+            by mode.
+        options: those of :class:`longwave.nn.S4DFilter` or :class:`longwave.nn.DPLRFilter`.
+    Raises:
+        ValueError: for degree < 2, an unknown name, or options that the filter refuses.
+    Cost: that of the filter; kb convolves p times instead of once.
+    """
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"options": {"d_state": 8, "dt_max": 0.5}},
+        {"degree": 3, "liquid": "kb", "options": {"d_state": 8, "dt_max": 0.5, "init": "legs", "systems": 2}},
+        {"degree": 3, "filter": "s4", "options": {"d_state": 8, "dt_max": 0.5}},
+    )
+
+    def __init__(
+        self,
+        d_model: int,
+        degree: int = 2,
+        liquid: str = "pb",
+        filter: str = "s4d",
+        options: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if degree < 2:
+            raise ValueError(f"liquid_s4 needs degree >= 2; got {degree}: 1 is the state space itself")
+        self.d_model, self.degree = d_model, degree
+        self.liquid = choose("liquid kernel", liquid, LIQUID)()
+        self.kernel = choose("state space", filter, STATE_SPACES)(d_model, **(options or {}))
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.output_linear = OutputGLU(d_model, d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.D.normal_()
+
+    def init_state(self, batch: int) -> LiquidS4State:
+        past = self.D.detach().new_zeros(batch, self.degree - 1, self.d_model)
+        return LiquidS4State(self.kernel.realize().rest(batch), past)
+
+    def forward(self, x: Tensor, state: LiquidS4State | None = None, *, mask: Tensor | None = None):
+        L, system = x.shape[1], self.kernel.realize()
+        u = zero_padding(x, mask)
+        h = None if state is None else system.advance(state.h, u)
+        y = causal_conv(u, system.taps(L), skip=self.D)
+        if state is None:
+            known = F.pad(u, (0, 0, self.degree - 1, 0))
+        else:
+            y = y + system.response(state.h, L).transpose(1, 2)
+            known = torch.cat([state.past, u.to(state.past.dtype)], dim=1)
+        (known,) = at_least_float32(known)
+        v, power = known[:, self.degree - 1 :], system.b
+        for q in range(2, self.degree + 1):
+            v = v * known[:, self.degree - q : self.degree - q + L]
+            power = _times(power, system.b)
+            more, h = self.liquid(v, system._replace(b=power), h)
+            y = y + more
+        y = self.output_linear(y.to(x.dtype))
+        if state is None or h is None:
+            return y, None
+        return y, LiquidS4State(h, known[:, L:].to(state.past.dtype))
+
+
+def _times(b: Tensor, c: Tensor) -> Tensor:
+    """The product mode by mode, of complex modes or of real ones that are kept as (real parts, imaginary parts)."""
+    if b.is_complex():
+        return b * c
+    (re, im), (cre, cim) = b.chunk(2, dim=-1), c.chunk(2, dim=-1)
+    return torch.cat([re * cre - im * cim, re * cim + im * cre], dim=-1)
