@@ -1,0 +1,110 @@
+"""Ops against the outputs and gradients of the authors' own kernels, where an op is all that they are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from official import error, load
+
+from longwave.ops import linear_attention, short_conv, wkv
+
+PIECES = Path(__file__).parent / "golden/pieces"
+
+
+def retention(q, k, v):
+    """(B, H, L, D), decays 1 - 2^(-5-h)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    decay = torch.log1p(-(2.0 ** (-5 - torch.arange(q.shape[2], dtype=q.dtype))))
+    y, _ = linear_attention(q * q.shape[3] ** -0.5, k, v, decay.expand(q.shape[:3]), backend="torch")
+    return {"y": y.transpose(1, 2)}
+
+
+def ssd_minimal(X, A, B, C, initial_states=None):
+    state = None if initial_states is None else initial_states[:, 0].transpose(2, 3)
+    y, state = linear_attention(C, B, X, A, state, backend="torch")
+    return {"y": y, "final_state": state.transpose(2, 3)}
+
+
+def ssd_scan(x, dt, A, B, C, D, dt_bias, z=None):
+    dt = F.softplus(dt + dt_bias)
+    heads = A.shape[0] // B.shape[2]
+    B, C = (t.repeat_interleave(heads, dim=2) for t in (B, C))
+    y, _ = linear_attention(C, B, x * dt[..., None], dt * A, backend="torch")
+    y = y + x * (D if D.ndim == 2 else D[:, None])
+    return {"y": y if z is None else y * F.silu(z)}
+
+
+def causal_conv1d(x, weight, bias, initial_states=None, *, activation=None):
+    past = None if initial_states is None else initial_states.transpose(1, 2)
+    past = x.new_zeros(len(x), weight.shape[1] - 1, len(weight)) if past is None else past
+    y, past = short_conv(x.transpose(1, 2), weight, bias, past, silu=activation == "silu", backend="torch")
+    return {"y": y.transpose(1, 2), "final_states": past.transpose(1, 2)}
+
+
+RUNS = {
+    "retention_naive": retention,
+    "ssd_minimal": ssd_minimal,
+    "ssd_scan": ssd_scan,
+    "causal_conv1d": causal_conv1d,
+}
+FILES = [path for path in sorted(PIECES.glob("*.safetensors")) if path.stem.partition("__")[0] in RUNS]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_output_and_every_gradient(path):
+    case = load(path)
+    inputs = {key: t.requires_grad_() for key, t in case.inputs(torch.float64).items()}
+    options = {"activation": case.config["activation"]} if case.system == "causal_conv1d" else {}
+    ours, theirs = RUNS[case.system](**inputs, **options), case.part("output64.")
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert error(ours[key], theirs[key]) < 1e-9, key
+    cotangents = case.part("cotangent.") or {"y": case.tensors["cotangent"]}
+    sum((ours[key] * c).sum() for key, c in cotangents.items()).backward()
+    recorded = case.part("grad64.input.")
+    assert recorded
+    for key, grad in recorded.items():
+        assert error(inputs[key].grad, grad) < 1e-9, key
+
+
+def rwkv(p, ids, layers):
+    """RWKV-4 in the names of Hugging Face's port: everything around the op written out."""
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def mixed(x, names):
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        return (x * p[name] + before * (1 - p[name]) for name in names)
+
+    x = norm(p["rwkv.embeddings.weight"][ids], "rwkv.blocks.0.pre_ln")
+    for i in range(layers):
+        block = f"rwkv.blocks.{i}"
+        a = f"{block}.attention"
+        k, v, r = mixed(norm(x, f"{block}.ln1"), [f"{a}.time_mix_{name}" for name in ("key", "value", "receptance")])
+        k, v, r = k @ p[f"{a}.key.weight"].T, v @ p[f"{a}.value.weight"].T, r @ p[f"{a}.receptance.weight"].T
+        y, _ = wkv(k, v, -p[f"{a}.time_decay"].exp(), p[f"{a}.time_first"], backend="torch")
+        x = x + (r.sigmoid() * y) @ p[f"{a}.output.weight"].T
+        f = f"{block}.feed_forward"
+        k, r = mixed(norm(x, f"{block}.ln2"), [f"{f}.time_mix_key", f"{f}.time_mix_receptance"])
+        k = F.relu(k @ p[f"{f}.key.weight"].T).square() @ p[f"{f}.value.weight"].T
+        x = x + (r @ p[f"{f}.receptance.weight"].T).sigmoid() * k
+    return norm(x, "rwkv.ln_out") @ p["head.weight"].T
+
+
+@pytest.mark.parametrize("path", sorted(PIECES.glob("rwkv4_hf__*")), ids=lambda path: path.stem)
+def test_wkv_in_the_language_model_around_it(path):
+    case = load(path)
+    weights = {key: t.requires_grad_() for key, t in case.state(torch.float64).items()}
+    logits = rwkv(weights, case.part("input.")["input_ids"], case.config["num_hidden_layers"])
+    assert error(logits, case.part("output64.")["logits"]) < 1e-9
+    (logits * case.tensors["cotangent"]).sum().backward()
+    recorded = case.part("grad64.state.")
+    assert recorded
+    for key, grad in recorded.items():
+        assert error(weights[key].grad, grad) < 1e-9, key
+
+
+def test_every_kind_of_file_is_there():
+    assert {path.stem.partition("__")[0] for path in FILES} == set(RUNS)
