@@ -133,7 +133,7 @@ def draw_all() -> None:
         layer, file = inspect_layer(module), DOCS / "filters" / f"{name}.png"
         if layer.banks:
             draw_figure([layer], file, f"{name} at the start", dpi=80)
-            Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
+            Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,12 @@ def list_() -> None:
     from longwave.tasks import TASKS
     from longwave.train.config import recipe_names
 
-    describe = {name: sys.modules[cls.__module__].__doc__ or "" for name, cls in MIXERS.items()}
+    def about(cls: type) -> str:
+        """The docstring that starts with the class's name: its own where a file has several, else the file's."""
+        own = cls.__doc__ or ""
+        return own if own.startswith(f"{cls.__name__}: ") else sys.modules[cls.__module__].__doc__ or ""
+
+    describe = {name: about(cls) for name, cls in MIXERS.items()}
     tables = {
         "mixers": {name: doc.split("\n", 1)[0] for name, doc in sorted(describe.items())},
         "tasks": {name: (cls.__doc__ or "").strip().split("\n", 1)[0] for name, cls in sorted(TASKS.items())},

@@ -2,15 +2,22 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _malloc_as_it_is(monkeypatch):
+    """Trainings in this process would change it for the tests after them, some of which measure memory."""
+    monkeypatch.setattr("longwave.train.loop.keep_freed_memory", lambda: True)
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """A context in which torch.empty returns NaN, so a kernel that forgets to write an element is seen."""
+    """A context in which torch.empty and numpy.empty return NaN, so a kernel that forgets an element is seen."""
 
     @contextlib.contextmanager
     def poison():
@@ -24,6 +31,15 @@ def poisoned_memory(monkeypatch):
                     return tensor.fill_(float("nan")) if floating and tensor.device.type != "meta" else tensor
 
                 patch.setattr(torch, name, filled)
+            empty = np.empty
+
+            def filled_array(shape, dtype=float, *args, **kwargs):
+                array = empty(shape, dtype, *args, **kwargs)
+                if array.dtype.kind == "f":
+                    array.fill(np.nan)
+                return array
+
+            patch.setattr(np, "empty", filled_array)
             yield
 
     return poison

@@ -355,10 +355,10 @@ def test_every_parameter_of_the_filters_is_trained():
     ("build", "message"),
     [
         (lambda: CKConvFilter(2, 0), r"max_len >= 1; got 0"),
-        (lambda: CKConvFilter(2, 8, layers=1), r"layers >= 2 and omega > 0; got layers = 1"),
+        (lambda: CKConvFilter(2, 8, layers=1), r"layers >= 2 and omega > 0; got width = 32, layers = 1"),
         (lambda: CKConvFilter(2, 8, omega=0.0), r"omega = 0.0"),
         (lambda: CKConvFilter(2, 8, rate=-1.0), r"got rate = -1.0"),
-        (lambda: FlexConvFilter(2, 8, layers=0), r"a MAGNet needs layers >= 1; got 0"),
+        (lambda: FlexConvFilter(2, 8, layers=0), r"layers >= 1; got width = 32, layers = 0"),
         (lambda: FlexConvFilter(2, 8, mask_width=0.0), r"got mask_width = 0.0, threshold = 0.1"),
         (lambda: FlexConvFilter(2, 8, threshold=1.0), r"threshold = 1.0"),
         (lambda: FlexConvFilter(2, 8)(9), r"max_len = 8 at rate = 1 has no taps for a sequence of 9.*max_len >= 9"),

@@ -1,11 +1,13 @@
 """Filters: one impulse response however it is computed, and HiPPO matrices against their closed forms."""
 
 import copy
+import inspect
 import math
 
 import pytest
 import torch
 
+from longwave import nn
 from longwave.nn import (
     FreeFilter,
     HyenaFilter,
@@ -45,6 +47,32 @@ def close(ours, theirs, tolerance=1e-10):
 def filter(request):
     torch.manual_seed(0)
     return FILTERS[request.param]().double()
+
+
+@pytest.mark.parametrize("name", [*FILTERS, *nn.FILTERS])
+def test_autocast_does_not_reach_inside(name):
+    torch.manual_seed(0)
+    kind = nn.FILTERS.get(name)
+    needs = {"max_len": 40} if kind and "max_len" in inspect.signature(kind.__init__).parameters else {}
+    filter = kind(6, **needs) if kind else FILTERS[name]()
+    conv, u = LongConv(filter), torch.randn(2, 23, 6)
+
+    def run():
+        y, state = conv(u[:, :17], conv.init_state(2))
+        return filter(23), y, conv(u[:, 17:], state)[0]
+
+    exact = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run()
+    assert all(torch.equal(a, b) for a, b in zip(ours, exact))
+
+
+def test_positions_stay_exact_in_a_16_bit_model():
+    filter = HyenaFilter(4, 5000, emb_dim=3, width=8)
+    low = filter.bfloat16()
+    assert len(low.pos_emb.t.unique()) == 5000
+    rounded = copy.deepcopy(low).double()(5000)
+    assert (low(5000) - rounded).abs().max() < 1e-4 * rounded.abs().max()
 
 
 def test_taps_are_the_impulse_response(filter):

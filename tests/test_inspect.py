@@ -197,14 +197,13 @@ def test_every_mixer_can_be_inspected(name, kw, tmp_path):
     layer = inspect_layer(drawn(name, kw, 8), 32)
     text = describe([layer])
     assert name in text
-    files = draw([layer], tmp_path / "all.png", name)
-    assert [file.name for file in files] == (["all.png"] if layer.banks else [])
     assert bool(layer.banks) != bool(layer.note)
     for bank in layer.banks:
         assert 0 <= bank.median <= bank.high <= bank.taps.shape[1]
         assert re.search(rf"{re.escape(bank.response.name)} +{bank.response.channels} ", text)
-    for file in files:
-        assert file.read_bytes().startswith(b"\x89PNG")
+    if kw is MIXERS[name].examples[0]:
+        files = draw([layer], tmp_path / "all.png", name)
+        assert [file.read_bytes()[:4] for file in files] == [b"\x89PNG"] * bool(layer.banks)
 
 
 def test_a_filter_without_taps_is_drawn(tmp_path):

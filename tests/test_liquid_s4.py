@@ -253,7 +253,7 @@ def test_without_its_stash_a_liquid_layer_takes_what_it_would_have_started_from(
     stash = {f"kernel.{key}": t.resolve_conj() for key, t in kept.items()} | {"kernel.log_dt": k["log_dt"]}
     module = from_official("liquids4", config, saved)
     assert torch.equal(module(x=x), from_official("liquids4", config, {**saved, **stash})(x=x))  # complex as it is
-    assert all(t.dtype == torch.float64 for t in module.state_dict().values())
+    assert all(t.dtype == torch.float64 for t in module.state_dict().values() if t.is_floating_point())
     assert not any("stash" in name for name, _ in module.named_parameters())
 
 
@@ -279,7 +279,7 @@ def test_states_of_the_v3_layer():
         ({"real_type": "relu"}, r"real_type = 'relu' is not carried over in mode = 'nplr'"),
         ({"mode": "slow"}, r"the option mode = 'slow' is not carried over; longwave has 'nplr', 'diag'"),
         ({"weight_norm": True}, r"the option weight_norm = True is not carried over"),
-        ({"liquid_degree": 1}, r"liquid_degree must be >= 2; got 1"),
+        ({"liquid_degree": 1}, r"liquid_degree = 1 must be a whole number >= 2"),
         ({"liquid_kernel": "kb", "shift": True}, r"shift = True is not carried over with liquid_kernel = 'kb'"),
         ({"liquid_kernel": "polyb", "channels": 2}, r"'polyb' takes channels = 1 and no hyper_act"),
         ({"liquid_kernel": "kb", "n_ssm": 2}, r"n_ssm = 2 with liquid_kernel must be 1 or 4"),

@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import math
 import sys
 
 import pytest
@@ -121,6 +122,13 @@ class TestContract:
         low, limit = in_bfloat16(layer, x)
         assert (low(x.bfloat16())[0].double() - layer(x)[0]).abs().max() <= limit
 
+    def test_autocast_is_as_good_as_bfloat16_allows(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        limit, exact, layer = in_bfloat16(layer, x)[1], layer(x)[0], layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x.float())[0]
+        assert (y.double() - exact).abs().max() <= limit
+
     def test_optim_hints_name_parameters(self, name, kw):
         layer = build(name, kw)
         hints, names = optim_hints(layer), dict(layer.named_parameters())
@@ -203,6 +211,18 @@ class TestStates:
         low, limit = in_bfloat16(layer, x)
         stepped, _ = run_in_chunks(low, x.bfloat16(), [6, 1, 6])
         assert (stepped.double() - layer(x)[0]).abs().max() <= limit
+
+    def test_resumes_from_a_state_of_another_dtype(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        exact = layer(x)[0]
+        wide = layer(x[:, :5], layer.init_state(B))[1]
+        low = layer.float()(x[:, :5].float(), layer.init_state(B))[1]
+        y, _ = layer(x[:, 5:].float(), wide)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, exact[:, 5:].float(), rtol=1e-4, atol=1e-4)
+        y, _ = layer.double()(x[:, 5:], low)
+        assert y.dtype == torch.float64
+        torch.testing.assert_close(y, exact[:, 5:], rtol=1e-4, atol=1e-4)
 
     def test_float32_resumes_as_well_as_float32_allows(self, name, kw):
         layer, x = build(name, kw).float(), noise(B, L, D).float()
@@ -290,10 +310,19 @@ def test_a_misspelt_mixer_or_option_is_suggested():
         ("s4d", {"discretization": "zho"}, r"no discretization is called 'zho'.*did you mean 'zoh'"),
         ("s4d", {"dt_min": 1.0}, r"0 < dt_min <= dt_max; got dt_min = 1.0, dt_max = 0.1"),
         ("s4d", {"systems": 3}, r"systems = 3 does not divide channels = 8"),
-        ("hyena", {"max_len": 8, "order": 1}, r"order >= 2; got 1"),
+        ("hyena", {"max_len": 8, "order": 1}, r"order >= 2 and d_conv >= 1; got order = 1, d_conv = 3"),
+        ("attention", {"heads": 2, "rotary_base": 0.0}, r"rotary_base > 0, or None for no positions; got 0.0"),
+        ("bigs", {"expand": 0.0}, r"expand \* d_model >= 1; got 0.0 \* 8"),
+        ("hyena", {"max_len": 8, "width": 0}, r"width >= 1 and inner_layers >= 0; got width = 0"),
+        ("hyena", {"max_len": 8, "target": 0.0}, r"target, slowest and fastest > 0; got target = 0.0"),
+        ("s4", {"rate": math.inf}, r"> 0; got rate = inf"),
+        ("long_conv", {"max_len": 8, "squash": math.nan}, r"squash >= 0; got nan"),
+        ("hyena", {"max_len": 0}, r"max_len >= 1; got 0"),
         ("hyena", {"max_len": 8, "emb_dim": 4}, r"odd, >= 3; got 4"),
-        ("hyena_two_sided", {"max_len": 8, "order": 1}, r"order >= 2; got 1"),
+        ("hyena_two_sided", {"max_len": 8, "order": 1}, r"order >= 2 .*; got order = 1"),
         ("long_conv", {"max_len": 8, "smooth": 4}, r"odd width >= 1; got 4"),
+        ("mamba", {"d_conv": 0}, r"mamba needs d_conv >= 1; got 0"),
+        ("mamba", {"dt_min": 0.0}, r"0 < dt_min <= dt_max; got dt_min = 0.0, dt_max = 0.1"),
         ("long_conv", {"max_len": 8, "channels": 0}, r"channels >= 1; got 0"),
         ("s4d", {"rate": 0.0}, r"> 0; got rate = 0.0"),
         ("ckconv", {"max_len": 8, "filter": "flexcon"}, r"no continuous filter is called 'flexcon'.*mean 'flexconv'"),

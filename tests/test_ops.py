@@ -243,6 +243,17 @@ def test_backend_is_the_reference(op, name, make, L, poisoned_memory):
 
 
 @pytest.mark.parametrize(("op", "name", "make"), CASES)
+def test_autocast_does_not_reach_inside(op, name, make):
+    args, kwargs = make(2, 65, torch.float32)
+    if reason := op.why_not(name, *args, **kwargs):
+        pytest.skip(reason)
+    exact = outputs(op(*args, **kwargs, backend=name))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = outputs(op(*args, **kwargs, backend=name))
+    assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize(("op", "name", "make"), CASES)
 def test_gradcheck(op, name, make):
     torch.manual_seed(0)
     args, kwargs = make(1, 4, torch.float64)

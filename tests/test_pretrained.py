@@ -1,5 +1,6 @@
 """Official weights in our modules: the authors' outputs, gradients, kernels and steps, and plain formulas besides."""
 
+import contextlib
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from longwave.models.generate import generate
 from longwave.models.pretrained import SYSTEMS, from_official
-from longwave.models.pretrained.s4 import StateSpaceConv
+from longwave.models.pretrained.s4_kernel import StateSpaceConv
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 
 FLOAT32 = {"longconv__H4_L32_blockfft"}  # the official code runs in complex64 only
@@ -67,7 +68,7 @@ def real(t: Tensor) -> Tensor:
 def test_output_in_float32(path):
     case = load(path)
     module = case.module(torch.float32)
-    assert {t.dtype for t in module.state_dict().values()} <= {torch.float32}
+    assert {t.dtype for t in module.state_dict().values() if t.is_floating_point()} <= {torch.float32}
     wide = case.part("output64.")  # without the official code's outputs of other calls
     expected = {key: theirs for key, theirs in case.part("output.").items() if not wide or key in wide}
     with torch.no_grad():
@@ -121,7 +122,7 @@ def s4nd_kernels(case: Case, module) -> dict[str, Tensor]:
 
 
 def dss_kernels(case: Case, module) -> dict[str, Tensor]:
-    return {"k": module.block.conv.kernel(case.config["L"])}
+    return {"k": module.layer.conv.kernel(case.config["L"])}
 
 
 def s4v3_kernels(case: Case, module) -> dict[str, Tensor]:
@@ -257,7 +258,7 @@ def block(**args) -> dict:
         ("longconv__H4_L32_blockfft", block(N=64), "block_fft_conv_args: .*'N'"),
         ("longconv__H4_L32_blockfft", block(learn_dft_matrix=True), "did you mean 'learn_dft_matrices'"),
         ("longconv__H4_L32_blockfft", block(learn_dft_matrices=False), "unexpected key 'block_fft_k"),
-        ("longconv__H4_L32_blockfft", {"block_fft_conv_args": None}, "block_fft_conv_args = None"),
+        ("longconv__H4_L32_blockfft", {"block_fft_conv_args": None}, "block_fft_conv_args: None is no mapping"),
         ("blockfft__learn_H4_N32", {"N": 0}, "N = 0"),
         ("blockfft__learn_H4_N32", {"forward": False}, "forward = False"),
         ("blockfft__learn_H4_N32", {"learn_dft_matrices": False}, "unexpected key"),
@@ -271,6 +272,125 @@ def test_options_that_are_not_carried_over_are_named(path, change, word):
     case = golden(path)
     with pytest.raises(ValueError, match=f"^{case.system}: .*{word}"):
         from_official(case.system, {**case.config, **change}, case.state(torch.float32))
+
+
+# What an importer may meet: every system from its first file, and whatever else it is given.
+
+ONE_OF_EACH = list(
+    {(case.system, case.config.get("cls")): path for path in reversed(GOLDEN) for case in [load(path)]}.values()
+)
+one_of_each = pytest.mark.parametrize("path", ONE_OF_EACH, ids=lambda path: path.stem)
+
+
+def test_every_system_has_a_file():
+    assert {load(path).system for path in ONE_OF_EACH} == SYSTEMS.keys()
+
+
+def refused(case: Case, config, state, *words: str) -> None:
+    """The pair is refused in at most two lines that say all the words."""
+    with pytest.raises(ValueError) as caught:
+        from_official(case.system, config, state)
+    message = str(caught.value)
+    assert message.startswith(f"{case.system}: ")
+    assert message.count("\n") < 2
+    assert len(message) < 400
+    assert all(word in message for word in words), message
+
+
+@one_of_each
+def test_states_that_do_not_fit_are_named(path):
+    case = load(path)
+    state = case.state(torch.float32)
+    member = SYSTEMS[case.system].meant(case.config, state)
+    options = member.read(case.config)
+    needed = member.keys(options).keys() - member.aliases(options).keys()
+    for key, tensor in state.items():
+        if key in needed:
+            refused(case, case.config, {k: t for k, t in state.items() if k != key}, key)
+        refused(case, case.config, {**state, key: tensor[None]}, key, "shape")
+        refused(case, case.config, {**state, key: tensor.tolist()}, key)
+    refused(case, case.config, {**state, "strange": torch.zeros(1)}, "'strange'")
+
+
+@one_of_each
+def test_options_that_do_not_fit_are_named(path):
+    case = load(path)
+    state = case.state(torch.float32)
+    system = SYSTEMS[case.system].meant(case.config, state)
+    refused(case, {**case.config, "strange": 1}, state, "'strange'")
+    refused(case, None, state, "None is no mapping")
+    for name, value in case.config.items():
+        if name in system.options:
+            refused(
+                case, {**{k: v for k, v in case.config.items() if k != name}, f"{name}x": value}, state, f"'{name}x'"
+            )
+    for name in system.options:
+        for value in ("nonsense", -1, 1.5, {}):
+            with contextlib.suppress(ValueError):  # or it is a value that means something
+                from_official(case.system, {**case.config, name: value}, state)
+
+
+def outputs(case: Case, module, **inputs: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return list(named(module(**inputs), ["y"]).values())
+
+
+@one_of_each
+def test_defaults_may_be_given_and_left_out(path):
+    case = load(path)
+    state, inputs = case.state(torch.float32), case.inputs(torch.float32)
+    system = SYSTEMS[case.system].meant(case.config, state)
+    spelt_out = vars(system.read(case.config))
+    expected = outputs(case, case.module(torch.float32), **inputs)
+    for ours, theirs in zip(outputs(case, from_official(case.system, spelt_out, state), **inputs), expected):
+        assert torch.equal(ours, theirs)
+    for name, value in spelt_out.items():
+        less = {k: v for k, v in spelt_out.items() if k != name}
+        try:
+            default = getattr(system.read(less), name)
+        except ValueError:  # it has none
+            continue
+        assert default == value or name in case.config
+
+
+@one_of_each
+def test_one_row_one_step_and_odd_lengths(path):
+    case = load(path)
+    module, inputs = case.module(), case.inputs(torch.float64)
+    length = case.config.get("L") or case.config.get("length")
+    if case.system == "selective_scan" or not inputs:
+        pytest.skip("not a batch of sequences")
+    rows = len(next(iter(inputs.values())))
+    full = outputs(case, module, **inputs)
+    for ours, theirs in zip(outputs(case, module, **{k: t[:1] for k, t in inputs.items()}), full):
+        assert error(ours, theirs[:1] if len(theirs) == rows else theirs) < 1e-9
+    for few in (1, 3):
+        if case.system in ("liquids4", "liquid_s4"):  # combinations of steps: the official one fails on so few
+            continue
+        short = {k: t.narrow(axis, 0, few) for k, t in inputs.items() for axis in times(t, length)}
+        if len(short) == len(inputs):
+            assert all(t.isfinite().all() for t in outputs(case, module, **short))
+
+
+def times(t: Tensor, length: int | None) -> list[int]:
+    """The axis of time, where a shape tells."""
+    axes = [axis for axis in range(1, t.ndim) if t.shape[axis] == length]
+    return axes if len(axes) == 1 else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@one_of_each
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_checkpoints_of_low_precision(path, dtype):
+    case = load(path)
+
+    def low(tensors):
+        return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+
+    module = from_official(case.system, case.config, low(case.state(torch.float32)))
+    assert all(t.dtype == dtype for t in module.parameters())
+    for t in outputs(case, module, **low(case.inputs(torch.float32))):
+        assert t.isfinite().all()
 
 
 def test_bad_systems_and_states_are_named():
@@ -405,6 +525,8 @@ def s4d_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
         {"dt_transform": "none", "dt_fast": True, "real_transform": "softplus"},
         {"dt_transform": "relu", "real_transform": "relu", "imag_transform": "exp"},
         {"imag_transform": "exp", "bandlimit": 0.08, "rate": 2.0},
+        {"n_ssm": 2, "dt_tie": False, "rate": 2.0, "bidirectional": True, "l_max": 7, "disc": "bilinear"},
+        {"is_real": True, "n_ssm": 1, "channels": 2, "swap_channels": True, "bidirectional": True, "l_max": 30},
         {"activation": "glu", "final_act": "silu", "d_state": 5},
         {"final_act": None, "postact": "glu", "activation": None, "mode": None, "kernel": "s4d"},
     ],
@@ -477,6 +599,11 @@ def hyena_formula(config: dict, state: dict[str, Tensor], x: Tensor, features_fi
         ("hyena", {"normalized": True, "order": 3}),
         ("hyena", {"normalized": True, "activation": "gelu", "post_order_ffn": True, "order": 4, "bias": False}),
         ("hyena", {"outer_mixing": True, "order": 3, "activation": "tanh", "post_order_ffn": True}),
+        (
+            "hyena",
+            {"order": 3, "num_inner_mlps": 1, "emb_dim": 5, "shift": 0.03, "w": 7, "post_order_ffn": True}
+            | {"activation": "gelu", "short_filter_order": 4, "bias": False},
+        ),
         ("hyena", {"shift": 0.05, "num_inner_mlps": 0, "short_filter_order": 1, "num_heads": 1}),
         ("hyena", {"modulate": False, "shift": 0.05, "target": 0.1, "fast_decay_pct": 0.2, "bias": False}),
         ("hyenastandalone", {"order": 3, "shift": 0.05, "emb_dim": 5}),
@@ -518,7 +645,7 @@ def long_conv_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tens
     if c.get("bidirectional"):
         behind, ahead = k.chunk(2)
         k = F.pad(behind, (0, L)) + F.pad(ahead.flip(-1), (L, 0))
-    n = min(L, c["l_max"]) + L
+    n = min(L, round(c["l_max"] / c.get("rate", 1.0))) + L
     circle = F.pad(k, (0, n))[..., :n]
     wrapped = F.pad(x, (0, n - L))[:, None]  # (B, 1, H, n)
     y = sum(circle[..., p : p + 1] * wrapped.roll(p, -1) for p in range(n))[..., :L]
@@ -538,6 +665,7 @@ def long_conv_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tens
         {"causal": False, "activation": "relu", "postact": "id"},
         {"causal": False, "bidirectional": True, "postact": None, "channels": 2},
         {"use_ma_smoothing": True, "ma_window_len": 3},
+        {"rate": 2.0, "causal": False, "bidirectional": True},
         {"use_ma_smoothing": True, "smooth_freq": True, "ma_window_len": 5},
         {"use_ma_smoothing": True, "smooth_freq": True, "ma_window_len": 4, "causal": False},
     ],
@@ -738,6 +866,7 @@ def h3_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
         {"head_dim": 4, "real_type": "softplus", "d_state": 5},
         {"real_type": "sigmoid", "bandlimit": 0.1, "n_ssm": 2},
         {"real_type": "relu", "force_real": True, "l_max": 20},
+        {"head_dim": 2, "l_max": 7, "n_ssm": 2, "real_type": "softplus", "bandlimit": 0.2},
     ],
     ids=str,
 )
@@ -787,3 +916,42 @@ def test_selective_scan_by_its_formula(complex_A, variable_B, variable_C, groups
         ys.append((2 * y.real if complex_A else y) + D * u[:, :, t])
     assert error(out["y"], torch.stack(ys, dim=-1)) < 1e-9
     assert error(out["last_state"], h) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("system", "change", "word"),
+    [
+        ("s4d", {"rate": 0}, "rate = 0 must be a number > 0"),
+        ("s4d", {"l_max": 8.0}, "l_max = 8.0 must be a whole number >= 1 or None"),
+        ("s4d", {"dt_tie": "yes"}, "dt_tie = 'yes' .* True, False"),
+        ("s4d", {"d_model": True}, "d_model = True must be a whole number"),
+        ("s4nd", {"l_max": [4, "x"]}, r"l_max = \[4, 'x'\] must be a list of whole numbers >= 1, or one"),
+        ("sashimi", {"pool": 4}, "pool = 4 must be a list of whole numbers"),
+        ("mamba_hf", {"time_step_rank": "full"}, "time_step_rank = 'full' must be a whole number >= 1 or 'auto'"),
+        ("h3", {"d_model": 6, "n_ssm": 4}, "n_ssm = 4 does not divide the 6 heads"),
+        ("s4v3", {"d_model": 4, "bottleneck": 5}, "bottleneck = 5 leaves nothing of d_model = 4"),
+        ("s4model", {"d_model": 4, "layer": 3}, "no layer is called '3'; there are s4, ffn"),
+        ("s5", {"H": 2, "P": 2, "layer": "gelu"}, "layer: 'gelu' is no mapping"),
+    ],
+)
+def test_values_that_mean_nothing_are_named(system, change, word):
+    with pytest.raises(ValueError, match=f"^{system}: .*{word}"):
+        from_official(system, {"d_model": 4, **change} if system in ("s4d", "s4nd") else change, {})
+
+
+@pytest.mark.parametrize(
+    ("stem", "missing", "key"),
+    [("monarch__linear_20_30", "bias", "bias"), ("monarch__bdlinear_16_24", "weight", "weight")],
+)
+def test_of_a_family_the_nearest_to_the_state_is_meant(stem, missing, key):
+    case = golden(stem)
+    state = case.state(torch.float32)
+    del state[missing]
+    with pytest.raises(ValueError, match=f"no key '{key}'"):
+        from_official(case.system, case.config, state)
+
+
+def test_whole_numbers_are_exact_in_any_dtype():
+    module, _ = drawn("ckconv", {"in_channels": 1, "out_channels": 1, "hidden_channels": 2, "omega_0": 1.0})
+    module.load_state_dict({**module.state_dict(), "train_length": torch.tensor([1023])})
+    assert int(module.bfloat16().train_length) == 1023  # which bfloat16 itself does not have

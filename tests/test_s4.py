@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longwave.models.pretrained import SYSTEMS, from_official
-from longwave.models.pretrained.s4 import under, v3_to_v4
+from longwave.models.pretrained.s4v3 import v3_to_v4
+from longwave.models.pretrained.system import under
 from longwave.nn import DenseStateSpace, DPLRFilter, hippo, init_conv_state, long_conv, nplr, set_rate
 from longwave.nn.hippo import MEASURES, low_rank
 from longwave.ops import cauchy
@@ -244,7 +245,7 @@ def test_long_kernels_take_little_memory():
         ({"init": "glagt"}, "low rank form is called 'glagt'"),
         ({"init": "legt", "rank": 1}, "init = 'legt' needs rank >= 2; got rank = 1"),
         ({"rank": 0}, "needs rank >= 1; got rank = 0"),
-        ({"d_state": 7}, "even d_state, >= 2; got 7"),
+        ({"d_state": 7}, "d_state must be even, >= 2; got 7"),
         ({"dt_min": 0.2}, "got dt_min = 0.2, dt_max = 0.1"),
         ({"systems": 3}, "systems = 3 does not divide channels = 4"),
         ({"rate": 0.0}, "rate = 0.0"),
@@ -351,6 +352,8 @@ def official_block(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
         {"bidirectional": True, "channels": 2},
         {"n_ssm": 2, "rank": 2, "channels": 2, "swap_channels": True, "mode": "dplr"},
         {"rank": 3, "n_ssm": 1, "dt_tie": False},
+        {"n_ssm": 2, "rank": 2, "dt_tie": False, "rate": 2.0, "bidirectional": True, "l_max": 9},
+        {"n_ssm": 1, "dt_transform": "softplus", "real_transform": "relu", "imag_transform": "exp", "dt_fast": True},
         {"rate": 2.0, "l_max": 8, "rank": 2},
         {"rate": 0.5, "l_max": 8, "bidirectional": True},
         {"rate": 0.5, "dt_tie": False},

@@ -117,6 +117,7 @@ def s4nd_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
         ((7, 4), {"kernel": "s4d", "l_max": 5, "trank": 2, "bidirectional": False}),
         ((9,), {"kernel": "s4d", "dim": 1, "contract_version": 1, "activation": "relu", "linear": False}),
         ((3, 4), {"kernel": "s4d", "contract_version": 1, "trank": 2}),
+        ((9,), {"dim": 1, "contract_version": 1, "rank": 2, "trank": 2, "bidirectional": False, "l_max": 4}),
         ((3, 2, 4), {"kernel": "s4d", "dim": None, "l_max": [2, None, 8], "contract_version": 1, "channels": 2}),
         ((5, 4), {"n_ssm": 2, "rank": 2, "trank": 2, "linear": False, "final_act": "glu"}),
         ((6, 5), {"mode": "nplr", "l_max": [4, 8], "rate": 0.5, "bidirectional": False}),

@@ -8,9 +8,9 @@ from official import error, series
 from torch import Tensor
 
 from longwave.mixers import MIXERS, S5, S5TwoSided
-from longwave.mixers.s5 import C_INITS, normal_hippo
 from longwave.models.pretrained import SYSTEMS, from_official
-from longwave.nn import hippo, set_rate
+from longwave.nn import C_INITS, hippo, set_rate
+from longwave.nn.hippo import normal_hippo
 
 
 def drawn_s5(config: dict) -> tuple[torch.nn.Module, dict[str, Tensor]]:
@@ -94,6 +94,8 @@ def layer_formula(config: dict, state: dict[str, Tensor], x: Tensor) -> Tensor:
         {"layer": {"activation": "half_glu1", "prenorm": True, "batchnorm": True}, "bidirectional": True},
         {"layer": {"activation": "half_glu2", "prenorm": True}, "C_init": "complex_normal", "bidirectional": True},
         {"layer": {"activation": "half_glu1"}, "conj_sym": False},
+        {"conj_sym": False, "discretization": "bilinear", "bidirectional": True, "P_given": None, "P_local": 3},
+        {"discretization": "bilinear", "bidirectional": True, "clip_eigs": True, "step_rescale": 2.0},
     ],
     ids=str,
 )
@@ -116,25 +118,28 @@ def test_official_layers_by_their_formulas(options, length):
 def test_batch_statistics_move_in_training_only():
     module, _ = drawn_s5({"H": 3, "P_given": 4, "layer": {"batchnorm": True, "bn_momentum": 0.75}})
     x, norm = series(2, 5, 3), module.model.norm
-    before = norm.mean.clone()
+    before = norm.running_mean.clone()
     module(x=x)
-    assert torch.equal(norm.mean, before)
+    assert torch.equal(norm.running_mean, before)
     module.train()
     seen = (x + module.model.mixer(x)[0]).mean((0, 1))
     module(x=x)
-    assert error(norm.mean, 0.75 * before + 0.25 * seen) < 1e-12
+    assert error(norm.running_mean, 0.75 * before + 0.25 * seen) < 1e-12
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": {"activaton": "gelu"}}, "layer has no option 'activaton'.*did you mean 'activation'"),
-        ({"layer": {"activation": "relu"}}, "layer has no activation 'relu'; there are full_glu"),
+        ({"layer": {"activaton": "gelu"}}, "layer: there is no option 'activaton'.*did you mean 'activation'"),
+        (
+            {"layer": {"activation": "relu"}},
+            "layer: the option activation = 'relu' is not carried over; longwave has 'full_glu'",
+        ),
         ({"P_given": None}, "the option 'P' is missing"),
         ({"P": 3}, "P = 3, P_local = None and P_given = 8 do not agree"),
         ({"C_init": "normal"}, "C_init = 'normal' is not carried over"),
         ({"discretization": "dirac"}, "discretization = 'dirac' is not carried over"),
-        ({"step_rescale": 0}, "got rate = 0"),
+        ({"step_rescale": 0}, "step_rescale = 0 must be a number > 0"),
         ({"bidirectionl": True}, "'bidirectionl'.*did you mean 'bidirectional'"),
     ],
 )

@@ -453,6 +453,7 @@ OFFICIAL = [
     ("sashimi", {"d_model": 2, "n_layers": 2, "pool": [2, 2], "unet": True, "ff": 0, "expand": 1, **DIAG}),
     ("sashimi", {"d_model": 2, "n_layers": 1, "pool": [4], "ff": 0, "expand": 3, "channels": 2, **DIAG}),
     ("sashimi", {"d_model": 2, "n_layers": 1, "bidirectional": True, "final_act": None, "l_max": 5, **DIAG}),
+    ("sashimi", {"d_model": 2, "n_layers": 1, "pool": [4, 4], "bidirectional": True, "disc": "bilinear", **DIAG}),
     ("sashimisrc", {"d_model": 4, "n_layers": 1, "layer": LAYER}),
     ("sashimisrc", {"d_model": 4, "n_layers": 2, "pool": [2, 2], "expand": 2, "norm": "layer", "layer": LAYER}),
     (

@@ -151,7 +151,7 @@ def test_a_butterfly_convolution_starts_as_the_long_convolution():
 
 
 def test_what_a_butterfly_convolution_refuses():
-    with pytest.raises(ValueError, match=r"max_len = 16 cannot take a sequence of 17; build it with max_len >= 17"):
+    with pytest.raises(ValueError, match=r"max_len = 16 cannot serve a sequence of 17; build it with max_len >= 17"):
         ButterflyConv(4, 16)(torch.zeros(1, 17, 4))
     with pytest.raises(ValueError, match=r"max_len = 4 is too short for transforms of order = 4"):
         ButterflyConv(4, 4, order=4)

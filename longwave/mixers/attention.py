@@ -43,6 +43,8 @@ class Attention(Mixer, name="attention"):
                 f"attention: rotary positions need an even head width; d_model = {d_model} over heads = {heads} "
                 f"gives {d_model // heads}"
             )
+        if rotary_base is not None and not rotary_base > 0:
+            raise ValueError(f"attention: rotary_base > 0, or None for no positions; got {rotary_base}")
         self.d_model, self.heads, self.rotary_base = d_model, heads, rotary_base
         self.Wqkv = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)

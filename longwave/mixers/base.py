@@ -1,7 +1,6 @@
 """What a mixer is: the only thing in a network that moves information along time."""
 
 import abc
-import difflib
 import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from longwave.nn.module import Hint
+from longwave.nn.module import Hint, choose, nearest
 
 State = tuple[Any, ...]  # in each mixer a NamedTuple of tensors, batch first
 MIXERS: dict[str, type["Mixer"]] = {}
@@ -26,7 +25,8 @@ class Mixer(nn.Module, abc.ABC):
         y, s = mixer(x[:, n:], s)                      # goes on exactly
 
     A state is a NamedTuple of tensors, batch first, and is never modified. ``class Foo(Mixer, name="foo")`` registers;
-    the contract in tests/test_mixers.py then covers every entry of ``examples``.
+    the contract in tests/test_mixers.py then covers every entry of ``examples``. Without a name a class is abstract:
+    what a mixer and its two-sided twin have in common.
 
     Attributes:
         causal: whether y[:, t] depends on x[:, :t+1] alone. A mixer that is not causal has no state.
@@ -41,8 +41,10 @@ class Mixer(nn.Module, abc.ABC):
     optim_hints: ClassVar[dict[str, Hint]] = {}
     d_model: int
 
-    def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if name is None:
+            return
         if name in MIXERS:
             raise ValueError(f"two mixers are called {name!r}: {MIXERS[name].__name__} and {cls.__name__}")
         cls.name = name
@@ -79,17 +81,9 @@ def no_state(mixer: Mixer) -> NoReturn:
     raise ValueError(f"{mixer.name} looks ahead, so it has no state; call it on whole sequences, without one")
 
 
-def nearest(name: str, known: Any) -> str:
-    """'; did you mean ...?' for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def options_of(name: str) -> dict[str, inspect.Parameter]:
     """The options of a mixer: the arguments of its ``__init__`` but d_model."""
-    if name not in MIXERS:
-        raise ValueError(f"no mixer is called {name!r}; there are {', '.join(sorted(MIXERS))}{nearest(name, MIXERS)}")
-    parameters = dict(inspect.signature(MIXERS[name].__init__).parameters)
+    parameters = dict(inspect.signature(choose("mixer", name, MIXERS).__init__).parameters)
     return {key: value for key, value in parameters.items() if key not in ("self", "d_model")}
 
 

@@ -1,6 +1,6 @@
 """Bidirectional: any causal mixer read forwards, another one read backwards, joined by a linear map.
 
-Source: Schuster & Paliwal (1997) "Bidirectional Recurrent Neural Networks", eq. of the output layer; the outer
+Source: Schuster & Paliwal (1997) "Bidirectional Recurrent Neural Networks"; the outer
 ``bidirectional`` of the authors' SequenceModel (github.com/state-spaces/s4), whose second layer sees the sequence
 backwards here.
 """

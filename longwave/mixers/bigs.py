@@ -45,7 +45,9 @@ class BiGS(Mixer, name="bigs"):
         rate: float = 1.0,
     ):
         super().__init__()
-        E = max(1, round(expand * d_model))
+        E = round(expand * d_model)
+        if E < 1:
+            raise ValueError(f"bigs needs expand * d_model >= 1; got {expand} * {d_model}")
         self.d_model = d_model
         self.dv = nn.Linear(d_model, E)
         self.du_forward, self.du_backward = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)

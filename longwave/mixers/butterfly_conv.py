@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, no_state, zero_padding
 from longwave.nn import FreeFilter, Hint, MonarchFFT, OutputGLU, monarch_conv, monarch_sizes
+from longwave.nn.filters.base import require_max_len
 
 
 class ButterflyConv(Mixer, name="butterfly_conv"):
@@ -72,11 +73,7 @@ class ButterflyConv(Mixer, name="butterfly_conv"):
         if state is not None:
             no_state(self)
         L, max_len = x.shape[1], self.kernel.max_len
-        if max_len < L:
-            raise ValueError(
-                f"butterfly_conv: transforms of max_len = {max_len} cannot take a sequence of {L}; "
-                f"build it with max_len >= {L}"
-            )
+        require_max_len("a learned transform", max_len, L)
         x, steps = zero_padding(x, mask), None
         if mask is not None:  # every row is turned until its first real token comes first, and back again behind
             steps = torch.arange(L, device=x.device) + mask.to(torch.uint8).argmax(1, keepdim=True)

@@ -1,7 +1,7 @@
 """CKConv: a convolution with a kernel that a small network draws, a matrix between all features at every lag.
 
 Source: Romero et al. (2022) "CKConv: Continuous Kernel Convolution For Sequential Data", arXiv:2102.02611, eq. 1-2
-and the halves of the residual block of fig. 4; with a kernel that learns its length: Romero et al. (2022) "FlexConv",
+and the halves of the residual block; with a kernel that learns its length: Romero et al. (2022) "FlexConv",
 arXiv:2110.08059. The authors normalise over features and time at once, which looks ahead; here each step is
 normalised on its own.
 """

@@ -14,51 +14,20 @@ from longwave.nn import HyenaFilter, conv_with_past
 from longwave.ops import causal_conv, short_conv
 
 
-def _checked(order: int) -> int:
-    """The order, or a ValueError where it is no order of a Hyena."""
-    if order < 2:
-        raise ValueError(f"hyena needs order >= 2; got {order}")
-    return order
-
-
-def _projections(
-    layer: Any, x: Tensor, short: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """(x_0, the gates in the order of their use, v, the short convolution's state) of a Hyena, from x (B, L, D)."""
-    conv = layer.short_filter
-    u, short = short_conv(zero_padding(layer.in_proj(x), mask), conv.weight[:, 0], conv.bias, short)
-    first, *gates, v = zero_padding(u, mask).chunk(layer.order + 1, dim=-1)
-    return first, gates[::-1], v, short
-
-
-def _by_order(t: Tensor, d_model: int) -> tuple[Tensor, ...]:
-    """A filter's tensor (D (order - 1), ...), feature by feature, as order - 1 times (D, ...)."""
-    return t.unflatten(0, (d_model, -1)).unbind(1)
-
-
 class HyenaState(NamedTuple):
     short: Tensor  # (B, K-1, (order+1) D) the short convolution's past
     pasts: tuple[Tensor, ...]  # order - 1 times (B, t, D): every gated input so far
 
 
-class Hyena(Mixer, name="hyena"):
-    """v <- v x_i;  v <- k_i * v + bias_i v;  for every order;  y = W_o (v x_0).
+class HyenaLayer(Mixer):
+    """What the two layers share: projections with a short convolution behind them, and implicit filters.
 
-    Args:
-        d_model: D.
-        max_len: longest sequence.
-        order: of the recurrence, >= 2: order + 1 projections, order - 1 long convolutions.
-        d_conv: K, taps of the short convolution on the projections.
-        emb_dim, width, inner_layers, frequency, target, slowest, fastest, shift: of the implicit filter, see
-            :class:`longwave.nn.HyenaFilter`.
-    Raises:
-        ValueError: for order < 2, and on a sequence longer than max_len.
+    Attributes:
+        filters: names of the implicit filters; the first has the weights of the present input too.
     """
 
-    examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"max_len": 64, "width": 8, "emb_dim": 5},
-        {"max_len": 32, "order": 3, "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
-    )
+    filters: ClassVar[tuple[str, ...]]
+    filter_fn: HyenaFilter
 
     def __init__(
         self,
@@ -76,84 +45,14 @@ class Hyena(Mixer, name="hyena"):
         shift: float = 0.0,
     ):
         super().__init__()
-        self.d_model, self.order = d_model, _checked(order)
+        if order < 2 or d_conv < 1:
+            raise ValueError(f"hyena needs order >= 2 and d_conv >= 1; got order = {order}, d_conv = {d_conv}")
+        self.d_model, self.order = d_model, order
         inner = (order + 1) * d_model
         self.in_proj, self.out_proj = nn.Linear(d_model, inner), nn.Linear(d_model, d_model)
         self.short_filter = nn.Conv1d(inner, inner, d_conv, groups=inner)
-        self.filter_fn = HyenaFilter(
-            d_model * (order - 1),
-            max_len,
-            emb_dim=emb_dim,
-            width=width,
-            inner_layers=inner_layers,
-            frequency=frequency,
-            target=target,
-            slowest=slowest,
-            fastest=fastest,
-            shift=shift,
-            skip=True,
-        )
-
-    def init_state(self, batch: int) -> HyenaState:
-        weight, (inner, _, K) = self.in_proj.weight, self.short_filter.weight.shape
-        past = weight.new_zeros(batch, 0, self.d_model)
-        return HyenaState(weight.new_zeros(batch, K - 1, inner), (past,) * (self.order - 1))
-
-    def forward(self, x: Tensor, state: HyenaState | None = None, *, mask: Tensor | None = None):
-        short, pasts = (None, [None] * (self.order - 1)) if state is None else state
-        first, gates, v, short = _projections(self, x, short, mask)
-        length = x.shape[1] if state is None else x.shape[1] + state.pasts[0].shape[1]
-        taps, biases = _by_order(self.filter_fn(length), self.d_model), _by_order(self.filter_fn.bias, self.d_model)
-        kept = []
-        for gate, k, bias, past in zip(gates, taps, biases, pasts):
-            v, past = conv_with_past(v, k, past, skip=bias, gate_in=gate)
-            kept.append(past)
-        return self.out_proj(v * first), None if state is None else HyenaState(short, tuple(kept))
-
-
-class HyenaTwoSided(Mixer, name="hyena_two_sided"):
-    """v <- v x_i;  v[t] <- sum_s k_i[s] v[t-s] + sum_s f_i[s] v[t+1+s] + bias_i v[t];  ...;  y = W_o (v x_0).
-
-    The short convolution looks back alone, as M2-BERT's.
-
-    Args:
-        d_model: D.
-        max_len: longest sequence.
-        order, d_conv: as in :class:`Hyena`.
-        emb_dim, width, inner_layers, frequency, target, slowest, fastest, shift: of both implicit filters, k behind
-            and f ahead, see :class:`longwave.nn.HyenaFilter`.
-    Raises:
-        ValueError: for order < 2, and on a sequence longer than max_len.
-    """
-
-    causal = False
-    examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"max_len": 64, "width": 8, "emb_dim": 5},
-        {"max_len": 32, "order": 3, "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
-    )
-
-    def __init__(
-        self,
-        d_model: int,
-        max_len: int,
-        order: int = 2,
-        d_conv: int = 3,
-        emb_dim: int = 33,
-        width: int = 64,
-        inner_layers: int = 2,
-        frequency: float = 14.0,
-        target: float = 1e-2,
-        slowest: float = 1.5,
-        fastest: float = 0.3,
-        shift: float = 0.0,
-    ):
-        super().__init__()
-        self.d_model, self.order = d_model, _checked(order)
-        inner = (order + 1) * d_model
-        self.in_proj, self.out_proj = nn.Linear(d_model, inner), nn.Linear(d_model, d_model)
-        self.short_filter = nn.Conv1d(inner, inner, d_conv, groups=inner)
-        self.filter_fn, self.filter_ahead = (
-            HyenaFilter(
+        for name in self.filters:
+            filter = HyenaFilter(
                 d_model * (order - 1),
                 max_len,
                 emb_dim=emb_dim,
@@ -164,10 +63,80 @@ class HyenaTwoSided(Mixer, name="hyena_two_sided"):
                 slowest=slowest,
                 fastest=fastest,
                 shift=shift,
-                skip=skip,
+                skip=name == self.filters[0],
             )
-            for skip in (True, False)
-        )
+            self.register_module(name, filter)
+
+    def project(
+        self, x: Tensor, short: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """(x_0, the gates in the order of their use, v, the short convolution's state), from x (B, L, D)."""
+        conv = self.short_filter
+        u, short = short_conv(zero_padding(self.in_proj(x), mask), conv.weight[:, 0], conv.bias, short)
+        first, *gates, v = zero_padding(u, mask).chunk(self.order + 1, dim=-1)
+        return first, gates[::-1], v, short
+
+    def by_order(self, t: Tensor) -> tuple[Tensor, ...]:
+        """A filter's tensor (D (order - 1), ...), feature by feature, as order - 1 times (D, ...)."""
+        return t.unflatten(0, (self.d_model, -1)).unbind(1)
+
+
+class Hyena(HyenaLayer, name="hyena"):
+    """v <- v x_i;  v <- k_i * v + bias_i v;  for every order;  y = W_o (v x_0).
+
+    Args:
+        d_model: D.
+        max_len: longest sequence.
+        order: of the recurrence, >= 2: order + 1 projections, order - 1 long convolutions.
+        d_conv: K >= 1, taps of the short convolution on the projections.
+        emb_dim, width, inner_layers, frequency, target, slowest, fastest, shift: of the implicit filter, see
+            :class:`longwave.nn.HyenaFilter`.
+    Raises:
+        ValueError: for order < 2 or d_conv < 1, what the filter refuses, and on a sequence longer than max_len.
+    """
+
+    filters = ("filter_fn",)
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"max_len": 64, "width": 8, "emb_dim": 5},
+        {"max_len": 32, "order": 3, "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
+    )
+
+    def init_state(self, batch: int) -> HyenaState:
+        weight, (inner, _, K) = self.in_proj.weight, self.short_filter.weight.shape
+        past = weight.new_zeros(batch, 0, self.d_model)
+        return HyenaState(weight.new_zeros(batch, K - 1, inner), (past,) * (self.order - 1))
+
+    def forward(self, x: Tensor, state: HyenaState | None = None, *, mask: Tensor | None = None):
+        short, pasts = (None, [None] * (self.order - 1)) if state is None else state
+        first, gates, v, short = self.project(x, short, mask)
+        length = x.shape[1] if state is None else x.shape[1] + state.pasts[0].shape[1]
+        taps, biases = self.by_order(self.filter_fn(length)), self.by_order(self.filter_fn.bias)
+        kept = []
+        for gate, k, bias, past in zip(gates, taps, biases, pasts):
+            v, past = conv_with_past(v, k, past, skip=bias, gate_in=gate)
+            kept.append(past)
+        return self.out_proj(v * first), None if state is None else HyenaState(short, tuple(kept))
+
+
+class HyenaTwoSided(HyenaLayer, name="hyena_two_sided"):
+    """HyenaTwoSided: Hyena whose long convolutions look ahead too, as in M2-BERT; the short one looks back alone.
+
+    v <- v x_i;  v[t] <- sum_s k_i[s] v[t-s] + sum_s f_i[s] v[t+1+s] + bias_i v[t];  ...;  y = W_o (v x_0).
+
+    Args:
+        d_model: D.
+        max_len: longest sequence.
+        order, d_conv: as in :class:`Hyena`.
+        emb_dim, width, inner_layers, frequency, target, slowest, fastest, shift: of both implicit filters, k behind
+            and f ahead, see :class:`longwave.nn.HyenaFilter`.
+    Raises:
+        ValueError: as :class:`Hyena`.
+    """
+
+    causal = False
+    filters = ("filter_fn", "filter_ahead")
+    filter_ahead: HyenaFilter
+    examples = Hyena.examples
 
     def init_state(self, batch: int):
         no_state(self)
@@ -175,11 +144,8 @@ class HyenaTwoSided(Mixer, name="hyena_two_sided"):
     def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
         if state is not None:
             no_state(self)
-        first, gates, v, _ = _projections(self, x, None, mask)
-        behind, ahead, biases = (
-            _by_order(t, self.d_model)
-            for t in (self.filter_fn(x.shape[1]), self.filter_ahead(x.shape[1]), self.filter_fn.bias)
-        )
-        for gate, k, f, bias in zip(gates, behind, ahead, biases):
-            v = causal_conv(v, k, skip=bias, gate_in=gate, k_future=f)
+        first, gates, v, _ = self.project(x, None, mask)
+        k, f = (self.by_order(filter(x.shape[1])) for filter in (self.filter_fn, self.filter_ahead))
+        for gate, behind, ahead, bias in zip(gates, k, f, self.by_order(self.filter_fn.bias)):
+            v = causal_conv(v, behind, skip=bias, gate_in=gate, k_future=ahead)
         return self.out_proj(v * first), None

@@ -4,21 +4,14 @@ Source: Fu et al. (2023) "Simple Hardware-Efficient Long Convolutions for Sequen
 Parameter names are those of the authors' LongConv (github.com/HazyResearch/safari).
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from longwave.mixers.base import Mixer, zero_padding
-from longwave.nn import FreeFilter, Hint, OutputGLU, init_conv_state, long_conv
+from longwave.mixers.conv_layer import ConvLayer
+from longwave.nn import FreeFilter, Hint, OutputGLU
 from longwave.nn.filters import Smooth
 
 
-class LongConvState(NamedTuple):
-    past: Tensor  # (B, t, channels D) every input so far, once a filter
-
-
-class LongConvMixer(Mixer, name="long_conv"):
+class LongConvMixer(ConvLayer, name="long_conv"):
     """y = GLU(W gelu([k_c * x + D_c x]_c)) with k = squash(smooth(free taps)).
 
     Args:
@@ -49,25 +42,8 @@ class LongConvMixer(Mixer, name="long_conv"):
         decay: bool = False,
         dropout: float = 0.0,
     ):
-        super().__init__()
         if channels < 1:
             raise ValueError(f"long_conv needs channels >= 1; got {channels}")
-        self.d_model, self.channels = d_model, channels
-        rows = channels * d_model
         average = Smooth(smooth) if smooth != 1 else None
-        self.kernel = FreeFilter(rows, max_len, squash=squash, smooth=average, decay=decay, dropout=dropout)
-        self.D = nn.Parameter(torch.empty(rows))
-        self.output_linear = OutputGLU(rows, d_model)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.D.normal_()
-
-    def init_state(self, batch: int) -> LongConvState:
-        return LongConvState(init_conv_state(self.kernel, batch))
-
-    def forward(self, x: Tensor, state: LongConvState | None = None, *, mask: Tensor | None = None):
-        past = None if state is None else state.past
-        y, past = long_conv(zero_padding(x, mask).repeat(1, 1, self.channels), self.kernel, past, skip=self.D)
-        return self.output_linear(y), None if past is None else LongConvState(past)
+        kernel = FreeFilter(channels * d_model, max_len, squash=squash, smooth=average, decay=decay, dropout=dropout)
+        super().__init__(d_model, kernel, OutputGLU(channels * d_model, d_model))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, zero_padding
 from longwave.nn import Hint
+from longwave.nn.module import step_range
 from longwave.ops import selective_scan, short_conv
 
 
@@ -31,7 +32,9 @@ class Mamba(Mixer, name="mamba"):
         dt_rank: R, rank of the step size's projection; default ceil(D / 16).
         bias: on the in and out projections.
         conv_bias: on the short convolution.
-        dt_min, dt_max: initial step sizes are log-uniform between them.
+        dt_min, dt_max: initial step sizes are log-uniform between them, and no smaller than 1e-4.
+    Raises:
+        ValueError: for an option below 1, or unless 0 < dt_min <= dt_max.
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -53,8 +56,11 @@ class Mamba(Mixer, name="mamba"):
         dt_max: float = 1e-1,
     ):
         super().__init__()
-        self.d_model, self.dt_min, self.dt_max = d_model, dt_min, dt_max
         E, R = round(expand * d_model), math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        for option, value in {"d_state": d_state, "d_conv": d_conv, "expand * d_model": E, "dt_rank": R}.items():
+            if value < 1:
+                raise ValueError(f"mamba needs {option} >= 1; got {value}")
+        self.d_model, self.log_dt_range = d_model, step_range(dt_min, dt_max)
         self.in_proj = nn.Linear(d_model, 2 * E, bias=bias)
         self.conv1d = nn.Conv1d(E, E, d_conv, groups=E, bias=conv_bias)
         self.x_proj = nn.Linear(E, R + 2 * d_state, bias=False)
@@ -70,7 +76,7 @@ class Mamba(Mixer, name="mamba"):
         self.A_log.copy_(torch.arange(1.0, N + 1, device=self.D.device).log().expand_as(self.A_log))
         self.D.fill_(1.0)
         self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
-        dt = torch.empty_like(self.D).uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp().clamp(min=1e-4)
+        dt = torch.empty_like(self.D).uniform_(*self.log_dt_range).exp().clamp(min=1e-4)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def init_state(self, batch: int) -> MambaState:

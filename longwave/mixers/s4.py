@@ -4,20 +4,13 @@ Source: Gu, Goel & Re (2021) "Efficiently Modeling Long Sequences with Structure
 the output layer of github.com/state-spaces/s4.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from longwave.mixers.base import Mixer, zero_padding
-from longwave.nn import DPLRFilter, OutputGLU, init_conv_state, long_conv
+from longwave.mixers.conv_layer import ConvLayer
+from longwave.nn import DPLRFilter, OutputGLU
 
 
-class S4State(NamedTuple):
-    h: Tensor  # (B, D, N)
-
-
-class S4(Mixer, name="s4"):
+class S4(ConvLayer, name="s4"):
     """y = GLU(W gelu(k * x + D x)).
 
     Args:
@@ -43,23 +36,7 @@ class S4(Mixer, name="s4"):
         systems: int | None = None,
         rate: float = 1.0,
     ):
-        super().__init__()
-        self.d_model = d_model
-        self.kernel = DPLRFilter(
+        kernel = DPLRFilter(
             d_model, d_state, init=init, rank=rank, dt_min=dt_min, dt_max=dt_max, systems=systems, rate=rate
         )
-        self.D = nn.Parameter(torch.empty(d_model))
-        self.output_linear = OutputGLU(d_model, d_model)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.D.normal_()
-
-    def init_state(self, batch: int) -> S4State:
-        return S4State(init_conv_state(self.kernel, batch))
-
-    def forward(self, x: Tensor, state: S4State | None = None, *, mask: Tensor | None = None):
-        h = None if state is None else state.h
-        y, h = long_conv(zero_padding(x, mask), self.kernel, h, skip=self.D)
-        return self.output_linear(y), None if h is None else S4State(h)
+        super().__init__(d_model, kernel, OutputGLU(d_model, d_model))

@@ -4,20 +4,13 @@ Source: Gu, Goel, Gupta & Re (2022), arXiv:2206.11893, sec. 4: the layer of S4 w
 are those of the authors' models/s4/s4d.py; B is kept as in their full block.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from longwave.mixers.base import Mixer, zero_padding
-from longwave.nn import OutputGLU, S4DFilter, init_conv_state, long_conv
+from longwave.mixers.conv_layer import ConvLayer
+from longwave.nn import OutputGLU, S4DFilter
 
 
-class S4DState(NamedTuple):
-    h: Tensor  # (B, D, N/2) complex
-
-
-class S4D(Mixer, name="s4d"):
+class S4D(ConvLayer, name="s4d"):
     """y = GLU(W gelu(k * x + D x)).
 
     Args:
@@ -42,9 +35,7 @@ class S4D(Mixer, name="s4d"):
         systems: int | None = None,
         rate: float = 1.0,
     ):
-        super().__init__()
-        self.d_model = d_model
-        self.kernel = S4DFilter(
+        kernel = S4DFilter(
             d_model,
             d_state,
             init=init,
@@ -54,18 +45,4 @@ class S4D(Mixer, name="s4d"):
             systems=systems,
             rate=rate,
         )
-        self.D = nn.Parameter(torch.empty(d_model))
-        self.output_linear = OutputGLU(d_model, d_model)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.D.normal_()
-
-    def init_state(self, batch: int) -> S4DState:
-        return S4DState(init_conv_state(self.kernel, batch))
-
-    def forward(self, x: Tensor, state: S4DState | None = None, *, mask: Tensor | None = None):
-        h = None if state is None else state.h
-        y, h = long_conv(zero_padding(x, mask), self.kernel, h, skip=self.D)
-        return self.output_linear(y), None if h is None else S4DState(h)
+        super().__init__(d_model, kernel, OutputGLU(d_model, d_model))

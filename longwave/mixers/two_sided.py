@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, nearest, no_state, zero_padding
+from longwave.mixers.base import Mixer, no_state, zero_padding
 from longwave.nn import FILTERS, OutputGLU, two_sided_conv
+from longwave.nn.module import choose
 
 
 class TwoSided(Mixer, name="two_sided"):
@@ -32,12 +33,8 @@ class TwoSided(Mixer, name="two_sided"):
 
     def __init__(self, d_model: int, filter: str = "s4d", options: dict[str, Any] | None = None):
         super().__init__()
-        if filter not in FILTERS:
-            raise ValueError(
-                f"no filter is called {filter!r}; there are {', '.join(FILTERS)}{nearest(filter, FILTERS)}"
-            )
         self.d_model = d_model
-        build: Any = FILTERS[filter]
+        build = choose("filter", filter, FILTERS)
         self.kernel, self.kernel_ahead = (build(d_model, **(options or {})) for _ in range(2))
         self.D = nn.Parameter(torch.empty(d_model))
         self.output_linear = OutputGLU(d_model, d_model)

@@ -77,7 +77,7 @@ class Layer(NamedTuple):
     Attributes:
         name: of the mixer, or of the filter's class.
         banks: its filters, or none.
-        note: what there is to say where there are none, or about those there are.
+        note: what there is to say where there are none.
     """
 
     name: str
@@ -143,7 +143,10 @@ def _(layer: Mamba) -> list[Response]:
     A_log, bias = at_least_float32(layer.A_log, layer.dt_proj.bias)
     a = torch.exp(-F.softplus(bias)[:, None] * A_log.exp())
     slowest = a.amax(1, keepdim=True)
-    taps = lambda length: slowest ** torch.arange(length, device=a.device)  # noqa: E731
+
+    def taps(length: int) -> Tensor:
+        return slowest ** torch.arange(length, device=a.device)
+
     return [Response("slowest modes at x = 0", len(a), taps, torch.complex(a, torch.zeros_like(a)))]
 
 
@@ -273,7 +276,7 @@ def drawn(name: str, options: dict[str, Any], d_model: int = 64, length: int = 1
 def describe(layers: list[Layer]) -> str:
     """The effective memory of every bank of filters, as a table."""
     rows = [
-        "effective memory: the fewest steps that hold 95 % of a filter's energy, median and 90 % quantile over channels",
+        "effective memory: the fewest steps that hold 95 % of a filter's energy; median and 90 % quantile of channels",
         f"{'layer':20}{'filter':28}{'channels':>10}{'median':>12}{'90 %':>12}",
     ]
     for i, layer in enumerate(layers):

@@ -12,6 +12,17 @@ ModelState = BackboneState | SashimiState | SashimiRows
 LOGITS_AT_ONCE = 2**22  # elements; of a long sequence, logits exist for as many tokens as this allows
 
 
+@torch.no_grad()
+def draw_tokens(embedding: nn.Embedding, head: nn.Linear, tied: bool) -> None:
+    """Logits start with unit variance; so do embeddings where they may, or the blocks would drown the tokens."""
+    std = embedding.embedding_dim**-0.5
+    if tied:
+        head.weight = embedding.weight  # again: leaving the meta device has parted them
+    else:
+        head.weight.normal_(std=std)
+    embedding.weight.normal_(std=std if tied else 1.0)
+
+
 class LM(nn.Module):
     """embedding -> backbone -> head.
 
@@ -34,15 +45,8 @@ class LM(nn.Module):
         self.tied = tied
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Logits start with unit variance; so do embeddings where they may, or the blocks would drown the tokens."""
-        std = self.backbone.d_model**-0.5
-        if self.tied:
-            self.head.weight = self.embedding.weight  # again: leaving the meta device has parted them
-        else:
-            self.head.weight.normal_(std=std)
-        self.embedding.weight.normal_(std=std if self.tied else 1.0)
+        draw_tokens(self.embedding, self.head, self.tied)
 
     @property
     def vocab(self) -> int:

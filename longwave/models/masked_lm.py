@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.models.backbone import Backbone
-from longwave.models.lm import LOGITS_AT_ONCE
+from longwave.models.lm import LOGITS_AT_ONCE, draw_tokens
 from longwave.models.sashimi import Sashimi
 from longwave.models.score import Score, score_tokens
 
@@ -58,13 +58,7 @@ class MaskedLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As in :class:`longwave.models.LM`: logits start with unit variance, and so do embeddings where they may."""
-        std = self.backbone.d_model**-0.5
-        if self.tied:
-            self.head.decoder.weight = self.embedding.weight  # again: leaving the meta device has parted them
-        else:
-            self.head.decoder.weight.normal_(std=std)
-        self.embedding.weight.normal_(std=std if self.tied else 1.0)
+        draw_tokens(self.embedding, self.head.decoder, self.tied)
         self.head.decoder.bias.zero_()
 
     @property

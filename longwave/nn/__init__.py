@@ -1,8 +1,9 @@
 """Modules without a policy on time: filters, the long convolution that carries state, channel mixers, positions."""
 
 from longwave.nn.block_fft import BlockFFT, MonarchFFT, block_fft, fourier_factors, monarch_fft, monarch_sizes
-from longwave.nn.channel import MLP, OutputGLU, SwiGLU
+from longwave.nn.channel import MLP, OutputGLU, OutputLinear, SwiGLU
 from longwave.nn.dense_conv import dense_conv
+from longwave.nn.driven_states import C_INITS, DrivenStates
 from longwave.nn.filters import (
     FILTERS,
     CKConvFilter,
@@ -32,6 +33,7 @@ from longwave.nn.rotary import rotate
 from longwave.nn.s4nd import S4ND, SeparableConv
 
 __all__ = [
+    "C_INITS",
     "FILTERS",
     "MLP",
     "S4ND",
@@ -44,6 +46,7 @@ __all__ = [
     "DSSFilter",
     "DSSSoftmaxFilter",
     "DenseStateSpace",
+    "DrivenStates",
     "Filter",
     "FlexConvFilter",
     "FreeFilter",
@@ -54,6 +57,7 @@ __all__ = [
     "MonarchFFT",
     "MonarchLinear",
     "OutputGLU",
+    "OutputLinear",
     "S4DFilter",
     "SeparableConv",
     "ShiftFilter",

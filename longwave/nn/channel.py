@@ -39,10 +39,17 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class OutputLinear(nn.Linear):
+    """W gelu(x): what follows the convolution in DSS."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.gelu(x))
+
+
 class OutputGLU(nn.Linear):
     """a * sigmoid(b),  [a | b] = W gelu(x): what follows the convolution in the blocks of S4 and its kin.
 
-    Source: Gu et al. (2021), arXiv:2111.00396, app. C, with the gated linear unit of the authors' code.
+    Source: Gu et al. (2021), arXiv:2111.00396, with the gated linear unit of the authors' code.
 
     Args:
         d_in: width of x.

@@ -9,7 +9,7 @@ from longwave.ops import at_least_float32
 def dense_conv(u: Tensor, k: Tensor) -> Tensor:
     """y[t] = sum_{s <= t} k[:, :, s] u[t - s]:  a matrix for every lag, by FFT.
 
-    Source: Romero et al. (2022) "CKConv", arXiv:2102.02611, eq. 1 and app. C.
+    Source: Romero et al. (2022) "CKConv", arXiv:2102.02611, eq. 1.
 
     Args:
         u: (B, L, D) input, float.

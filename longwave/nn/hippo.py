@@ -185,14 +185,28 @@ def nplr(measure: str, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normal = A + P.T @ P
     imag, V = torch.linalg.eigh(-1j * normal)  # the symmetric part is a multiple of the identity; ascending
     V = V[:, : N // 2].clone()
-    if (
-        imag[N // 2 - 1].abs() < 1e-4
-    ):  # a Fourier measure has one pair of real eigenvalues, whose basis eigh leaves open
+    if imag[N // 2 - 1].abs() < 1e-4:  # a Fourier measure has one real pair, whose basis eigh leaves open
         V[:, -1] = 0
         V[0, -1], V[1, -1] = 2**-0.5, 2**-0.5 * 1j
     Lambda = torch.complex(normal.diagonal().mean().expand(N // 2), imag[: N // 2])
     adjoint = V.conj().T
     return Lambda, P.to(V.dtype) @ adjoint.T, adjoint @ B.to(V.dtype), V
+
+
+def normal_hippo(N: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues and eigenvectors of HiPPO-N, the normal part of HiPPO-LegS:  -1/2 + its skew part.
+
+    Source: Smith et al. (2022) "S5", arXiv:2208.04933, app. B.
+
+    Args:
+        N: >= 1.
+    Returns:
+        Lambda: (N,) complex128, by growing imaginary part: the first half are the conjugates of the second.
+        V: (N, N), unitary; its phases are arbitrary.
+    """
+    A, _ = hippo("legs", N)
+    imag, V = torch.linalg.eigh(-0.5j * (A - A.T))
+    return torch.complex(torch.full_like(imag, -0.5), imag), V
 
 
 def _require_even(what: str, N: int) -> None:

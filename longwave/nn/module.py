@@ -1,6 +1,8 @@
 """What every module of longwave shares: how it is (re)drawn, and what it asks of the optimiser."""
 
 import difflib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,20 +48,35 @@ def reset(module: nn.Module) -> nn.Module:
     return module
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def choose(what: str, name: str, table: dict) -> Any:
     """table[name], or a ValueError that lists the table and the nearest name."""
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(table)}{hint}")
+        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(table)}{nearest(name, table)}")
     return table[name]
 
 
 def positive_rate(rate: float) -> float:
-    """The rate, or a ValueError where it is not positive."""
-    if not rate > 0:
+    """The rate, or a ValueError where it is not positive and finite."""
+    if not 0 < rate < math.inf:
         raise ValueError(f"a rate is the step between samples over that of training, > 0; got rate = {rate}")
     return rate
+
+
+def step_range(dt_min: float, dt_max: float) -> tuple[float, float]:
+    """(log dt_min, log dt_max), between which the logarithms of step sizes are drawn uniformly.
+
+    Raises:
+        ValueError: unless 0 < dt_min <= dt_max.
+    """
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"step sizes need 0 < dt_min <= dt_max; got dt_min = {dt_min}, dt_max = {dt_max}")
+    return math.log(dt_min), math.log(dt_max)
 
 
 def set_rate(module: nn.Module, rate: float) -> nn.Module:

@@ -4,7 +4,7 @@ from longwave.ops.attention import attention
 from longwave.ops.butterfly import butterfly
 from longwave.ops.cauchy import cauchy
 from longwave.ops.causal_conv import causal_conv
-from longwave.ops.dispatch import OPS, Op, at_least_float32
+from longwave.ops.dispatch import OPS, Op, at_least_float32, without_autocast
 from longwave.ops.linear_attention import linear_attention
 from longwave.ops.linear_scan import linear_scan
 from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
@@ -30,5 +30,6 @@ __all__ = [
     "short_conv",
     "vandermonde",
     "vandermonde_transpose",
+    "without_autocast",
     "wkv",
 ]

@@ -16,7 +16,7 @@ from longwave.ops.dispatch import Op
 def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
     """k[l] = sum_n v[n] / (z[l] - w[n]) + conj(v[n]) / (z[l] - conj(w[n])): of each conjugate pair one half is given.
 
-    Source: Gu et al. (2021) "S4", arXiv:2111.00396, sec. 3.2 and eq. 44: a Cauchy matrix times a vector.
+    Source: Gu et al. (2021) "S4", arXiv:2111.00396, sec. 3.2: a Cauchy matrix times a vector.
 
     Args:
         v: (B, C, N) complex weights.

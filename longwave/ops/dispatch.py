@@ -30,6 +30,13 @@ def use_backend(name: str) -> Iterator[None]:
         _FORCED = before
 
 
+def without_autocast(device: torch.device | None) -> contextlib.AbstractContextManager:
+    """Within it autocast changes no dtype on the device: powers, filters and scans in bfloat16 would be noise."""
+    if device is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 class Op:
     """A pure tensor function: a reference that defines it, and faster twins with the same signature.
 
@@ -41,7 +48,8 @@ class Op:
 
     Calling the op takes the first backend whose ``why_not`` is None, in the order of registration, latest first, and
     the reference last. ``backend="name"`` takes that one, or raises ValueError with the reason why it cannot run.
-    The environment variable LONGWAVE_BACKEND names a backend for every op that has it.
+    The environment variable LONGWAVE_BACKEND names a backend for every op that has it. An op computes in the dtypes of
+    its inputs, or wider ones: autocast does not reach into it.
     """
 
     __name__: str
@@ -56,7 +64,10 @@ class Op:
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         if not self.backends:
             return self._define(args[0])
-        self._check(args, kwargs)
+        with without_autocast(self._check(args, kwargs)):
+            return self._run(backend, args, kwargs)
+
+    def _run(self, backend: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         if backend == "auto" and _FORCED in self.backends:
             backend = _FORCED
         if backend == "auto":
@@ -89,7 +100,8 @@ class Op:
         OPS[self.__name__] = self
         return self
 
-    def _check(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _check(self, args: tuple, kwargs: dict[str, Any]) -> torch.device | None:
+        """The device of the tensors, where they are as ``shapes`` says."""
         if len(args) > len(self.arguments):
             raise TypeError(f"{self.__name__} takes {', '.join(self.arguments)}; got {len(args)} positional arguments")
         given = {**dict(zip(self.arguments, args)), **kwargs}
@@ -126,6 +138,7 @@ class Op:
         for letter, (size, owner) in sizes.items():
             if size == 0 and letter != "M":  # there may be no taps that look ahead
                 raise ValueError(f"{self.__name__}: {owner} has {letter} = 0; at least 1 is needed")
+        return None if first is None else first[0]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

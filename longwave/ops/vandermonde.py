@@ -17,7 +17,7 @@ def vandermonde(x: Tensor, c: Tensor, length: int) -> Tensor:
     """k[l] = 2 Re sum_n c[n] x[n]^l,  l < length: one half of each conjugate pair is given, both count.
 
     Source: Gu et al. (2022) "On the Parameterization and Initialization of Diagonal State Space Models",
-    arXiv:2206.11893, eq. 4.
+    arXiv:2206.11893, sec. 3.2.
 
     Args:
         x: (C, N) complex nodes, |x| <= 1 for a stable system.

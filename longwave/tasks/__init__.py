@@ -2,7 +2,7 @@
 
 from longwave.tasks.base import IGNORE, TASKS, Batch, Task
 from longwave.tasks.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying
-from longwave.tasks.text import Corpus, Text
+from longwave.tasks.text import Corpus, MaskedText, Text
 
 __all__ = [
     "IGNORE",
@@ -11,6 +11,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "InductionHeads",
+    "MaskedText",
     "SelectiveCopying",
     "Task",
     "Text",

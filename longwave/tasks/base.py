@@ -9,7 +9,7 @@ from torch import Tensor
 
 IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
 
-TRAIN, EVAL, EPOCH = range(3)  # the streams of random numbers, which share nothing
+TRAIN, EVAL, EPOCH, HIDE = range(4)  # the streams of random numbers, which share nothing
 
 
 class Batch(NamedTuple):
@@ -44,6 +44,7 @@ class Task(BaseModel):
 
     metric: ClassVar[str]  # the name, among metrics(), of the number that says which checkpoint is best
     higher_is_better: ClassVar[bool]
+    asks_next: ClassVar[bool] = False  # targets are the inputs one step on, which a model that looks ahead would see
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

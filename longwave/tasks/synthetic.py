@@ -118,6 +118,8 @@ class _NextToken(Synthetic):
     mask_train: bool = False
     """Train on the answers alone, not on every next token as the authors do."""
 
+    asks_next: ClassVar[bool] = True
+
     @property
     def vocab(self) -> int:
         """Token ids, the two special ones among them."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from longwave.tasks.base import IGNORE, TRAIN, Batch, Task, next_token, random_stream
+from longwave.tasks.base import EVAL, HIDE, IGNORE, TRAIN, Batch, Task, next_token, random_stream
 
 BOOKS = Path(__file__).with_name("books")
 _CHUNK = 2**20  # bytes given to a compressor at a time
@@ -131,6 +131,7 @@ class Text(Task):
 
     metric: ClassVar[str] = "bits_per_byte"
     higher_is_better: ClassVar[bool] = False
+    asks_next: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _stride_leaves_no_gap(self) -> "Text":
@@ -239,6 +240,67 @@ class Text(Task):
         encode = compressor()
         chunks = (self.corpus.read(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK))
         return sum(len(encode.compress(chunk.tobytes())) for chunk in chunks) + len(encode.flush())
+
+
+class MaskedText(Task):
+    """Tell hidden bytes of any files from what stands on both sides; the last part of the files is for evaluation.
+
+    Windows are those of `text`. In each, a share of the bytes is asked for; of these 80 % appear as the token 256, 10 %
+    as a random byte, and 10 % as they are. Evaluation windows follow each other without overlap but for the last one,
+    and which of their bytes are hidden depends on the window alone.
+
+    Source: Devlin et al. (2018) "BERT", arXiv:1810.04805, sec. 3.1.
+    """
+
+    kind: Literal["masked_text"] = "masked_text"
+    files: list[str] = Field(["book:emma"], min_length=1)
+    """As in `text`."""
+    length: int = Field(512, ge=1)
+    """Tokens in a window."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """The fraction of the corpus, at its end, that is evaluated and never trained on."""
+    share: float = Field(0.15, gt=0, le=1)
+    """Of the bytes of a window, that are asked for; at least one is."""
+
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+
+    @property
+    def vocab(self) -> int:
+        """One id a byte value, and one that hides."""
+        return 257
+
+    @property
+    def _text(self) -> Text:
+        return Text(files=self.files, length=self.length, held_out=self.held_out, stride=self.length)
+
+    def prepare(self) -> None:
+        """As :meth:`Text.prepare`."""
+        self._text.prepare()
+
+    def train_batch(self, size: int, seed: int, index: int) -> Batch:
+        """Windows that start at random positions of the training part."""
+        return self._hide(self._text.train_batch(size, seed, index).inputs, random_stream(seed, HIDE, index))
+
+    def eval_batches(self, size: int) -> int:
+        """How many batches of `size` windows there are over the held-out part."""
+        return self._text.eval_batches(size)
+
+    def eval_batch(self, size: int, index: int) -> Batch:
+        """Windows size * index and following over the held-out part."""
+        windows = enumerate(self._text.eval_batch(size, index).inputs, size * index)
+        hidden = [self._hide(window[None], random_stream(0, EVAL, number)) for number, window in windows]
+        return Batch(*(torch.cat(rows) for rows in zip(*hidden)))
+
+    def _hide(self, ids: torch.Tensor, random: np.random.Generator) -> Batch:
+        rows, length = ids.shape
+        asked = np.zeros((rows, length), bool)
+        places = random.random((rows, length)).argsort(axis=1)[:, : max(1, round(self.share * length))]
+        np.put_along_axis(asked, places, True, axis=1)
+        fate, noise = random.random((rows, length)), random.integers(256, size=(rows, length))
+        shown = np.where(fate < 0.8, 256, np.where(fate < 0.9, noise, ids.numpy()))
+        ask = torch.from_numpy(asked)
+        return Batch(torch.where(ask, torch.from_numpy(shown), ids), torch.where(ask, ids, IGNORE))
 
 
 _COMPRESSORS: dict[str, Callable[[], Any]] = {

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from longwave.mixers import nearest
 from longwave.models import ModelSpec
-from longwave.models.spec import AnyChannelMixer, AnyMixer, LanguageSpec, Spec
+from longwave.models.spec import AnyChannelMixer, AnyMixer, LanguageSpec, MaskedLMSpec, Spec
 from longwave.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Recipe(Spec):
         schedule: cosine | linear | constant, of lr after the warm-up, down to ``final_lr`` times lr.
         precision: 32-true | bf16-mixed.
         threads: CPU threads of a process; default torch's choice. A tiny model is fastest on one.
+        keep_memory: on a CPU, keep freed memory in the process rather than give it back and fault it in anew, see
+            :func:`longwave.train.memory.keep_freed_memory`; false leaves malloc as it is.
         accelerator, devices, nodes, strategy: as lightning-fabric has them; strategy auto | ddp | fsdp2.
         eval_every, checkpoint_every, log_every: in steps; the last step always evaluates and saves.
         eval_batch: rows an evaluation batch; default batch.
@@ -59,6 +61,7 @@ class Recipe(Spec):
     final_lr: float = Field(0.1, ge=0, le=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     threads: int | None = Field(None, ge=1)
+    keep_memory: bool = True
     accelerator: str = "auto"
     devices: int = Field(1, ge=1)
     nodes: int = Field(1, ge=1)
@@ -77,6 +80,12 @@ class Recipe(Spec):
             object.__setattr__(self, "model", model.model_copy(update={"vocab": self.task.vocab}))
         elif model.vocab is not None and model.vocab < self.task.vocab:
             raise ValueError(f"model.vocab = {model.vocab} is too small: the task has {self.task.vocab} token ids")
+        if isinstance(model, MaskedLMSpec) and self.task.asks_next:
+            kind = type(self.task).model_fields["kind"].default
+            raise ValueError(
+                f"model masked_lm sees the next token, which is what the task {kind} asks for; "
+                "take the model lm, or a task that hides its targets, such as masked_text"
+            )
         if self.eval_batch is None:
             object.__setattr__(self, "eval_batch", self.batch)
         parts = self.devices * self.nodes * self.accumulate

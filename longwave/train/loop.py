@@ -29,6 +29,7 @@ from longwave.train.checkpoint import (
 )
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
+from longwave.train.memory import keep_freed_memory
 from longwave.train.monitor import Monitor, plot_loss
 from longwave.train.optim import build_optimizer, set_lr
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # takes long to import, and only training needs it
 CONFIG = "config.yaml"
 MAY_DIFFER = {
     "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep",
-    "threads", "accelerator", "devices", "nodes", "strategy", "accumulate",
+    "threads", "keep_memory", "accelerator", "devices", "nodes", "strategy", "accumulate",
 }  # fmt: skip
 
 
@@ -118,6 +119,8 @@ def make_fabric(recipe: Recipe) -> "Fabric":
         reason = " ".join(str(error).split())
         raise ValueError(f"accelerator = {recipe.accelerator}, devices = {recipe.devices}: {reason}") from error
     fabric.launch()
+    if recipe.keep_memory and fabric.device.type == "cpu":
+        keep_freed_memory()
     if torch.distributed.is_initialized():
         atexit.register(_leave)
     return fabric

@@ -21,21 +21,23 @@ from longwave.models.pretrained import (
     s4nd,
     s4v3,
     s5,
+    safari_block_fft,
     safari_h3,
     safari_hyena,
     safari_lm,
     safari_longconv,
     sashimi,
 )
-from longwave.models.pretrained.system import Choice, Either, Family, Options, System
+from longwave.models.pretrained.system import Choice, Family, Options, System, mapping
 
-SYSTEMS: dict[str, System | Either | Family] = {
+SYSTEMS: dict[str, System | Family] = {
     **s4.SYSTEMS,
     **s4v3.SYSTEMS,
     **s4model.SYSTEMS,
     **safari_h3.SYSTEMS,
     **safari_hyena.SYSTEMS,
     **safari_longconv.SYSTEMS,
+    **safari_block_fft.SYSTEMS,
     **safari_lm.SYSTEMS,
     **hyenadna.SYSTEMS,
     **m2.SYSTEMS,
@@ -51,7 +53,7 @@ SYSTEMS: dict[str, System | Either | Family] = {
     **sashimi.SYSTEMS,
 }
 
-__all__ = ["SYSTEMS", "Choice", "Either", "Family", "Options", "System", "from_official"]
+__all__ = ["SYSTEMS", "Choice", "Family", "Options", "System", "from_official"]
 
 
 def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tensor]) -> nn.Module:
@@ -84,6 +86,6 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
         known = ", ".join(SYSTEMS)
         raise ValueError(f"no official system is called {system!r}; there are {known}{nearest(system, SYSTEMS)}")
     try:
-        return SYSTEMS[system].load(config, state)
+        return SYSTEMS[system].load(mapping(config), state)
     except ValueError as error:
         raise ValueError(f"{system}: {error}") from error

@@ -9,9 +9,8 @@ from longwave.mixers import BiGS
 from longwave.mixers.bigs import shared_conv
 from longwave.models.backbone import Backbone, Block
 from longwave.models.masked_lm import MaskedLMHead
-from longwave.models.pretrained.blocks import ELEMENTWISE
-from longwave.models.pretrained.gss import BlockFace
-from longwave.models.pretrained.system import Choice, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import ELEMENTWISE, MixerFace
+from longwave.models.pretrained.system import Choice, Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import LongConv, S4DFilter
 
 
@@ -145,7 +144,7 @@ def _build(o: Options) -> nn.Module:
     if o.cls == "S4dLayer":
         return SharedConv(o.num_ssm)
     if o.cls == "BiGSLayer":
-        return BlockFace(Block(_mixer(o), _norm(o)))
+        return MixerFace(Block(_mixer(o), _norm(o)))
     return MaskedLMFace(o) if o.cls == "BiGSForMaskedLM" else ClassifierFace(o)
 
 
@@ -161,7 +160,7 @@ def _norm_keys(name: str, width: int) -> Shapes:
 
 
 def _under(prefix: str, shapes: Shapes) -> Shapes:
-    return {f"{prefix}.{key}": shape for key, shape in shapes.items()}
+    return prefixed(f"{prefix}.", shapes)
 
 
 def _s4d_keys(o: Options) -> Shapes:
@@ -214,13 +213,9 @@ def _aliases(o: Options) -> dict[str, str]:
     return aliases
 
 
-def _without_positions(state: State, o: Options) -> State:
+def _position_ids(o: Options) -> Shapes:
     """Older checkpoints hold 0, 1, 2, ... besides the weights."""
-    return {key: tensor for key, tensor in state.items() if key != "bigs.embeddings.position_ids"}
-
-
-def _inside(state: State, prefix: str) -> State:
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return {"bigs.embeddings.position_ids": (1, o.max_position_embeddings)} if "Layer" not in o.cls else {}
 
 
 def _convert_s4d(state: State) -> State:
@@ -239,20 +234,20 @@ def _convert_s4d(state: State) -> State:
 def _convert_layer(state: State) -> State:
     ours = {"norm1.weight": state["LayerNorm.weight"], "norm1.bias": state["LayerNorm.bias"]}
     for ssm in ("fs4", "bs4"):
-        ours |= {f"mixer.{ssm}.{key}": tensor for key, tensor in _convert_s4d(_inside(state, f"{ssm}.")).items()}
+        ours |= prefixed(f"mixer.{ssm}.", _convert_s4d(under(f"{ssm}.", state)))
     return ours | {f"mixer.{name}.{key}": state[f"{name}.{key}"] for name in LINEAR for key in ("weight", "bias")}
 
 
 def _convert(state: State, o: Options) -> State:
     if o.cls == "S4dLayer":
-        return {f"conv.{key}": tensor for key, tensor in _convert_s4d(state).items()}
+        return prefixed("conv.", _convert_s4d(state))
     if o.cls == "BiGSLayer":
-        return {f"model.{key}": tensor for key, tensor in _convert_layer(state).items()}
-    embeddings = _inside(_without_positions(state, o), "bigs.embeddings.")
-    ours = {f"encoder.embeddings.{key}": tensor for key, tensor in embeddings.items()}
+        return prefixed("model.", _convert_layer(state))
+    embeddings = under("bigs.embeddings.", state)
+    ours = {f"encoder.embeddings.{key}": t for key, t in embeddings.items() if key != "position_ids"}
     for i in range(o.num_hidden_layers):
-        layer = _convert_layer(_inside(state, f"bigs.encoder.layer.{i}."))
-        ours |= {f"encoder.backbone.layers.{i}.{key}": tensor for key, tensor in layer.items()}
+        layer = _convert_layer(under(f"bigs.encoder.layer.{i}.", state))
+        ours |= prefixed(f"encoder.backbone.layers.{i}.", layer)
     if o.cls == "BiGSForSequenceClassification":
         return ours | {
             "dense.weight": state["bigs.pooler.dense.weight"],
@@ -284,7 +279,7 @@ BIGS = System(
         "max_position_embeddings": 512,
         "type_vocab_size": 2,
         "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
+        "pad_token_id": Size(0, least=0, none=True),
         "position_embedding_type": "absolute",
         "num_ssm": 64,
         "pooler_type": "non_padding_mean",
@@ -302,7 +297,7 @@ BIGS = System(
     convert=_convert,
     aliases=_aliases,
     optional=True,
-    rename=_without_positions,
+    extra=_position_ids,
 )
 
 SYSTEMS = {"bigs": BIGS}

@@ -1,13 +1,15 @@
-"""What several sources share: the face of an official module, and the block around one long convolution."""
+"""What several sources share: faces of official modules, small layers, and the block around one long convolution."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.models.pretrained.system import Shapes
+from longwave.nn import Filter
 
 ELEMENTWISE: dict[str | None, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -26,18 +28,22 @@ ELEMENTWISE: dict[str | None, Callable[[], nn.Module]] = {
 ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {"glu": partial(nn.GLU, dim=-1), **ELEMENTWISE}
 
 
+def linear_activation(d_in: int, d_out: int, activation: str | None) -> nn.Module:
+    """A linear map and its activation under the authors' keys: ``0.weight``, ``0.bias``, without the 0 for None."""
+    linear = nn.Linear(d_in, d_out * (2 if activation == "glu" else 1))
+    return linear if activation is None else nn.Sequential(linear, ACTIVATIONS[activation]())
+
+
 def output_linear(d_in: int, d_out: int, activation: str | None) -> nn.Module:
-    """A linear map and its activation under the authors' keys ``0.weight``, ``0.bias``; nothing for None."""
-    if activation is None:
-        return nn.Identity()
-    widened = d_out * (2 if activation == "glu" else 1)
-    return nn.Sequential(nn.Linear(d_in, widened), ACTIVATIONS[activation]())
+    """The same where an activation says so, and nothing for None."""
+    return nn.Identity() if activation is None else linear_activation(d_in, d_out, activation)
 
 
-def output_shapes(d_in: int, d_out: int, activation: str | None) -> Shapes:
-    """The keys of :func:`output_linear`, with their shapes."""
-    layer = output_linear(d_in, d_out, activation)
-    return {f"output_linear.{key}": tuple(t.shape) for key, t in layer.state_dict().items()}
+def shapes_of(name: str, make: Callable[..., nn.Module], *args: Any) -> Shapes:
+    """The keys of the module that ``make`` makes of the arguments, under a name, with their shapes."""
+    with torch.device("meta"):
+        module = make(*args)
+    return {f"{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
 
 
 class MixerFace(nn.Module):
@@ -46,15 +52,186 @@ class MixerFace(nn.Module):
     Args:
         model: the mixer, or what is called like one; with state, call it itself.
         transposed: x and y are (B, D, L) rather than (B, L, D).
+        reverse: it reads the sequence from its end.
     """
 
-    def __init__(self, model: nn.Module, transposed: bool = False):
+    def __init__(self, model: nn.Module, transposed: bool = False, reverse: bool = False):
         super().__init__()
-        self.model, self.transposed = model, transposed
+        self.model, self.transposed, self.reverse = model, transposed, reverse
 
     def forward(self, x: Tensor) -> Tensor:
-        y, _ = self.model(x.transpose(1, 2) if self.transposed else x)
+        x = x.transpose(1, 2) if self.transposed else x
+        y, _ = self.model(x.flip(1) if self.reverse else x)
+        y = y.flip(1) if self.reverse else y
         return y.transpose(1, 2) if self.transposed else y
+
+
+class LMFace(nn.Module):
+    """A language model behind the call of an official one:  logits = module(input_ids=ids).
+
+    Args:
+        model: ours; generation takes it as it is.
+        positioned: whether it can be told positions; else it does not look at them.
+    """
+
+    def __init__(self, model: nn.Module, positioned: bool = False):
+        super().__init__()
+        self.model, self.positioned = model, positioned
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """input_ids (B, L), position_ids (B, L) or None -> logits (B, L, V)."""
+        positions = {"position_ids": position_ids} if self.positioned else {}
+        return self.model(input_ids, **positions)[0]
+
+
+class NamedInput(nn.Module):
+    """A layer by either name of its input, u or x.
+
+    Args:
+        layer: takes the input, and a state or None.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, u: Tensor | None = None, x: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor | dict[str, Any]:
+        """That of the layer."""
+        given = u if x is None else x
+        if given is None or (u is not None and x is not None):
+            raise ValueError("give the input of the layer once, as u or as x")
+        return self.layer(given, state)
+
+
+class KernelFace(nn.Module):
+    """A kernel of a fixed length:  k = module().
+
+    Args:
+        filter: K rows of H channels, one after the other.
+        features: H.
+        length: of the kernel.
+    """
+
+    def __init__(self, filter: Filter, features: int, length: int):
+        super().__init__()
+        self.filter, self.features, self.length = filter, features, length
+
+    def forward(self) -> Tensor:
+        """k (K, H, length)."""
+        return self.filter(self.length).unflatten(0, (-1, self.features))
+
+
+class Multiplied(nn.Module):
+    """a * activation(b),  [a | b] = x.
+
+    Args:
+        activation: its name.
+    """
+
+    def __init__(self, activation: str):
+        super().__init__()
+        self.activation = ELEMENTWISE[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., 2 C) -> (..., C)."""
+        a, b = x.chunk(2, dim=-1)
+        return a * self.activation(b)
+
+
+class BatchNorm(nn.Module):
+    """Every feature by its mean and variance over all other axes, or outside of training by running ones.
+
+    Source: Ioffe & Szegedy (2015), arXiv:1502.03167. As torch's, without its count of batches, which is no number of
+    the module's dtype.
+
+    Args:
+        features: how many.
+        axis: where they are.
+        momentum: weight of new statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, axis: int = -1, momentum: float = 0.1):
+        super().__init__()
+        self.axis, self.momentum = axis, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of three axes -> the same shape."""
+        statistics = (self.running_mean, self.running_var)
+        y = F.batch_norm(
+            x.movedim(self.axis, 1), *statistics, self.weight, self.bias, self.training, self.momentum, 1e-5
+        )
+        return y.movedim(1, self.axis)
+
+
+class ScalarNorm(nn.Module):
+    """(s / sd(x)) (x - mean(x) + m) over the features, without an epsilon: TransposedLN with its default, scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m, self.s = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sd, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
+        return self.s / sd * (x - mean + self.m)
+
+
+class FeedForward(nn.Module):
+    """fc2(act(fc1 x)) with the call of a mixer, though it mixes no time: the authors' blocks have one layer each.
+
+    Args:
+        d_model: D.
+        hidden: inner width.
+        activation: name of act.
+    """
+
+    name, causal = "FFN", True
+
+    def __init__(self, d_model: int, hidden: int, activation: str | None = "gelu"):
+        super().__init__()
+        self.d_model = d_model
+        self.fc1 = nn.Linear(d_model, hidden * (2 if activation == "glu" else 1))
+        self.act, self.fc2 = ACTIVATIONS[activation](), nn.Linear(hidden, d_model)
+
+    def init_state(self, batch: int) -> tuple[()]:
+        """None that would need keeping."""
+        return ()
+
+    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        return self.fc2(self.act(self.fc1(x))), state
+
+
+class ResidualBlock(nn.Module):
+    """residual(x, mixer(norm x)), or norm(residual(x, mixer x)), with the call and the states of the mixer.
+
+    Args:
+        mixer: the layer.
+        norm: of its width.
+        prenorm: which of the two.
+        residual: of x and the mixer's output; None for their sum.
+    """
+
+    def __init__(self, mixer: nn.Module, norm: nn.Module, prenorm: bool, residual: nn.Module | None = None):
+        super().__init__()
+        self.mixer: Any = mixer
+        self.norm, self.prenorm, self.residual = norm, prenorm, residual
+
+    def init_state(self, batch: int) -> Any:
+        """The mixer's."""
+        return self.mixer.init_state(batch)
+
+    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """See :class:`longwave.mixers.Mixer`."""
+        y, state = self.mixer(self.norm(x) if self.prenorm else x, state, mask=mask)
+        y = x + y if self.residual is None else self.residual(x, y)
+        return (y if self.prenorm else self.norm(y)), state
 
 
 class ConvBlock(nn.Module):

@@ -8,28 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.system import REQUIRED, Choice, Family, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import BatchNorm
+from longwave.models.pretrained.system import (
+    Choice,
+    Family,
+    Number,
+    Options,
+    Shapes,
+    Size,
+    State,
+    System,
+    prefixed,
+    under,
+)
 from longwave.nn.filters.ckconv import Siren, evaluate
+from longwave.nn.module import at_least_float32
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "Swish": nn.SiLU}
 NORMS = ("", "LayerNorm", "BatchNorm")
-
-
-class BatchNorm(nn.Module):
-    """``torch.nn.BatchNorm1d`` without its count of batches, which is no number of the module's dtype."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """h (1, channels, P) -> the same shape; the statistics are those of h in training."""
-        return F.batch_norm(h, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 def norm_layer(name: str, channels: int) -> nn.Module:
@@ -37,7 +33,7 @@ def norm_layer(name: str, channels: int) -> nn.Module:
     if name == "LayerNorm":
         return nn.GroupNorm(1, channels, eps=1e-12)
     if name == "BatchNorm":
-        return BatchNorm(channels)
+        return BatchNorm(channels, axis=1)
     return nn.Identity()
 
 
@@ -109,6 +105,18 @@ def convert_mlp(state: State, layers: int, norm: str, stride: int, weight_norm: 
     return ours
 
 
+def own_tensors(state: State) -> State:
+    """The convolution's own tensors besides its network's."""
+    return {"train_length": state["train_length"].long(), **({"bias": state["bias"]} if "bias" in state else {})}
+
+
+def correlate(x: Tensor, kernel: Tensor, bias: Tensor | None, fft: bool) -> Tensor:
+    """The authors' causal correlation of x (B, D, L), by FFT or not, in the dtype of the kernel or of x if better."""
+    (wide,) = at_least_float32(x)
+    run = causal_fft_correlation if fft else causal_correlation
+    return run(wide, padded_to_odd(kernel), None if bias is None else bias.to(kernel.dtype)).to(x.dtype)
+
+
 def padded_to_odd(kernel: Tensor) -> Tensor:
     """A kernel (E, D, K) with a zero in front where K is even, as the authors have it."""
     return F.pad(kernel, (1, 0)) if kernel.shape[2] % 2 == 0 else kernel
@@ -153,7 +161,7 @@ class CKConvLayer(nn.Module):
         super().__init__()
         self.in_channels, self.net = in_channels, net
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.register_buffer("train_length", torch.zeros(1))  # 0: that of the input
+        self.register_buffer("train_length", torch.zeros(1, dtype=torch.int64))  # 0: that of the input
 
     def kernel(self, length: int) -> Tensor:
         """The taps (E, D, length), the oldest first."""
@@ -168,10 +176,8 @@ class CKConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, D, L) -> (B, E, L)."""
-        kernel = padded_to_odd(self.kernel(x.shape[2]))
-        if x.shape[2] < self.train_length.item():
-            return causal_correlation(x, kernel, self.bias)
-        return causal_fft_correlation(x, kernel, self.bias)
+        L = x.shape[2]
+        return correlate(x, self.kernel(L), self.bias, fft=int(self.train_length) <= L)
 
 
 def _smoothed(k: Tensor, width: int) -> Tensor:
@@ -239,7 +245,7 @@ def _sizes(o: Options) -> list[int]:
 
 def _conv_keys(o: Options) -> Shapes:
     net = mlp_keys(_sizes(o), 1, _norm(o), o.bias, _STRIDE, True)
-    keys: Shapes = {"train_length": (1,), **{f"Kernel.{key}": shape for key, shape in net.items()}}
+    keys: Shapes = {"train_length": (1,), **prefixed("Kernel.", net)}
     return keys | ({"bias": (o.out_channels,)} if o.bias else {})
 
 
@@ -253,10 +259,9 @@ def _build_conv(o: Options) -> CKConvLayer:
 
 
 def _convert_conv(state: State, o: Options) -> State:
-    kernel = {key.removeprefix("Kernel."): t for key, t in state.items() if key.startswith("Kernel.")}
-    net = convert_mlp(kernel, 3, _norm(o), _STRIDE, True, o.activation_function == "Sine")
-    ours = {f"net.{key}": t for key, t in net.items()}
-    return ours | {key: state[key] for key in ("train_length", "bias") if key in state}
+    net = convert_mlp(under("Kernel.", state), 3, _norm(o), _STRIDE, True, o.activation_function == "Sine")
+    ours = prefixed("net.", net)
+    return ours | own_tensors(state)
 
 
 def _conv_options(o: Options, in_channels: int) -> Options:
@@ -289,14 +294,10 @@ def _build_block(o: Options) -> CKBlock:
     return CKBlock(first, second, o.in_channels, o.out_channels)
 
 
-def _part(state: State, prefix: str) -> State:
-    return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-
-
 def _convert_block(state: State, o: Options) -> State:
     ours: State = {}
     for name, conv in _convs(o).items():
-        ours |= {f"{name}.{key}": t for key, t in _convert_conv(_part(state, f"{name}."), conv).items()}
+        ours |= prefixed(f"{name}.", _convert_conv(under(f"{name}.", state), conv))
     for key, tensor in state.items():
         if not key.startswith("cconv"):
             ours[key.replace(".layer_norm.", ".").replace("shortcut.0.", "shortcut.")] = tensor
@@ -320,7 +321,7 @@ def _network_keys(o: Options) -> Shapes:
         raise ValueError("the option 'out_channels' is missing")
     keys: Shapes = {}
     for i, block in enumerate(_blocks(o)):
-        keys |= {f"backbone.{i}.{key}": shape for key, shape in _block_keys(block).items()}
+        keys |= prefixed(f"backbone.{i}.", _block_keys(block))
     outputs = _outputs(o)
     return keys | (
         {} if outputs is None else {"finallyr.weight": (outputs, o.hidden_channels), "finallyr.bias": (outputs,)}
@@ -335,21 +336,21 @@ def _build_network(o: Options) -> CKNetwork:
 
 
 def _convert_network(state: State, o: Options) -> State:
-    ours = {f"head.{key}": t for key, t in _part(state, "finallyr.").items()}
+    ours = prefixed("head.", under("finallyr.", state))
     for i, block in enumerate(_blocks(o)):
-        converted = _convert_block(_part(state, f"backbone.{i}."), block)
-        ours |= {f"blocks.{i}.{key}": t for key, t in converted.items()}
+        converted = _convert_block(under(f"backbone.{i}.", state), block)
+        ours |= prefixed(f"blocks.{i}.", converted)
     return ours
 
 
 _IGNORED = frozenset({"dropout", "weight_dropout", "train_length"})
 _KERNEL_OPTIONS = {
-    "kernelnet_hidden_channels": REQUIRED,
+    "kernelnet_hidden_channels": Size(),
     "kernelnet_activation_function": Choice("Sine", *ACTIVATIONS),
     "kernelnet_norm_type": Choice(*NORMS),
     "dim_linear": Choice(1),
     "bias": True,
-    "omega_0": REQUIRED,
+    "omega_0": Number(above=0),
 }
 
 SYSTEMS = {
@@ -357,12 +358,12 @@ SYSTEMS = {
         {
             "CKConv": System(
                 options={
-                    **dict.fromkeys(("in_channels", "out_channels", "hidden_channels"), REQUIRED),
+                    **dict.fromkeys(("in_channels", "out_channels", "hidden_channels"), Size()),
                     "activation_function": Choice("Sine", *ACTIVATIONS),
                     "norm_type": Choice(*NORMS),
                     "dim_linear": Choice(1),
                     "bias": True,
-                    "omega_0": REQUIRED,
+                    "omega_0": Number(above=0),
                     "cls": Choice("CKConv"),
                 },
                 ignored=_IGNORED,
@@ -372,8 +373,8 @@ SYSTEMS = {
             ),
             "CKBlock": System(
                 options={
-                    "in_channels": REQUIRED,
-                    "out_channels": REQUIRED,
+                    "in_channels": Size(),
+                    "out_channels": Size(),
                     **_KERNEL_OPTIONS,
                     "cls": Choice("CKBlock"),
                 },
@@ -384,8 +385,8 @@ SYSTEMS = {
             ),
             "CKCNN": System(
                 options={
-                    **dict.fromkeys(("in_channels", "hidden_channels", "num_blocks"), REQUIRED),
-                    "out_channels": None,
+                    **dict.fromkeys(("in_channels", "hidden_channels", "num_blocks"), Size()),
+                    "out_channels": Size(None),
                     **_KERNEL_OPTIONS,
                     "pool": Choice(False),
                     "cls": Choice("CKCNN", "seqImg_CKCNN", "CopyMemory_CKCNN", "AddProblem_CKCNN"),

@@ -1,13 +1,18 @@
 """Modules of github.com/ag1988/dss (commit 777084e): the standalone DSS layer and its kernel."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import ELEMENTWISE, ConvBlock
-from longwave.models.pretrained.system import Choice, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import (
+    ELEMENTWISE,
+    ConvBlock,
+    KernelFace,
+    Multiplied,
+    NamedInput,
+    linear_activation,
+)
+from longwave.models.pretrained.system import Choice, Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import DSSFilter, Filter, long_conv
 from longwave.nn.filters.dss import (
     EPSILON,
@@ -95,62 +100,6 @@ class DSSConv(nn.Module):
         return self.filter
 
 
-class Multiplied(nn.Module):
-    """a * activation(b),  [a | b] = x.
-
-    Args:
-        activation: its name.
-    """
-
-    def __init__(self, activation: str):
-        super().__init__()
-        self.activation = ELEMENTWISE[activation]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., 2 C) -> (..., C)."""
-        a, b = x.chunk(2, dim=-1)
-        return a * self.activation(b)
-
-
-class DSSFace(nn.Module):
-    """The layer, by either name of its input.
-
-    Args:
-        block: the layer.
-    """
-
-    def __init__(self, block: ConvBlock):
-        super().__init__()
-        self.block = block
-
-    def forward(
-        self, u: Tensor | None = None, x: Tensor | None = None, state: Tensor | None = None
-    ) -> Tensor | dict[str, Any]:
-        """u or x, (B, H, L) where transposed, else (B, L, H) -> y of the same shape; with a state as its block."""
-        given = u if x is None else x
-        if given is None or (u is not None and x is not None):
-            raise ValueError("give the input of the layer once, as u or as x")
-        return self.block(given, state)
-
-
-class KernelFace(nn.Module):
-    """A kernel of a fixed length:  k = module().
-
-    Args:
-        filter: K rows of H channels.
-        features: H.
-        length: of the kernel.
-    """
-
-    def __init__(self, filter: Filter, features: int, length: int):
-        super().__init__()
-        self.filter, self.features, self.length = filter, features, length
-
-    def forward(self) -> Tensor:
-        """k (K, H, length)."""
-        return self.filter(self.length).unflatten(0, (-1, self.features))
-
-
 def _width(o: Options) -> tuple[int, int]:
     """(H, N), which the kernel and the layer name differently."""
     names = ("H", "N") if o.kernel_only else ("d_model", "d_state")
@@ -188,7 +137,7 @@ def _keys(o: Options) -> Shapes:
     widened = H * (2 if o.postact == "glu" else 1)
     return {
         "D": (_channels(o), H),
-        **{f"kernel.{key}": shape for key, shape in kernel.items()},
+        **prefixed("kernel.", kernel),
         f"{linear}.weight": (widened, o.channels * H),
         f"{linear}.bias": (widened, 1) if o.transposed else (widened,),
     }
@@ -215,13 +164,10 @@ def _build(o: Options) -> nn.Module:
         if length is None:
             raise ValueError("a kernel alone needs the option 'L', its length")
         return KernelFace(filter, H, length)
-    K, glu = o.channels, o.postact == "glu"
-    linear = nn.Linear(K * H, 2 * H if glu else H)
-    last = nn.GLU(dim=-1) if glu else ELEMENTWISE[o.postact]()
-    first = [] if o.hyper_act is None else [Multiplied(o.hyper_act)]
-    out = nn.Sequential(*first, ELEMENTWISE[o.activation](), linear, last)
+    first = nn.Identity() if o.hyper_act is None else Multiplied(o.hyper_act)
+    out = nn.Sequential(first, ELEMENTWISE[o.activation](), linear_activation(o.channels * H, H, o.postact))
     conv = DSSConv(filter, o.max_kernel_length, o.bidirectional)
-    return DSSFace(ConvBlock(conv, H, _channels(o), out, transposed=o.transposed))
+    return NamedInput(ConvBlock(conv, H, _channels(o), out, transposed=o.transposed))
 
 
 def _convert(state: State, o: Options) -> State:
@@ -231,13 +177,12 @@ def _convert(state: State, o: Options) -> State:
     log_dt = log_dt if o.sep_dt_re_im else log_dt[:, None].expand(-1, 2)
     ours |= {"log_dt": log_dt.repeat(_rows(o), 1), "W": state[inside + "W"].flatten(0, 1)}
     if o.kernel_only:
-        return {f"filter.{key}": tensor for key, tensor in ours.items()}
-    linear, place = "output_linear" if o.postact is None else "output_linear.0", 1 if o.hyper_act is None else 2
+        return prefixed("filter.", ours)
+    linear = under("output_linear.", state)
     return {
-        **{f"block.conv.filter.{key}": tensor for key, tensor in ours.items()},
-        "block.D": state["D"],
-        f"block.out.{place}.weight": state[f"{linear}.weight"],
-        f"block.out.{place}.bias": state[f"{linear}.bias"].flatten(),
+        **prefixed("layer.conv.filter.", ours),
+        "layer.D": state["D"],
+        **{f"layer.out.2.{key}": t.flatten() if key.endswith("bias") else t for key, t in linear.items()},
     }
 
 
@@ -246,8 +191,8 @@ _ACTIVATIONS = ("gelu", None, "id", "identity", "linear", "tanh", "relu", "swish
 
 DSS = System(
     options={
-        "d_model": None,
-        "d_state": None,
+        "d_model": Size(None),
+        "d_state": Size(None),
         "channels": 1,
         "bidirectional": False,
         "activation": Choice(*_ACTIVATIONS),
@@ -255,16 +200,16 @@ DSS = System(
         "weight_norm": Choice(False),
         "hyper_act": Choice(*_ACTIVATIONS, default=None),
         "transposed": True,
-        "max_kernel_length": None,
+        "max_kernel_length": Size(None),
         "version": Choice(*VERSIONS),
         "sep_dt_re_im": True,
         "epsilon": 1e-7,
         "max_real_Lambda": 1e-4,
         "kernel_only": False,
-        "H": None,
-        "N": None,
-        "L": None,
-        "length": None,
+        "H": Size(None),
+        "N": Size(None),
+        "L": Size(None),
+        "length": Size(None),
     },
     ignored=frozenset(
         {"l_max", "dt_min", "dt_max", "trainable", "lr", "Lambda_init", "initializer", "dropout", "verbose"}

@@ -10,14 +10,25 @@ from longwave.models.pretrained.ckconv import (
     ACTIVATIONS,
     NORMS,
     KernelMLP,
-    causal_correlation,
-    causal_fft_correlation,
     convert_mlp,
+    correlate,
     mlp_keys,
-    padded_to_odd,
+    own_tensors,
 )
-from longwave.models.pretrained.system import REQUIRED, Choice, Family, Options, Shapes, State, System
+from longwave.models.pretrained.system import (
+    Anything,
+    Choice,
+    Family,
+    Options,
+    Shapes,
+    Size,
+    State,
+    System,
+    prefixed,
+    under,
+)
 from longwave.nn.filters.ckconv import Magnet, Siren, evaluate, gaussian, reach
+from longwave.nn.module import at_least_float32
 
 
 class ContinuousConv(nn.Module):
@@ -53,7 +64,7 @@ class ContinuousConv(nn.Module):
         self.in_channels, self.dim, self.horizon, self.scale, self.fft = in_channels, dim, horizon, scale, fft
         self.net, self.mask = net, mask
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.register_buffer("train_length", torch.zeros(1))  # 0: by the horizon
+        self.register_buffer("train_length", torch.zeros(1, dtype=torch.int64))  # 0: by the horizon
 
     def kernel(self, length: int) -> Tensor:
         """The taps (E, D, ...) for an input of that last axis; in one dimension the oldest comes first."""
@@ -72,13 +83,14 @@ class ContinuousConv(nn.Module):
         k = self.kernel(x.shape[-1])
         fft = self.fft and (self.mask is None or min(k.shape[2:]) > 50)  # as the authors choose
         if self.dim == 1:
-            correlate = causal_fft_correlation if fft else causal_correlation
-            return correlate(x, padded_to_odd(k), self.bias)
+            return correlate(x, k, self.bias, fft)
         if any(size % 2 == 0 for size in k.shape[2:]):
             raise ValueError(f"a centred kernel has odd sizes; got {tuple(k.shape[2:])}: give an odd horizon")
+        (wide,) = at_least_float32(x)
+        bias = None if self.bias is None else self.bias.to(k.dtype)
         if fft:
-            return _centred_fft(x, k, self.bias)
-        return F.conv2d(x, k, self.bias, padding=[size // 2 for size in k.shape[2:]])
+            return _centred_fft(wide, k, bias).to(x.dtype)
+        return F.conv2d(wide, k, bias, padding=[size // 2 for size in k.shape[2:]]).to(x.dtype)
 
 
 def _centred_fft(x: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -191,7 +203,7 @@ def _conv_keys(o: Options) -> Shapes:
         net = mlp_keys(sizes, o.kernel_dim_linear, _norm(o), o.conv_bias, stride, o.kernel_weight_norm)
         if o.kernel_type != "MLP":
             net |= {f"kernel_net.{i * stride}.omega_0": (1,) for i in range(len(sizes) - 2)}
-    keys: Shapes = {"train_length": (1,), **{f"Kernel.{key}": shape for key, shape in net.items()}}
+    keys: Shapes = {"train_length": (1,), **prefixed("Kernel.", net)}
     return keys | ({"bias": (o.out_channels,)} if o.conv_bias else {})
 
 
@@ -249,14 +261,14 @@ def _convert_siren(kernel: State, o: Options) -> State:
 
 
 def _convert(state: State, o: Options) -> State:
-    kernel = {key.removeprefix("Kernel."): t for key, t in state.items() if key.startswith("Kernel.")}
-    ours = {f"net.{key}": t for key, t in _convert_net(kernel, o).items()}
-    ours |= {key: state[key] for key in ("train_length", "bias") if key in state}
+    ours = prefixed("net.", _convert_net(under("Kernel.", state), o))
+    ours |= own_tensors(state)
     return ours | {f"mask.{key}": state[key] for key in ("mask_params", "mask_threshold") if key in state}
 
 
 _OPTIONS = {
-    **dict.fromkeys(("in_channels", "out_channels", "horizon"), REQUIRED),
+    **dict.fromkeys(("in_channels", "out_channels"), Size()),
+    "horizon": Anything(),
     "kernel_type": Choice("MAGNet", "Gabor", "Fourier", "SIREN", "nSIREN", "MLP"),
     "kernel_dim_linear": Choice(2, 1),
     "kernel_no_hidden": 32,

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from longwave.mixers import GSS
 from longwave.models.backbone import Backbone, Block
 from longwave.models.lm import LM
-from longwave.models.pretrained.mamba import LMFace
-from longwave.models.pretrained.system import Choice, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import LMFace, MixerFace
+from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import GSSFilter, LongConv
 
 
@@ -27,24 +27,6 @@ class NormedConv(nn.Module):
         return self.conv(self.norm(x))[0]
 
 
-class BlockFace(nn.Module):
-    """A residual block behind the call of an official layer:  y = module(x=x).
-
-    Args:
-        model: the block.
-        reverse: it reads the sequence from its end.
-    """
-
-    def __init__(self, model: Block, reverse: bool = False):
-        super().__init__()
-        self.model, self.reverse = model, reverse
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) -> y (B, L, D)."""
-        y, _ = self.model(x.flip(1) if self.reverse else x)
-        return y.flip(1) if self.reverse else y
-
-
 def _dss_keys(C: int, N: int) -> Shapes:
     keys: Shapes = {"norm.weight": (C,), "norm.bias": (C,), "param_D": (C,), "Lambda_real": (N,), "Lambda_imag": (N,)}
     return keys | {"C_real": (C, N), "C_imag": (C, N)}
@@ -57,7 +39,7 @@ def _gss_keys(o: Options) -> Shapes:
         "norm.bias": (D,),
         "to_u.0.weight": (E, D),
         "to_v.0.weight": (C, D),
-        **{f"dss.{key}": shape for key, shape in _dss_keys(C, o.dss_kernel_N).items()},
+        **prefixed("dss.", _dss_keys(C, o.dss_kernel_N)),
         "to_gate.weight": (E, C),
         "to_out.weight": (D, E),
         "to_out.bias": (D,),
@@ -92,7 +74,7 @@ def _build(o: Options) -> nn.Module:
     if o.cls == "DSS":
         return NormedConv(GSSFilter(o.dim, o.kernel_N, eigenvalues=_eigenvalues(o)))
     if o.cls == "GSS":
-        return BlockFace(Block(_mixer(o), nn.LayerNorm), o.reverse_seq)
+        return MixerFace(Block(_mixer(o), nn.LayerNorm), reverse=o.reverse_seq)
     backbone = Backbone([_mixer(o) for _ in range(o.depth)], nn.LayerNorm)
     backbone.norm = nn.Identity()  # the official model ends without one
     return LMFace(LM(backbone, o.num_tokens, tied=False))
@@ -109,17 +91,13 @@ def _convert_dss(state: State, o: Options) -> State:
     }
 
 
-def _inside(state: State, prefix: str) -> State:
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-
-
 def _convert_block(state: State, o: Options) -> State:
     return {
         "norm1.weight": state["norm.weight"],
         "norm1.bias": state["norm.bias"],
         "mixer.to_u.weight": state["to_u.0.weight"],
         "mixer.to_v.weight": state["to_v.0.weight"],
-        **{f"mixer.{key}": tensor for key, tensor in _convert_dss(_inside(state, "dss."), o).items()},
+        **prefixed("mixer.", _convert_dss(under("dss.", state), o)),
         **{f"mixer.{key}": state[key] for key in ("to_gate.weight", "to_out.weight", "to_out.bias")},
     }
 
@@ -128,26 +106,26 @@ def _convert(state: State, o: Options) -> State:
     if o.cls == "DSS":
         return _convert_dss(state, o)
     if o.cls == "GSS":
-        return {f"model.{key}": tensor for key, tensor in _convert_block(state, o).items()}
+        return prefixed("model.", _convert_block(state, o))
     ours = {"model.embedding.weight": state["token_emb.weight"], "model.head.weight": state["to_logits.weight"]}
     for i in range(o.depth):
-        block = _convert_block(_inside(state, f"layers.{i}."), o)
-        ours |= {f"model.backbone.layers.{i}.{key}": tensor for key, tensor in block.items()}
+        block = _convert_block(under(f"layers.{i}.", state), o)
+        ours |= prefixed(f"model.backbone.layers.{i}.", block)
     return ours
 
 
 GSS_LUCIDRAINS = System(
     options={
         "cls": Choice("DSS", "GSS", "GatedStateSpacesLM", default="GSS"),
-        "dim": None,
+        "dim": Size(None),
         "kernel_N": 512,
-        "dim_expansion_factor": 4,
+        "dim_expansion_factor": Number(4.0, above=0),
         "dss_kernel_N": 512,
         "dss_kernel_H": 256,
         "reverse_seq": False,
         "dss_kernel_lambda_imag_exp": True,
-        "num_tokens": None,
-        "depth": None,
+        "num_tokens": Size(None),
+        "depth": Size(None),
     },
     keys=_keys,
     build=_build,

@@ -14,10 +14,19 @@ from longwave.models.pretrained.safari_lm import (
     backbone_keys,
     build_lm,
     convert_lm,
-    read_layer,
     released,
 )
-from longwave.models.pretrained.system import REQUIRED, Choice, Either, Options, Shapes, State, System
+from longwave.models.pretrained.system import (
+    Anything,
+    Choice,
+    Family,
+    Options,
+    Shapes,
+    State,
+    System,
+    prefixed,
+    read_part,
+)
 
 OPERATOR = replace(  # the window has a floor, unlike in Hyena's own code
     HYENA_STANDALONE,
@@ -49,7 +58,7 @@ class HyenaDNAFace(nn.Module):
 
 
 def _layers(o: Options) -> list[tuple[System, Options]]:
-    return [(OPERATOR, read_layer("layer", OPERATOR, o.layer, o.d_model))] * o.n_layer
+    return [(OPERATOR, read_part("layer", OPERATOR.read, o.layer, d_model=o.d_model))] * o.n_layer
 
 
 def _keys(o: Options) -> Shapes:
@@ -60,7 +69,7 @@ def _keys(o: Options) -> Shapes:
 
 
 def _convert(state: State, o: Options) -> State:
-    ours = {f"model.{key}": t for key, t in convert_lm(state, o, _layers(o)).items()}
+    ours = prefixed("model.", convert_lm(state, o, _layers(o)))
     if o.use_head:
         ours |= {f"head.{key}": state[f"head.output_transform.{key}"] for key in ("weight", "bias")}
     return ours
@@ -78,7 +87,7 @@ def _rename(state: State, o: Options) -> State:
 MODEL = System(
     options={
         **BACKBONE_OPTIONS,
-        "layer": REQUIRED,
+        "layer": Anything(),
         "attn_layer_idx": Choice(None),
         "attn_cfg": Choice(None),
         "use_head": False,
@@ -93,4 +102,4 @@ MODEL = System(
     rename=_rename,
 )
 
-SYSTEMS = {"hyenadna": Either("n_layer", MODEL, OPERATOR)}
+SYSTEMS = {"hyenadna": Family({"HyenaDNAModel": MODEL, "HyenaOperator": OPERATOR})}

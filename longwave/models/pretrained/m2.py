@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from longwave.mixers import Hyena, HyenaTwoSided
 from longwave.models.pretrained.safari_hyena import convert_filter, filter_aliases, filter_keys, filter_options
-from longwave.models.pretrained.system import REQUIRED, Options, Shapes, State, System
+from longwave.models.pretrained.system import Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import HyenaFilter
 from longwave.ops import causal_conv
 
@@ -109,13 +109,13 @@ def _convert(state: State, o: Options) -> State:
     places = {"filter_fn": ("model.filter_fn", "model.filter_ahead"), "filter_fn2": ("residual.0", "residual.1")}
     for name in _filters(o):
         for place, filter in zip(places[name], _directions(state, o, name)):
-            ours |= {f"{place}.{key}": tensor for key, tensor in filter.items()}
+            ours |= prefixed(f"{place}.", filter)
     return ours
 
 
 def _directions(state: State, o: Options, name: str) -> list[State]:
     """The filter behind, and the one ahead where there is one, which has no weight of the present."""
-    filter = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
+    filter = under(f"{name}.", state)
     freq = filter["implicit_filter.1.freq"] * o.hyena_w_mod
     found = []
     for rename in (lambda key: key, _reversed)[: 2 if o.bidirectional else 1]:
@@ -128,11 +128,11 @@ def _directions(state: State, o: Options, name: str) -> list[State]:
 
 M2 = System(
     options={
-        "d_model": REQUIRED,
+        "d_model": Size(),
         "l_max": 128,
         "bidirectional": False,
-        "hyena_w": 10,
-        "hyena_w_mod": 1,
+        "hyena_w": 10.0,
+        "hyena_w_mod": 1.0,
         "hyena_emb_dim": 3,
         "hyena_filter_order": 16,
         "residual_long_conv": False,

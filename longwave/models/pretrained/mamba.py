@@ -10,24 +10,9 @@ from torch import Tensor, nn
 from longwave.mixers import Mamba
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
-from longwave.models.pretrained.system import Choice, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import LMFace
+from longwave.models.pretrained.system import Choice, Options, Shapes, Size, State, System, prefixed
 from longwave.ops import selective_scan
-
-
-class LMFace(nn.Module):
-    """A language model behind the call of an official one:  logits = module(input_ids=ids).
-
-    Args:
-        model: ours; generation takes it as it is.
-    """
-
-    def __init__(self, model: LM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, L) -> logits (B, L, V)."""
-        return self.model(input_ids)[0]
 
 
 def _inner(o: Options) -> int:
@@ -92,7 +77,7 @@ def _convert(state: State, o: Options) -> State:
     ours = {fixed.get(key) or key.replace(".norm.", ".norm1."): tensor for key, tensor in state.items()}
     if o.tie_word_embeddings:
         ours["head.weight"] = ours["embedding.weight"]
-    return {f"model.{key}": tensor for key, tensor in ours.items()}
+    return prefixed("model.", ours)
 
 
 MAMBA_HF = System(
@@ -102,12 +87,12 @@ MAMBA_HF = System(
         "state_size": 16,
         "num_hidden_layers": 32,
         "layer_norm_epsilon": 1e-5,
-        "expand": 2,
-        "intermediate_size": None,
+        "expand": 2.0,
+        "intermediate_size": Size(None),
         "conv_kernel": 4,
         "use_bias": False,
         "use_conv_bias": True,
-        "time_step_rank": "auto",
+        "time_step_rank": Size("auto"),
         "hidden_act": Choice("silu", "swish"),
         "tie_word_embeddings": True,
         "rms_norm": Choice(True),
@@ -183,7 +168,7 @@ def _time_second(x: Tensor, A: Tensor, length: int) -> Tensor:
     if x.ndim == 2:
         return x.expand(1, length, -1, -1)
     if A.is_complex() and not x.is_complex():
-        x = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        x = torch.view_as_complex(x.to(A.real.dtype).unflatten(-1, (-1, 2)).contiguous())
     return (x[:, None] if x.ndim == 3 else x).permute(0, 3, 1, 2)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.system import REQUIRED, Choice, Family, Options, Shapes, State, System
+from longwave.models.pretrained.system import Choice, Family, Options, Shapes, Size, State, System
 from longwave.nn import BlockdiagLinear, MonarchLinear
 from longwave.ops import blockdiag_multiply, butterfly, monarch
 
@@ -119,18 +119,18 @@ def _convert_fourier(state: State, o: Options) -> State:
     return {key: state[key] for key in ("w1_bfly", "w2_bfly")}
 
 
-_LINEAR = {"in_features": REQUIRED, "out_features": REQUIRED, "nblocks": 4, "bias": True}
+_LINEAR = {"in_features": Size(), "out_features": Size(), "nblocks": 4, "bias": True}
 
 MONARCH = Family(
     {
         "blockdiag_butterfly_multiply": System(
-            options=dict.fromkeys("kqplsr", REQUIRED),
+            options=dict.fromkeys("kqplsr", Size()),
             keys=lambda o: {"w1": (o.k, o.q, o.p), "w2": (o.l, o.s, o.r)},
             build=lambda o: MonarchProduct((o.k, o.q, o.p), (o.l, o.s, o.r)),
             convert=lambda state, o: state,
         ),
         "blockdiag_multiply": System(
-            options=dict.fromkeys(("nblocks", "q", "p"), REQUIRED),
+            options=dict.fromkeys(("nblocks", "q", "p"), Size()),
             keys=lambda o: {"w": (o.nblocks, o.q, o.p)},
             build=lambda o: BlockdiagProduct(o.nblocks, o.q, o.p),
             convert=lambda state, o: state,
@@ -150,7 +150,7 @@ MONARCH = Family(
             convert=lambda state, o: {f"model.{key}" if o.shuffle else key: t for key, t in state.items()},
         ),
         "ButterflyFFT": System(
-            options={"n": REQUIRED},
+            options={"n": Size()},
             ignored=frozenset({"direction", "norm", "sizes"}),
             keys=_fourier_keys,
             build=lambda o: MonarchFourier(_fourier_sizes(o)),
@@ -285,12 +285,12 @@ class Transform(nn.Module):
         super().__init__()
         self.permuted_first, self.real = permuted_first, real
         levels = n.bit_length() - 1
-        self.register_buffer("permutation", torch.zeros(n))  # in the dtype of the module, exact up to 2^24 in float32
+        self.register_buffer("permutation", torch.zeros(n, dtype=torch.int64))
         self.twiddle = nn.Parameter(torch.zeros(1, 1, levels, n // 2, 2, 2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) or complex pairs (..., n, 2) -> y in the same form."""
-        order = self.permutation.long()
+        order = self.permutation
         x, pairs = (x, False) if self.real else as_complex(x, len(order))
         x = x[..., order] if self.permuted_first else x
         twiddle = torch.view_as_complex(self.twiddle.contiguous())
@@ -318,9 +318,14 @@ def _transform_keys(o: Options) -> Shapes:
     return {permutation: (o.n,), twiddle: (1, 1, o.n.bit_length() - 1, o.n // 2, 2, 2, 2)}
 
 
+def _convert_transform(state: State, o: Options) -> State:
+    permutation, twiddle = (state[name] for name in _transform_names(o))
+    return {"permutation": permutation.long(), "twiddle": twiddle}
+
+
 _BUTTERFLY = {
-    "in_size": REQUIRED,
-    "out_size": REQUIRED,
+    "in_size": Size(),
+    "out_size": Size(),
     "bias": True,
     "increasing_stride": True,
     "nblocks": 1,
@@ -347,9 +352,9 @@ BUTTERFLY = Family(
         ),
         "block_butterfly_multiply": System(
             options={
-                **dict.fromkeys(("nstacks", "nblocks", "log_n", "block_size"), REQUIRED),
+                **dict.fromkeys(("nstacks", "nblocks", "log_n", "block_size"), Size()),
                 "increasing_stride": True,
-                "output_size": None,
+                "output_size": Size(None),
             },
             ignored=frozenset({"input_size"}),
             keys=lambda o: {"twiddle": _block_twiddle(o)},
@@ -357,13 +362,11 @@ BUTTERFLY = Family(
             convert=lambda state, o: state,
         ),
         "special": System(
-            options={"kind": Choice("fft", "ifft", *_REAL_TRANSFORMS), "n": REQUIRED, "br_first": True},
+            options={"kind": Choice("fft", "ifft", *_REAL_TRANSFORMS), "n": Size(), "br_first": True},
             ignored=frozenset({"normalized"}),
             keys=_transform_keys,
             build=lambda o: Transform(o.n, _REAL_TRANSFORMS.get(o.kind, o.br_first), o.kind in _REAL_TRANSFORMS),
-            convert=lambda state, o: dict(
-                zip(("permutation", "twiddle"), (state[name] for name in _transform_names(o)))
-            ),
+            convert=_convert_transform,
         ),
     }
 )

@@ -1,424 +1,64 @@
 """Modules of github.com/state-spaces/s4 (commit e757cef): S4Block, its kernels by themselves, and the minimal S4D."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers import S4D
+from longwave.mixers.base import zero_padding
 from longwave.models.pretrained.blocks import (
     ACTIVATIONS,
     ELEMENTWISE,
     ConvBlock,
     MixerFace,
     output_linear,
-    output_shapes,
+    shapes_of,
 )
-from longwave.models.pretrained.dss import run_softmax_taps
-from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
-from longwave.nn import DenseStateSpace, Filter, StateSpace, StateSpaceFilter, long_conv
-from longwave.nn.filters.diagonal import DISCRETIZATIONS
-from longwave.nn.filters.dplr import discretize, real_coordinates
-from longwave.nn.module import at_least_float32
-from longwave.ops import causal_conv
+from longwave.models.pretrained.s4_kernel import (
+    TRANSFORMS,
+    StateKernelFace,
+    StateSpaceConv,
+    build_kernel,
+    convert_kernel,
+    kernel_shapes,
+)
+from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
 
 
-def _none(x: Tensor) -> Tensor:
-    return x
-
-
-def _relu(x: Tensor) -> Tensor:
-    return F.relu(x) + 1e-4
-
-
-TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "exp": torch.exp,
-    "none": _none,
-    "relu": _relu,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-}
-
-
-class DiagonalSystem(nn.Module):
-    """The parameters of the authors' SSMKernelDiag, kept as they are stored:  A = -f(A_real) - i g(A_imag).
-
-    They are not turned into those of :class:`longwave.nn.S4DFilter`, which keeps logarithms: an untransformed step or
-    real part may be negative, and a step may differ from mode to mode.
+class S4Layer(nn.Module):
+    """The authors' S4Block with the call of a mixer.
 
     Args:
-        features: H.
-        modes: P, of the state.
-        channels: K, filters a feature; they share all but C.
-        systems: S, how many different (A, B) there are; features h, h + S, ... share one.
-        tied: one step size a feature, else one a mode.
-        real: A, B and C have no imaginary part.
-        dt, real_part, imag_part: transforms of the parameters.
-        fast: the step size is transformed after a sinh.
-        rate: factor on all steps.
-        bandlimit: in half sampling rates; modes that oscillate faster are silent.
+        block: takes x (B, L, D), and with a state returns y and next_state.
+        d_model: D.
+        causal: whether it does not look ahead.
     """
 
-    def __init__(
-        self,
-        features: int,
-        modes: int,
-        channels: int,
-        systems: int,
-        *,
-        tied: bool,
-        real: bool,
-        dt: str,
-        real_part: str,
-        imag_part: str,
-        fast: bool,
-        rate: float,
-        bandlimit: float | None,
-    ):
+    name = "S4Block"
+
+    def __init__(self, block: nn.Module, d_model: int, causal: bool):
         super().__init__()
-        self.real, self.fast, self.rate, self.bandlimit = real, fast, rate, bandlimit
-        self.transform_dt, self.transform_real, self.transform_imag = (
-            TRANSFORMS[name] for name in (dt, real_part, imag_part)
-        )
-        pair = () if real else (2,)
-        self.inv_dt = nn.Parameter(torch.zeros(features, 1 if tied else modes))
-        self.A_real = nn.Parameter(torch.zeros(systems, modes))
-        if not real:
-            self.A_imag = nn.Parameter(torch.zeros(systems, modes))
-        self.B = nn.Parameter(torch.zeros(1, systems, modes, *pair))
-        self.C = nn.Parameter(torch.zeros(channels, features, modes, *pair))
+        self.block: Any = block
+        self.d_model, self.causal = d_model, causal
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dt (H, 1 or P), A (H, P), B (H, P), C (K, H, P)."""
-        inv_dt, A_real, B, C = at_least_float32(self.inv_dt, self.A_real, self.B, self.C)
-        dt = self.transform_dt(inv_dt.sinh() if self.fast else inv_dt)
-        A_real = -self.transform_real(A_real)
-        if self.real:
-            A_imag = torch.zeros_like(A_real)
-            B, C = torch.complex(B, torch.zeros_like(B)), torch.complex(C, torch.zeros_like(C))
-        else:
-            A_imag = -self.transform_imag(*at_least_float32(self.A_imag))
-            B, C = torch.view_as_complex(B), torch.view_as_complex(C)
-        copies = len(dt) // len(A_real)
-        A = torch.complex(A_real, A_imag).repeat(copies, 1)
-        if self.bandlimit is not None:
-            C = C * self.in_band(dt, A)
-        return dt * self.rate, A, B[0].repeat(copies, 1), C
+    def init_state(self, batch: int) -> Any:
+        """See :class:`longwave.mixers.Mixer`, as the next."""
+        return self.block.conv.init_state(batch)
 
-    def in_band(self, dt: Tensor, A: Tensor) -> Tensor:
-        """(H, P) which modes are heard, of dt at rate 1."""
-        assert self.bandlimit is not None
-        return dt * A.imag.abs() / (2 * math.pi) < self.bandlimit / 2
-
-
-class DiagonalFilter(StateSpaceFilter):
-    """k[l] = 2 Re sum_n C[n] b[n] a[n]^l, row c H + h for channel c of feature h.
-
-    Args:
-        system: the parameters.
-        discretization: zoh | bilinear.
-    """
-
-    def __init__(self, system: DiagonalSystem, discretization: str):
-        super().__init__()
-        self.system, self.discretize = system, DISCRETIZATIONS[discretization]
-        self.channels = system.C.shape[0] * system.C.shape[1]
-
-    def realize(self) -> StateSpace:
-        dt, A, B, C = self.system()
-        a, b = self.discretize(A, dt)
-        return StateSpace(a.repeat(len(C), 1), (b * B).repeat(len(C), 1), C.flatten(0, 1))
-
-
-class DPLRFilter(StateSpaceFilter):
-    """The kernel of the authors' SSMKernelDPLR:  k[l] = 2 Re sum C a^l b  with a diagonal minus low rank, bilinear.
-
-    Stored is not C but C~ = C (1 - a^l) with l the length that the kernel was trained at: here C is found again. As in
-    the authors' code, a longer kernel first doubles l, which gradients do not see, and at another rate the length
-    round(l / rate) is undone with the a of that rate.
-
-    Source: Gu et al. (2021) "S4", arXiv:2111.00396, sec. 3.2 and app. C.3.
-
-    Args:
-        system: the parameters but P and the length.
-        rank: R, columns of P.
-        l_max: the first length, of a kernel that has none yet (0); None for the length asked for.
-    """
-
-    length_bits: Tensor
-
-    def __init__(self, system: DiagonalSystem, rank: int, l_max: int | None):
-        super().__init__()
-        self.system, self.l_max, self.channels = system, l_max, system.C.shape[0] * system.C.shape[1]
-        self.P = nn.Parameter(torch.zeros(rank, *system.A_real.shape, 2))
-        self.register_buffer("length_bits", torch.zeros(32))  # of l: whatever dtype the module is in holds it exactly
-
-    @property
-    def l_kernel(self) -> int:
-        """The length that C~ is for."""
-        return sum(2**i for i, bit in enumerate(self.length_bits.tolist()) if bit)
-
-    def realize(self, length: int | None = None) -> DenseStateSpace:
-        """The system, with the C of a kernel of ``length`` taps (or of as many as it was trained at)."""
-        dt, A, B, _ = self.system()
-        P = torch.view_as_complex(*at_least_float32(self.P)).repeat(1, len(A) // self.P.shape[1], 1)
-        C = torch.view_as_complex(*at_least_float32(self.system.C))  # (K, H, N/2)
-        system = discretize(A, P, B, C.flatten(0, 1), dt)
-        a, c = system.matrix(), system.c.unflatten(0, C.shape[:2])
-        trained, rate = self.l_kernel, self.system.rate
-        if trained == 0 and length is None:
-            return DenseStateSpace(a, system.b, system.c)  # never run: C is itself
-        wanted = trained if length is None else round(rate * length)
-        if trained == 0 or wanted > trained:
-            with torch.no_grad():
-                at_rate_1 = discretize(A, P, B, C.flatten(0, 1), dt / rate).matrix()
-            if trained == 0:
-                trained = self.l_max or wanted
-                c = c - _times(c, at_rate_1, trained)
-            while wanted > trained:
-                c, trained = c + _times(c, at_rate_1, trained), 2 * trained
-        if self.system.bandlimit is not None:
-            c = c * self.system.in_band(dt / rate, A).repeat(1, 2)
-        return DenseStateSpace(a, system.b, _undo(c, a, round(trained / rate)).flatten(0, 1))
-
-    def forward(self, length: int) -> Tensor:
-        return self.realize(length).taps(length)
-
-
-@torch.no_grad()
-def _times(c: Tensor, a: Tensor, length: int) -> Tensor:
-    """c a^length, of c (K, H, N) and a (H, N, N)."""
-    return (c.to(a.dtype)[:, :, None] @ torch.linalg.matrix_power(a, length)).squeeze(2).to(c.dtype)
-
-
-def _undo(c: Tensor, a: Tensor, length: int) -> Tensor:
-    """C of  C~ = C (1 - a^length),  C~ (K, H, N)."""
-    gone = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - torch.linalg.matrix_power(a, length)
-    rows = torch.linalg.solve(gone, c.to(a.dtype).transpose(0, 1), left=False)
-    return rows.transpose(0, 1).to(c.dtype)
-
-
-class _Realized(StateSpaceFilter):
-    """A system that is realised already, as a filter."""
-
-    def __init__(self, system: DenseStateSpace):
-        super().__init__()
-        self.system, self.channels = system, len(system.c)
-
-    def realize(self) -> DenseStateSpace:
-        return self.system
-
-
-class DSSFilter(Filter):
-    """The softmax kernel of DSS as S4D has it: every mode is normalised over the length, so every tap depends on it.
-
-    Source: Gupta et al. (2022) "Diagonal State Spaces", arXiv:2203.14343, prop. 1(b) and sec. 3.1; real part, no
-    factor 2 for conjugates. A mode with Re A > 0 is taken from its last tap backwards.
-
-    Args:
-        system: the parameters.
-    """
-
-    def __init__(self, system: DiagonalSystem):
-        super().__init__()
-        self.system, self.channels = system, system.C.shape[0] * system.C.shape[1]
-
-    def forward(self, length: int) -> Tensor:
-        dt, A, B, C = self.system()
-        rows = len(C)
-        return run_softmax_taps(A.repeat(rows, 1), (dt * A).repeat(rows, 1), (B * C).flatten(0, 1), length)
-
-
-class StateSpaceConv(nn.Module):
-    """The convolution of the authors' FFTConv.
-
-    Args:
-        filter: one row a channel; where bidirectional as many again, which look ahead: row j of them, tap s, weighs
-            u[t + 1 + s].
-        support: taps of the kernel that are used, or None for all.
-        bidirectional: whether half of the rows look ahead.
-    """
-
-    def __init__(self, filter: Filter, support: int | None, bidirectional: bool):
-        super().__init__()
-        self.filter, self.support, self.bidirectional = filter, support, bidirectional
-
-    def init_state(self, batch: int) -> Tensor:
-        """Zeros (B, H, P), complex."""
-        filter = self._stateful(1)
-        zeros = filter.realize().rest(batch)[:, : filter.system.C.shape[1]]
-        return zeros if zeros.is_complex() else torch.complex(*zeros.chunk(2, dim=2))
-
-    def forward(self, u: Tensor, skip: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """u (B, L, C), state (B, H, P) complex, as its real view (B, H, P, 2), or real where the system is."""
-        L = u.shape[1]
-        if state is None:
-            k = self.filter(L if self.support is None else min(L, self.support))
-            future = None
-            if self.bidirectional:
-                k, future = k.chunk(2)
-            return causal_conv(u, k, skip=skip, k_future=future), None
-        filter = self._stateful(L)
-        h = as_complex_state(filter.system, state, len(u))
-        if isinstance(filter, DPLRFilter):
-            y, h = long_conv(u, _Realized(filter.realize(L)), _for_every_channel(filter, h), skip=skip)
-            h = torch.complex(*h.detach().chunk(2, dim=2))  # the authors carry it without gradient
-        else:
-            y, h = long_conv(u, filter, _for_every_channel(filter, h), skip=skip)
-        h = h[:, : filter.system.C.shape[1]]  # one system a feature: every channel has the same state
-        if state.is_complex():
-            return y, h
-        return y, h.real if filter.system.real else torch.view_as_real(h)
-
-    def _stateful(self, length: int) -> "DiagonalFilter | DPLRFilter":
-        if self.bidirectional:
-            raise ValueError("bidirectional = True has no state: it looks ahead")
-        if not isinstance(self.filter, DiagonalFilter | DPLRFilter):
-            raise ValueError("disc = 'dss' has no state: every tap of its kernel depends on the length")
-        if self.filter.system.rate != 1:
-            raise ValueError(f"rate = {self.filter.system.rate} has no state: the official state advances at rate 1")
-        if self.support is not None and length > self.support:
-            raise ValueError(f"with a state, L = {length} must not exceed l_max = {self.support}")
-        return self.filter
-
-
-def as_complex_state(system: DiagonalSystem, state: Tensor, batch: int | None = None) -> Tensor:
-    """An official state (B, H, P), complex, its real view (B, H, P, 2), or real where the system is, as complex."""
-    viewed = not state.is_complex() and not system.real
-    h = torch.view_as_complex(state.contiguous()) if viewed else state
-    _, features, modes = system.C.shape[:3]
-    batch = len(h) if batch is None else batch
-    if h.shape != (batch, features, modes):
-        raise ValueError(f"the state of this batch is ({batch}, {features}, {modes}) complex; got {tuple(state.shape)}")
-    return h
-
-
-def _for_every_channel(filter: DiagonalFilter | DPLRFilter, h: Tensor) -> Tensor:
-    """A state (B, H, P) as (B, K H, P), or for a dense system as (B, K H, N) real."""
-    return (real_coordinates(h) if isinstance(filter, DPLRFilter) else h).repeat(1, len(filter.system.C), 1)
-
-
-OfficialFilter = DiagonalFilter | DPLRFilter | DSSFilter
-
-
-class KernelFace(nn.Module):
-    """A kernel by itself:  k = module(),  or with a state also what it adds to the outputs.
-
-    Args:
-        filter: gives the taps, rows c H + h.
-        length: how many, or None for those of the length that the kernel was trained at.
-    """
-
-    filter: OfficialFilter
-
-    def __init__(self, filter: OfficialFilter, length: int | None):
-        super().__init__()
-        self.filter, self.length = filter, length
-
-    def forward(self, state: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """k (K, H, L); with a state {"k": ..., "k_state": (B, K, H, L)}."""
-        filter, length = self.filter, self.length
-        if length is None and isinstance(filter, DPLRFilter):
-            length = round(filter.l_kernel / filter.system.rate)
-        assert length is not None
-        channels = len(filter.system.C)
-        k = filter(length).unflatten(0, (channels, -1))
-        if state is None:
-            return k
-        if not isinstance(filter, DiagonalFilter | DPLRFilter):
-            raise ValueError("disc = 'dss' has no state: every tap of its kernel depends on the length")
-        h = _for_every_channel(filter, as_complex_state(filter.system, state))
-        system = filter.realize(length) if isinstance(filter, DPLRFilter) else filter.realize()
-        return {"k": k, "k_state": system.response(h, length).unflatten(1, (channels, -1))}
-
-
-def _modes(o: Options) -> int:
-    return o.d_state if o.is_real else o.d_state // 2
+    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        x = zero_padding(x, mask)
+        return (self.block(x), None) if state is None else tuple(self.block(x, state).values())
 
 
 def _channels(o: Options) -> int:
     return o.channels * (2 if o.activation == "glu" else 1)
 
 
-def _systems(o: Options) -> int:
-    return o.d_model if o.n_ssm is None else o.n_ssm
-
-
 def _final_act(o: Options) -> str | None:
     if o.postact is not None and o.final_act is not None:
         raise ValueError(f"final_act = {o.final_act!r} must be None where postact = {o.postact!r} is given")
     return o.final_act if o.postact is None else o.postact
-
-
-def _low_rank(o: Options) -> bool:
-    """Whether the kernel is SSMKernelDPLR rather than SSMKernelDiag."""
-    name = o.mode if o.kernel is None else o.kernel
-    return name in ("dplr", "nplr", "s4")
-
-
-def kernel_shapes(o: Options, channels: int) -> Shapes:
-    """The keys of a kernel of ``channels`` filters a feature, with their shapes."""
-    H, P, S = o.d_model, _modes(o), _systems(o)
-    pair = () if o.is_real else (2,)
-    shapes: Shapes = {
-        "inv_dt": (H, 1 if o.dt_tie else P),
-        "C": (channels, H, P, *pair),
-        "B": (1, S, P, *pair),
-        "A_real": (S, P),
-    }
-    if not o.is_real:
-        shapes["A_imag"] = (S, P)
-    if _low_rank(o):
-        shapes |= {"P": (o.rank, S, P, 2), "l_kernel": ()}
-    return shapes
-
-
-def build_kernel(o: Options, channels: int) -> OfficialFilter:
-    """The filter of a kernel, channels times d_model rows."""
-    S = _systems(o)
-    if (o.mode is None) == (o.kernel is None):
-        raise ValueError(f"give one of mode and kernel; got mode = {o.mode!r}, kernel = {o.kernel!r}")
-    if S < 1 or o.d_model % S:
-        raise ValueError(f"n_ssm = {S} does not divide d_model = {o.d_model}")
-    system = DiagonalSystem(
-        o.d_model,
-        _modes(o),
-        channels,
-        S,
-        tied=o.dt_tie,
-        real=o.is_real,
-        dt=o.dt_transform,
-        real_part=o.real_transform,
-        imag_part=o.imag_transform,
-        fast=o.dt_fast,
-        rate=o.rate,
-        bandlimit=o.bandlimit,
-    )
-    if _low_rank(o):
-        if o.is_real:
-            raise ValueError(f"is_real = True is not carried over for mode = {o.mode or o.kernel!r}, only for 'diag'")
-        return DPLRFilter(system, o.rank, o.l_max)
-    return DSSFilter(system) if o.disc == "dss" else DiagonalFilter(system, o.disc)
-
-
-def convert_kernel(state: State) -> State:
-    """Official tensors of a kernel to those of :func:`build_kernel`."""
-    ours = {f"system.{key}": tensor for key, tensor in state.items() if key not in ("P", "l_kernel")}
-    if "P" in state:
-        length = int(state["l_kernel"])
-        if not 0 <= length < 2**32:
-            raise ValueError(f"'l_kernel' is the length that C is for, >= 0; got {length}")
-        bits = [length >> i & 1 for i in range(32)]
-        ours |= {"P": state["P"], "length_bits": torch.tensor(bits, dtype=state["P"].dtype, device=state["P"].device)}
-    return ours
-
-
-def under(prefix: str, tensors: State) -> State:
-    """The tensors whose keys start with the prefix, without it."""
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _directions(o: Options) -> int:
@@ -430,8 +70,8 @@ def _block_keys(o: Options) -> Shapes:
     kernel = kernel_shapes(o, K * _directions(o))
     return {
         "layer.D": (K, H),
-        **{f"layer.kernel.{key}": shape for key, shape in kernel.items()},
-        **output_shapes(o.channels * H, H, _final_act(o)),
+        **prefixed("layer.kernel.", kernel),
+        **shapes_of("output_linear", output_linear, o.channels * H, H, _final_act(o)),
     }
 
 
@@ -449,37 +89,9 @@ def _convert_block(state: State, o: Options) -> State:
     kernel = convert_kernel(under("layer.kernel.", state))
     return {
         "D": state["layer.D"],
-        **{f"conv.filter.{key}": tensor for key, tensor in kernel.items()},
-        **{f"out.2.{key}": tensor for key, tensor in under("output_linear.", state).items()},
+        **prefixed("conv.filter.", kernel),
+        **prefixed("out.2.", under("output_linear.", state)),
     }
-
-
-def v3_to_v4(state: State) -> State:
-    """The tensors of an S4 layer of version 3 of the repository under the keys and signs of version 4.
-
-    Source: checkpoints/convert_v3_to_v4.py of github.com/state-spaces/s4.
-
-    Args:
-        state: of the layer: ``D``, ``kernel.kernel.*``, ``output_linear.*``.
-    Returns:
-        ``layer.D``, ``layer.kernel.*``, ``output_linear.*``.
-    """
-    ours: State = {}
-    for key, tensor in state.items():
-        prefix, _, name = key.rpartition("kernel.")
-        if name == "log_dt":
-            name, tensor = "inv_dt", tensor[:, None]
-        elif name in ("w_imag", "A_imag"):
-            name, tensor = "A_imag", -tensor
-        elif name in ("inv_w_real", "inv_A_real"):
-            name = "A_real"
-        elif prefix and name == "L":
-            name = "l_kernel"
-        if prefix:
-            ours[f"layer.kernel.{name}"] = tensor
-        else:
-            ours[f"layer.{key}" if key == "D" else key] = tensor
-    return ours
 
 
 _TRAINING = {"dropout", "tie_dropout", "lr", "wd", "verbose", "dt_min", "dt_max"}
@@ -487,12 +99,12 @@ _INIT = {"init", "measure", "real_random", "real_scale", "imag_random", "imag_sc
 _INIT |= {"P_scale", "normalize", "B_clip", "diagonalize_precision", "deterministic", "backend"}
 
 _DIAGONAL = {
-    "d_model": REQUIRED,
+    "d_model": Size(),
     "d_state": 64,
     "channels": 1,
-    "n_ssm": None,
-    "l_max": None,
-    "rate": 1.0,
+    "n_ssm": Size(None),
+    "l_max": Size(None),
+    "rate": Number(1.0, above=0),
     "disc": Choice("zoh", "bilinear", "dss"),
     "is_real": False,
     "dt_tie": True,
@@ -500,7 +112,7 @@ _DIAGONAL = {
     "dt_transform": Choice(*TRANSFORMS),
     "real_transform": Choice(*TRANSFORMS),
     "imag_transform": Choice(*TRANSFORMS, default="none"),
-    "bandlimit": None,
+    "bandlimit": Number(None),
 }
 _BLOCK = {
     **_DIAGONAL,
@@ -548,13 +160,13 @@ def _kernel_system(mode: str, **more: Any) -> System:
         options={**_DIAGONAL, **more, "mode": Choice(mode), "kernel": Choice(None)},
         ignored=frozenset(_TRAINING | _INIT | ({"rank"} - set(more))),
         keys=lambda o: kernel_shapes(o, o.channels),
-        build=lambda o: KernelFace(build_kernel(o, o.channels), o.L),
-        convert=lambda state, o: {f"filter.{key}": tensor for key, tensor in convert_kernel(state).items()},
+        build=lambda o: StateKernelFace(build_kernel(o, o.channels), o.L),
+        convert=lambda state, o: prefixed("filter.", convert_kernel(state)),
     )
 
 
 S4_KERNEL = _kernel_system("dplr", rank=1, L=None)
-S4D_KERNEL = _kernel_system("diag", L=REQUIRED)
+S4D_KERNEL = _kernel_system("diag", L=Size())
 
 
 def _minimal_keys(o: Options) -> Shapes:
@@ -576,11 +188,11 @@ def _convert_minimal(state: State, o: Options) -> State:
     ours["kernel.B"] = torch.stack([torch.ones_like(A), torch.zeros_like(A)], dim=-1)
     ours["output_linear.weight"] = state["output_linear.0.weight"][..., 0]
     ours["output_linear.bias"] = state["output_linear.0.bias"]
-    return {f"model.{key}": tensor for key, tensor in ours.items()}
+    return prefixed("model.", ours)
 
 
 S4D_MINIMAL = System(
-    options={"d_model": REQUIRED, "d_state": 64, "transposed": True, "rate": Choice(1.0)},
+    options={"d_model": Size(), "d_state": 64, "transposed": True, "rate": Choice(1.0)},
     ignored=frozenset(_TRAINING),
     keys=_minimal_keys,
     build=lambda o: MixerFace(S4D(o.d_model, o.d_state // 2 * 2), o.transposed),

@@ -8,35 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import ACTIVATIONS, ELEMENTWISE, MixerFace
+from longwave.models.pretrained.blocks import ACTIVATIONS, ELEMENTWISE, BatchNorm, FeedForward, MixerFace, ResidualBlock
 from longwave.models.pretrained.s4 import S4_BLOCK, under
 from longwave.models.pretrained.sashimi import S4Layer, ScalarNorm
-from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
+from longwave.models.pretrained.system import (
+    Anything,
+    Choice,
+    Number,
+    Options,
+    Shapes,
+    Size,
+    State,
+    System,
+    prefixed,
+    read_part,
+)
 from longwave.nn.module import choose
-
-
-class BatchNorm(nn.Module):
-    """Every feature by its mean and variance over batch and time, or outside of training by running ones.
-
-    Source: Ioffe & Szegedy (2015), arXiv:1502.03167; as torch's BatchNorm1d, without its count of batches.
-
-    Args:
-        features: D.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, features: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.register_buffer("running_var", torch.ones(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) -> the same shape."""
-        y = F.batch_norm(x.flatten(0, 1), self.running_mean, self.running_var, self.weight, self.bias, self.training)
-        return y.view_as(x)
 
 
 class InstanceNorm(nn.Module):
@@ -99,30 +86,6 @@ class Affine(nn.Module):
         return self.alpha * x + self.affine * y
 
 
-class FFN(nn.Module):
-    """fc2(act(fc1 x)), with the call of a mixer.
-
-    Args:
-        d_model: D.
-        hidden: inner width.
-        activation: name of act.
-    """
-
-    causal = True
-
-    def __init__(self, d_model: int, hidden: int, activation: str | None):
-        super().__init__()
-        self.fc1 = nn.Linear(d_model, hidden * (2 if activation == "glu" else 1))
-        self.act, self.fc2 = ACTIVATIONS[activation](), nn.Linear(hidden, d_model)
-
-    def init_state(self, batch: int) -> tuple[()]:
-        """None that would need keeping."""
-        return ()
-
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        return self.fc2(self.act(self.fc1(x))), state
-
-
 class Joined(nn.Module):
     """W [f(x) | g(x)]: the authors' ``bidirectional`` around a layer, whose g does not hear x in reverse.
 
@@ -138,29 +101,8 @@ class Joined(nn.Module):
         self.layer, self.reverse_layer = layer, reverse_layer
         self.bidirectional_linear = nn.Linear(2 * d_model, d_model)
 
-    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None) -> tuple[Tensor, None]:
         return self.bidirectional_linear(torch.cat([self.layer(x)[0], self.reverse_layer(x)[0]], dim=-1)), None
-
-
-class Block(nn.Module):
-    """residual(x, layer(norm(x))), or norm(residual(x, layer(x))).
-
-    Args:
-        layer: called like a mixer.
-        norm: of D features.
-        residual: of x and y.
-        prenorm: which of the two.
-    """
-
-    def __init__(self, layer: nn.Module, norm: nn.Module, residual: nn.Module, prenorm: bool):
-        super().__init__()
-        self.layer, self.norm, self.residual, self.prenorm = layer, norm, residual, prenorm
-
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """x (B, L, D) and the state of the layer, or None -> y (B, L, D) and the state after it."""
-        y, state = self.layer(self.norm(x) if self.prenorm else x, state)
-        y = self.residual(x, y)
-        return (y if self.prenorm else self.norm(y)), state
 
 
 class SequenceModel(nn.Module):
@@ -171,7 +113,7 @@ class SequenceModel(nn.Module):
         norm: behind the last.
     """
 
-    def __init__(self, blocks: list[Block], norm: nn.Module):
+    def __init__(self, blocks: list[ResidualBlock], norm: nn.Module):
         super().__init__()
         self.layers, self.norm = nn.ModuleList(blocks), norm
 
@@ -184,8 +126,8 @@ class SequenceModel(nn.Module):
         for module in self.modules():
             if isinstance(module, InstanceNorm | GroupNorm) or not getattr(module, "causal", True):
                 raise ValueError(f"a model with {type(module).__name__} looks ahead here, so it has no state")
-        layers: list[Any] = [block.layer for block in self.layers]
-        return tuple(layer.init_state(batch) for layer in layers)
+        blocks: list[Any] = list(self.layers)
+        return tuple(block.init_state(batch) for block in blocks)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """x (B, L, D) -> y (B, L, D) and the state after it, or None where none came in."""
@@ -199,6 +141,8 @@ def _named(what: str, option: Any, known: set[str]) -> tuple[str | None, dict[st
     """A part of the config as (its name, its arguments): it is None, a name, or a mapping with ``_name_``."""
     arguments = dict(option) if isinstance(option, Mapping) else {"_name_": option}
     name = arguments.pop("_name_", None)
+    if not isinstance(name, str | None):
+        raise ValueError(f"{what} = {option!r} is neither None, a name, nor a mapping with _name_")
     for key in arguments:
         if key not in known:
             carried = ", ".join(sorted(known))
@@ -253,14 +197,14 @@ def _ffn_keys(o: Options) -> Shapes:
 
 FFN_LAYER = System(
     options={
-        "d_model": REQUIRED,
-        "expand": 2,
+        "d_model": Size(),
+        "expand": 2.0,
         "d_output": Choice(None),
         "activation": Choice(*ACTIVATIONS, default="gelu"),
     },
     ignored=frozenset({"initializer", "dropout", "tie_dropout", "transposed"}),
     keys=_ffn_keys,
-    build=lambda o: FFN(o.d_model, _ffn_hidden(o), o.activation),
+    build=lambda o: FeedForward(o.d_model, _ffn_hidden(o), o.activation),
     convert=lambda state, o: {
         f"{'fc2' if key.startswith('ff.2') else 'fc1'}.{key.rpartition('.')[2]}": tensor
         for key, tensor in state.items()
@@ -275,7 +219,7 @@ S4_LAYER = replace(
         "layer": Choice("fftconv"),
     },
     build=lambda o: S4Layer(S4_BLOCK.build(o), o.d_model, not o.bidirectional),
-    convert=lambda state, o: {f"block.{key}": tensor for key, tensor in S4_BLOCK.convert(state, o).items()},
+    convert=lambda state, o: prefixed("block.", S4_BLOCK.convert(state, o)),
 )
 
 LAYERS = {"s4": S4_LAYER, "ffn": FFN_LAYER}
@@ -284,12 +228,11 @@ LAYERS = {"s4": S4_LAYER, "ffn": FFN_LAYER}
 def _layers(o: Options) -> list[tuple[System, Options]]:
     """What every layer is, and its options."""
     configs = []
-    for config in [o.layer] if isinstance(o.layer, Mapping) else o.layer:
-        given = dict(config)
-        name = given.pop("_name_", None)
-        system = choose("layer", name, LAYERS)
+    for config in o.layer if isinstance(o.layer, list | tuple) else [o.layer]:
+        name = config.get("_name_") if isinstance(config, Mapping) else config
+        system = choose("layer", str(name), LAYERS)
         run = {"rate": o.rate} if name == "s4" else {}
-        configs.append((system, system.read({**given, **run, "d_model": o.d_model, "transposed": False})))
+        configs.append((system, read_part("layer", system.read, config, **run, d_model=o.d_model, transposed=False)))
     return configs * (o.n_layers * o.n_repeat)
 
 
@@ -318,7 +261,7 @@ def _keys(o: Options) -> Shapes:
         if o.bidirectional:
             inner |= {"bidirectional_linear.weight": (o.d_model, 2 * o.d_model)}
             inner |= {"bidirectional_linear.bias": (o.d_model,)}
-        keys |= {f"layers.{i}.{key}": shape for key, shape in inner.items()}
+        keys |= prefixed(f"layers.{i}.", inner)
     return {**keys, **(_norm_keys(o) if o.prenorm else {})}
 
 
@@ -333,7 +276,7 @@ def _build(o: Options) -> nn.Module:
         layer = system.build(options)
         if o.bidirectional:
             layer = Joined(layer, system.build(options), o.d_model)
-        blocks.append(Block(layer, _norm(o, o.d_model), _residual(o, i + 1), o.prenorm))
+        blocks.append(ResidualBlock(layer, _norm(o, o.d_model), o.prenorm, _residual(o, i + 1)))
     model = SequenceModel(blocks, _norm(o, o.d_model) if o.prenorm else nn.Identity())
     return MixerFace(model).eval()  # batch norm by its running statistics
 
@@ -350,19 +293,19 @@ def _convert(state: State, o: Options) -> State:
         block = under(f"layers.{i}.", state)
         inner = _convert_norm(under("norm.norm.", block))
         for part in _parts(o):
-            place = f"layer.{part}" if o.bidirectional else "layer"
+            place = f"mixer.{part}" if o.bidirectional else "mixer"
             converted = system.convert(under(f"{part}.", block), options)
-            inner |= {f"{place}.{key}": tensor for key, tensor in converted.items()}
+            inner |= prefixed(f"{place}.", converted)
         inner |= {key: t for key, t in block.items() if key.startswith("residual.")}
-        inner |= {f"layer.{key}": t for key, t in block.items() if key.startswith("bidirectional_linear.")}
-        ours |= {f"layers.{i}.{key}": tensor for key, tensor in inner.items()}
-    return {f"model.{key}": t for key, t in {**ours, **_convert_norm(under("norm.norm.", state))}.items()}
+        inner |= {f"mixer.{key}": t for key, t in block.items() if key.startswith("bidirectional_linear.")}
+        ours |= prefixed(f"layers.{i}.", inner)
+    return prefixed("model.", {**ours, **_convert_norm(under("norm.norm.", state))})
 
 
 S4_MODEL = System(
     options={
-        "d_model": REQUIRED,
-        "layer": REQUIRED,
+        "d_model": Size(),
+        "layer": Anything(),
         "n_layers": 1,
         "n_repeat": 1,
         "transposed": False,
@@ -371,7 +314,7 @@ S4_MODEL = System(
         "residual": None,
         "norm": None,
         "pool": None,
-        "rate": 1.0,
+        "rate": Number(1.0, above=0),
     },
     ignored=frozenset({"dropout", "tie_dropout", "track_norms", "dropinp"}),
     keys=_keys,

@@ -1,10 +1,12 @@
 """S4ND of github.com/state-spaces/s4 (commit e757cef): one of the repository's kernels an axis, and their product."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import ACTIVATIONS, ELEMENTWISE, ConvBlock
-from longwave.models.pretrained.s4 import S4_BLOCK, S4_KERNEL, build_kernel, convert_kernel, kernel_shapes, under
-from longwave.models.pretrained.system import Choice, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import ACTIVATIONS, ELEMENTWISE, ConvBlock, linear_activation, shapes_of
+from longwave.models.pretrained.s4 import S4_BLOCK, S4_KERNEL, build_kernel, convert_kernel, kernel_shapes
+from longwave.models.pretrained.system import Choice, Options, Shapes, Size, Sizes, State, System, prefixed, under
 from longwave.nn import SeparableConv, Truncated
 
 
@@ -28,7 +30,7 @@ class NDConv(nn.Module):
 
 def _axes(o: Options) -> list[Options]:
     """The options of each axis' kernel."""
-    if isinstance(o.l_max, (list, tuple)):
+    if isinstance(o.l_max, Sequence):
         l_max = list(o.l_max)
     elif o.dim is None:
         raise ValueError(f"dim = None needs an l_max for each axis; got l_max = {o.l_max}")
@@ -58,16 +60,15 @@ def _rows(o: Options) -> int:
 
 def _output_linear(o: Options) -> nn.Module:
     """The map after the convolution, which is there without an activation too."""
-    linear = nn.Linear(o.channels * o.d_model, o.d_model * (2 if o.final_act == "glu" else 1))
-    return linear if o.final_act is None else nn.Sequential(linear, ACTIVATIONS[o.final_act]())
+    return linear_activation(o.channels * o.d_model, o.d_model, o.final_act)
 
 
 def _keys(o: Options) -> Shapes:
     shapes: Shapes = {"D": (o.channels, o.d_model)}
     for i, axis in enumerate(_axes(o)):
-        shapes |= {f"kernel.{i}.{key}": shape for key, shape in kernel_shapes(axis, _rows(o)).items()}
+        shapes |= prefixed(f"kernel.{i}.", kernel_shapes(axis, _rows(o)))
     if not o.linear:
-        shapes |= {f"output_linear.{key}": tuple(t.shape) for key, t in _output_linear(o).state_dict().items()}
+        shapes |= shapes_of("output_linear", _output_linear, o)
     return shapes
 
 
@@ -86,14 +87,15 @@ def _convert(state: State, o: Options) -> State:
     ours = {"D": state["D"].expand(_copies(o)[0], -1)}
     for i, axis in enumerate(_axes(o)):
         place = f"conv.inner.filters.{i}." + ("" if axis.l_max is None else "inner.")
-        ours |= {f"{place}{key}": tensor for key, tensor in convert_kernel(under(f"kernel.{i}.", state)).items()}
-    return ours | {f"out.1.{key}": tensor for key, tensor in under("output_linear.", state).items()}
+        ours |= prefixed(f"{place}", convert_kernel(under(f"kernel.{i}.", state)))
+    return ours | prefixed("out.1.", under("output_linear.", state))
 
 
 S4ND = System(
     options={
         **{name: option for name, option in S4_BLOCK.options.items() if name in S4_KERNEL.options},
-        "dim": 2,
+        "l_max": Sizes(None, single=True),
+        "dim": Size(2, none=True),
         "trank": 1,
         "contract_version": Choice(0, 1),
         "bidirectional": True,

@@ -1,87 +1,41 @@
 """S5SSM and SequenceLayer of github.com/lindermanlab/S5 (commit 3c18fdb): keys are flax paths, Dense is (in, out)."""
 
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from longwave.mixers import S5, Mixer, S5TwoSided, nearest
+from longwave.mixers import S5, S5TwoSided
 from longwave.mixers.s5 import C_INITS
-from longwave.models.pretrained.blocks import MixerFace
-from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import BatchNorm, MixerFace, ResidualBlock
+from longwave.models.pretrained.system import (
+    Choice,
+    Number,
+    Options,
+    Shapes,
+    Size,
+    State,
+    System,
+    prefixed,
+    read_options,
+    read_part,
+)
 
+NORM = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
+DENSE = {"full_glu": ("out1", "out2"), "half_glu1": ("out2",), "half_glu2": ("out2",), "gelu": ()}
 LAYER: dict[str, Any] = {
-    "activation": "gelu",
+    "activation": Choice(*DENSE, default="gelu"),
     "prenorm": False,
     "batchnorm": False,
     "bn_momentum": 0.9,
-    "step_rescale": None,
-    "dropout": 0.0,
-    "training": False,
-    "d_model": None,
+    "step_rescale": Number(None, above=0),
 }
-DENSE = {"full_glu": ("out1", "out2"), "half_glu1": ("out2",), "half_glu2": ("out2",), "gelu": ()}
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation of (B, L, D) over batch and time, flax's: running statistics outside training, eps 1e-5.
-
-    Args:
-        d_model: D.
-        momentum: weight of the old statistics.
-    """
-
-    mean: Tensor
-    var: Tensor
-
-    def __init__(self, d_model: int, momentum: float):
-        super().__init__()
-        self.momentum = momentum
-        self.weight, self.bias = nn.Parameter(torch.ones(d_model)), nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("mean", torch.zeros(d_model))
-        self.register_buffer("var", torch.ones(d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        y = F.batch_norm(rows, self.mean, self.var, self.weight, self.bias, self.training, 1 - self.momentum, 1e-5)
-        return y.view_as(x)
-
-
-class SequenceLayer(nn.Module):
-    """x + mixer(norm x), or norm(x + mixer(x)): called as a mixer, with a mixer's states.
-
-    Args:
-        mixer: with its activation.
-        norm: of (B, L, D).
-        prenorm: the first of the two.
-    """
-
-    def __init__(self, mixer: Mixer, norm: nn.Module, prenorm: bool):
-        super().__init__()
-        self.mixer, self.norm, self.prenorm = mixer, norm, prenorm
-
-    def init_state(self, batch: int) -> Any:
-        """The mixer's."""
-        return self.mixer.init_state(batch)
-
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """x (B, L, D), the mixer's state -> (B, L, D) and the state, or None where none came in."""
-        y, state = self.mixer(self.norm(x) if self.prenorm else x, state)
-        return x + y if self.prenorm else self.norm(x + y), state
 
 
 def _layer(o: Options) -> Options | None:
     if o.layer is None:
         return None
-    for name, value in o.layer.items():
-        if name not in LAYER:
-            raise ValueError(f"layer has no option {name!r} (= {value!r}){nearest(name, LAYER)}")
-    layer = Options(**{**LAYER, **o.layer})
-    if layer.activation not in DENSE:
-        known = ", ".join(DENSE)
-        raise ValueError(f"layer has no activation {layer.activation!r}; there are {known}")
-    return layer
+    return read_part("layer", partial(read_options, LAYER, ignored={"dropout", "training", "d_model"}), o.layer)
 
 
 def _modes(o: Options) -> int:
@@ -115,7 +69,7 @@ def _keys(o: Options) -> Shapes:
     }
     if layer is None:
         return ssm
-    keys: Shapes = {f"seq/{key}": shape for key, shape in ssm.items()}
+    keys: Shapes = prefixed("seq/", ssm)
     for name in DENSE[layer.activation]:
         keys |= {f"{name}/kernel": (H, H), f"{name}/bias": (H,)}
     statistics = ("scale", "bias", "mean", "var") if layer.batchnorm else ("scale", "bias")
@@ -136,8 +90,8 @@ def _build(o: Options) -> MixerFace:
     )
     if layer is None:
         return MixerFace(mixer)
-    norm = BatchNorm(o.H, layer.bn_momentum) if layer.batchnorm else nn.LayerNorm(o.H, eps=1e-6)
-    return MixerFace(SequenceLayer(mixer, norm, layer.prenorm).eval())
+    norm = BatchNorm(o.H, momentum=1 - layer.bn_momentum) if layer.batchnorm else nn.LayerNorm(o.H, eps=1e-6)
+    return MixerFace(ResidualBlock(mixer, norm, layer.prenorm).eval())
 
 
 def _convert(state: State, o: Options) -> State:
@@ -147,7 +101,7 @@ def _convert(state: State, o: Options) -> State:
         *path, name = key.split("/")
         part = path[0] if path else "seq"
         if part == "norm":
-            ours[f"norm.{'weight' if name == 'scale' else name}"] = tensor
+            ours[f"norm.{NORM.get(name, name)}"] = tensor
         elif part != "seq":
             weight = name == "kernel"
             ours[f"{inner}activation.{part}.{'weight' if weight else name}"] = tensor.mT if weight else tensor
@@ -157,21 +111,21 @@ def _convert(state: State, o: Options) -> State:
             ours[f"{inner}seq.log_step"] = tensor[:, 0]
         else:
             ours[f"{inner}{name if name in ('C', 'C1', 'C2', 'D') else f'seq.{name}'}"] = tensor
-    return {f"model.{key}": tensor for key, tensor in ours.items()}
+    return prefixed("model.", ours)
 
 
 S5_SYSTEM = System(
     options={
-        "H": REQUIRED,
-        "P": None,
-        "P_local": None,
-        "P_given": None,
+        "H": Size(),
+        "P": Size(None),
+        "P_local": Size(None),
+        "P_given": Size(None),
         "conj_sym": True,
         "discretization": Choice("zoh", "bilinear"),
         "C_init": Choice(*C_INITS),
         "bidirectional": False,
         "clip_eigs": False,
-        "step_rescale": 1.0,
+        "step_rescale": Number(1.0, above=0),
         "layer": None,
     },
     ignored=frozenset({"blocks", "dt_min", "dt_max"}),

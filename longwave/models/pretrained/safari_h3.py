@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from longwave.mixers import H3
 from longwave.models.pretrained.blocks import MixerFace
 from longwave.models.pretrained.safari_longconv import KERNEL_IGNORED, KERNEL_OPTIONS, CircularConv, build_kernel, taps
-from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
+from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed
 from longwave.nn import ShiftFilter, Truncated
 
 LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {  # of the authors' transforms of -Re A
@@ -42,6 +42,10 @@ def _h3_keys(o: Options) -> Shapes:
 
 
 def _build_h3(o: Options) -> MixerFace:
+    if o.d_model % o.head_dim:
+        raise ValueError(f"head_dim = {o.head_dim} does not divide d_model = {o.d_model}")
+    if o.n_ssm is not None and (o.d_model // o.head_dim) % o.n_ssm:
+        raise ValueError(f"n_ssm = {o.n_ssm} does not divide the {o.d_model // o.head_dim} heads")
     model = H3(o.d_model, o.d_state // 2 * 2, o.head_dim, discretization=o.disc, systems=o.n_ssm)
     model.ssm_k_kernel = ShiftFilter(o.d_model, o.d_state)
     if o.l_max is not None:  # the authors truncate when they convolve, though not when they step
@@ -70,20 +74,20 @@ def _convert_h3(state: State, o: Options) -> State:
     ours |= {f"kernel.inner.{key}" if cut else f"kernel.{key}": tensor for key, tensor in system.items()}
     cut = cut and o.l_max < o.d_state
     ours |= {f"ssm_k_kernel.inner.{key}" if cut else f"ssm_k_kernel.{key}": tensor for key, tensor in shift.items()}
-    return {f"model.{key}": tensor for key, tensor in ours.items()}
+    return prefixed("model.", ours)
 
 
 H3_LAYER = System(
     options={
-        "d_model": REQUIRED,
+        "d_model": Size(),
         "d_state": 64,
-        "l_max": None,
+        "l_max": Size(None),
         "head_dim": 1,
-        "n_ssm": None,
+        "n_ssm": Size(None),
         "mode": Choice("diag"),
         "disc": Choice("bilinear", "zoh"),
         "real_type": Choice(*LOGARITHMS),
-        "bandlimit": None,
+        "bandlimit": Number(None),
         "force_real": False,
         "rate": Choice(1.0),
     },
@@ -144,8 +148,8 @@ def _convert_h3_conv(state: State, o: Options) -> State:
 
 H3_CONV = System(
     options={
-        "d_model": REQUIRED,
-        "l_max": REQUIRED,
+        "d_model": Size(),
+        "l_max": Size(),
         **KERNEL_OPTIONS,
         "head_dim": Choice(1),
         "channels": Choice(1),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from longwave.mixers import Hyena
 from longwave.models.pretrained.blocks import ELEMENTWISE, MixerFace
-from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
+from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed
 from longwave.nn import Filter, HyenaFilter
 from longwave.ops import causal_conv, short_conv
 
@@ -134,7 +134,7 @@ def convert_filter(state: State, o: Options) -> State:
         ours["bias"] = 0 * state["bias"]
     for key, first in filter_aliases(o).items():
         ours[key] = state[first]
-    return {f"inner.{key}": tensor for key, tensor in ours.items()} if o.normalized else ours
+    return prefixed("inner.", ours) if o.normalized else ours
 
 
 def hyena_keys(o: Options) -> Shapes:
@@ -148,7 +148,7 @@ def hyena_keys(o: Options) -> Shapes:
         "out_proj.bias": (D,),
         "short_filter.weight": (inner, 1, o.short_filter_order),
         "short_filter.bias": (inner,),
-        **{f"filter_fn.{key}": shape for key, shape in filter_keys(o, (o.order - 1) * D).items()},
+        **prefixed("filter_fn.", filter_keys(o, (o.order - 1) * D)),
     }
     if o.post_order_ffn:
         keys["ord_proj_w"] = (o.order, 1, 1)
@@ -196,24 +196,24 @@ def convert_hyena(state: State, o: Options, *, features_first: bool) -> State:
         for key in ("short_filter.weight", "short_filter.bias"):
             x_0, others = ours[key].tensor_split([o.d_model])
             ours[key] = torch.cat([factor * x_0, others])
-    ours |= {f"filter_fn.{key}": tensor for key, tensor in convert_filter(filter, o).items()}
+    ours |= prefixed("filter_fn.", convert_filter(filter, o))
     if o.activation not in (None, "id", "identity", "linear"):
         ours = {key.replace("out_proj.", "out_proj.1."): tensor for key, tensor in ours.items()}
-    return {f"model.{key}": tensor for key, tensor in ours.items()}
+    return prefixed("model.", ours)
 
 
 _MLP_OPTIONS = {
     "emb_dim": 3,
-    "num_inner_mlps": 2,
-    "w": 1,
+    "num_inner_mlps": Size(2, least=0),
+    "w": 1.0,
     "modulate": True,
     "shift": 0.0,
-    "target": 1e-2,
-    "fast_decay_pct": 0.3,
-    "slow_decay_pct": 1.5,
+    "target": Number(1e-2, above=0),
+    "fast_decay_pct": Number(0.3, above=0),
+    "slow_decay_pct": Number(1.5, above=0),
     "rate": Choice(1.0),
 }
-FILTER_OPTIONS = {"d_model": REQUIRED, "l_max": REQUIRED, "order": 2, "filter_order": 64, **_MLP_OPTIONS}
+FILTER_OPTIONS = {"d_model": Size(), "l_max": Size(), "order": 2, "filter_order": 64, **_MLP_OPTIONS}
 FILTER_IGNORED = frozenset(
     {"dropout", "filter_dropout", "lr", "lr_pos_emb", "modulation_lr", "wd", "fused_fft_conv", "use_flashfftconv"}
     | {"local_order", "linear_mixer", "channels"}  # in published configs; the authors' code does not look at them
@@ -226,11 +226,11 @@ def _in_operator(o: Options) -> Options:
 
 
 HYENA_FILTER = System(
-    options={"d_model": REQUIRED, "order": 16, "seq_len": 1024, **_MLP_OPTIONS, "bias": True, "normalized": False},
+    options={"d_model": Size(), "order": 16, "seq_len": 1024, **_MLP_OPTIONS, "bias": True, "normalized": False},
     ignored=FILTER_IGNORED,
     keys=lambda o: filter_keys(_in_operator(o), o.d_model),
     build=lambda o: FilterFace(build_filter(_in_operator(o), o.d_model)),
-    convert=lambda state, o: {f"filter.{key}": t for key, t in convert_filter(state, _in_operator(o)).items()},
+    convert=lambda state, o: prefixed("filter.", convert_filter(state, _in_operator(o))),
     aliases=lambda o: filter_aliases(_in_operator(o)),
     optional=True,
 )

@@ -16,10 +16,22 @@ from longwave.mixers import nearest
 from longwave.mixers.base import zero_padding
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
-from longwave.models.pretrained.blocks import MixerFace
+from longwave.models.pretrained.blocks import LMFace, MixerFace
 from longwave.models.pretrained.safari_h3 import H3_CONV, H3_LAYER
 from longwave.models.pretrained.safari_hyena import HYENA, is_variant
-from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
+from longwave.models.pretrained.system import (
+    Choice,
+    Number,
+    Options,
+    Shapes,
+    Size,
+    Sizes,
+    State,
+    System,
+    prefixed,
+    read_part,
+    under,
+)
 from longwave.nn import MLP, append_time, rotate
 from longwave.ops import attention, short_conv
 
@@ -127,15 +139,15 @@ def _build_mha(o: Options) -> nn.Module:
 
 ATTENTION = System(
     options={
-        "d_model": REQUIRED,
-        "num_heads": REQUIRED,
+        "d_model": Size(),
+        "num_heads": Size(),
         "bias": True,
         "rotary_emb_dim": 0,
         "rotary_emb_base": 10_000.0,
         "rotary_emb_scale_base": Choice(0, None),
         "rotary_emb_interleaved": Choice(False),
         "dwconv": False,
-        "softmax_scale": None,
+        "softmax_scale": Number(None),
         "causal": Choice(True),
         "cross_attn": Choice(False),
         "return_residual": Choice(False),
@@ -241,38 +253,9 @@ class PositionedLM(nn.Module):
         return self.lm.head(x[:, -1:] if last else x), state
 
 
-class PositionedFace(nn.Module):
-    """A language model behind the call of an official one that may be told positions:  logits = module(input_ids=ids).
-
-    Args:
-        model: ours; generation takes it as it is.
-    """
-
-    def __init__(self, model: LM | PositionedLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """input_ids (B, L), position_ids (B, L) or None -> logits (B, L, V)."""
-        if isinstance(self.model, LM):
-            return self.model(input_ids)[0]
-        return self.model(input_ids, position_ids=position_ids)[0]
-
-
 def padded_vocab(o: Options) -> int:
     """The vocabulary, rounded up to the multiple that the authors ask for."""
     return -(-o.vocab_size // o.pad_vocab_size_multiple) * o.pad_vocab_size_multiple
-
-
-def read_layer(what: str, system: System, config: Mapping[str, Any] | None, d_model: int, *leave: str) -> Options:
-    """The options of a layer; those in ``leave`` are none of its own."""
-    try:
-        if not isinstance(config, Mapping):
-            raise ValueError(f"{config!r} is no mapping of options")
-        options = {key: value for key, value in config.items() if key not in leave}
-        return system.read({**options, "d_model": d_model})
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 def layers(o: Options) -> list[tuple[System, Options]]:
@@ -281,9 +264,9 @@ def layers(o: Options) -> list[tuple[System, Options]]:
     found: list[tuple[System, Options]] = []
     for i in range(o.n_layer):
         if i in attentive:
-            found.append((ATTENTION, read_layer("attn_cfg", ATTENTION, o.attn_cfg, o.d_model)))
+            found.append((ATTENTION, read_part("attn_cfg", ATTENTION.read, o.attn_cfg, d_model=o.d_model)))
         elif o.ssm_cfg is not None or o.layer is None:
-            found.append((H3_LAYER, read_layer("ssm_cfg", H3_LAYER, o.ssm_cfg or {}, o.d_model)))
+            found.append((H3_LAYER, read_part("ssm_cfg", H3_LAYER.read, o.ssm_cfg or {}, d_model=o.d_model)))
         else:
             name = o.layer.get("_name_") if isinstance(o.layer, Mapping) else None
             if name not in LAYERS:
@@ -291,12 +274,8 @@ def layers(o: Options) -> list[tuple[System, Options]]:
                     f"layer: no layer _name_ = {name!r} is carried over; longwave has {', '.join(LAYERS)}"
                     f"{nearest(str(name), LAYERS)}"
                 )
-            found.append((LAYERS[name], read_layer("layer", LAYERS[name], o.layer, o.d_model, "_name_")))
+            found.append((LAYERS[name], read_part("layer", LAYERS[name].read, o.layer, d_model=o.d_model)))
     return found
-
-
-def _within(state: State, prefix: str) -> State:
-    return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
 
 
 def backbone_keys(o: Options, parts: list[tuple[System, Options]]) -> Shapes:
@@ -306,11 +285,11 @@ def backbone_keys(o: Options, parts: list[tuple[System, Options]]) -> Shapes:
     if o.max_position_embeddings > 0:
         keys["backbone.embeddings.position_embeddings.weight"] = (o.max_position_embeddings, D)
     for i, (system, options) in enumerate(parts):
-        block = {f"mixer.{key}": shape for key, shape in system.keys(options).items()}
+        block = prefixed("mixer.", system.keys(options))
         block |= {f"{norm}.{key}": (D,) for norm in ("norm1", "norm2") for key in ("weight", "bias")}
         block |= {"mlp.fc1.weight": (inner, D), "mlp.fc1.bias": (inner,)}
         block |= {"mlp.fc2.weight": (D, inner), "mlp.fc2.bias": (D,)}
-        keys |= {f"backbone.layers.{i}.{key}": shape for key, shape in block.items()}
+        keys |= prefixed(f"backbone.layers.{i}.", block)
     return {**keys, "backbone.ln_f.weight": (D,), "backbone.ln_f.bias": (D,)}
 
 
@@ -333,7 +312,7 @@ def _build_mixer(system: System, options: Options) -> Any:
 def _convert_mixer(state: State, system: System, options: Options) -> State:
     ours = system.convert(state, options)
     if _is_stateless(system, options):
-        return {f"layer.{key}": t for key, t in ours.items()}
+        return prefixed("layer.", ours)
     return {key.removeprefix("model."): t for key, t in ours.items()}
 
 
@@ -354,22 +333,22 @@ def convert_lm(state: State, o: Options, parts: list[tuple[System, Options]]) ->
     """The tensors of an LMBackbone under the names of :func:`build_lm`, the head tied."""
     embedding = state["backbone.embeddings.word_embeddings.weight"]
     ours = {"embedding.weight": embedding, "head.weight": embedding}
-    ours |= {f"backbone.norm.{key}": t for key, t in _within(state, "backbone.ln_f.").items()}
+    ours |= prefixed("backbone.norm.", under("backbone.ln_f.", state))
     for i, (system, options) in enumerate(parts):
-        block = _within(state, f"backbone.layers.{i}.")
+        block = under(f"backbone.layers.{i}.", state)
         new = {key.replace("mlp.", "channel."): t for key, t in block.items() if not key.startswith("mixer.")}
-        mixer = _convert_mixer(_within(block, "mixer."), system, options)
-        new |= {f"mixer.{key}": t for key, t in mixer.items()}
-        ours |= {f"backbone.layers.{i}.{key}": t for key, t in new.items()}
+        mixer = _convert_mixer(under("mixer.", block), system, options)
+        new |= prefixed("mixer.", mixer)
+        ours |= prefixed(f"backbone.layers.{i}.", new)
     if o.max_position_embeddings > 0:
-        ours = {f"lm.{key}": t for key, t in ours.items()}
+        ours = prefixed("lm.", ours)
         ours["positions.weight"] = state["backbone.embeddings.position_embeddings.weight"]
     return ours
 
 
 def released(state: State) -> State:
     """A checkpoint of a training run holds the model under ``model.``, and other things: the model's keys alone."""
-    within = _within(state, "model.")
+    within = under("model.", state)
     return within or state
 
 
@@ -411,12 +390,12 @@ def _shifted(key: str, n_layer: int) -> str:
 _HEAD = {"lm_head.weight": "backbone.embeddings.word_embeddings.weight"}
 
 BACKBONE_OPTIONS = {
-    "d_model": REQUIRED,
-    "n_layer": REQUIRED,
-    "d_inner": None,
-    "vocab_size": REQUIRED,
+    "d_model": Size(),
+    "n_layer": Size(),
+    "d_inner": Size(None),
+    "vocab_size": Size(),
     "layer": None,
-    "attn_layer_idx": None,
+    "attn_layer_idx": Sizes(None, least=0),
     "attn_cfg": None,
     "max_position_embeddings": 0,
     "layer_norm_epsilon": 1e-5,
@@ -431,8 +410,8 @@ LANGUAGE_MODEL = System(
     options={**BACKBONE_OPTIONS, "ssm_cfg": None},
     ignored=BACKBONE_IGNORED,
     keys=lambda o: {**backbone_keys(o, layers(o)), "lm_head.weight": (padded_vocab(o), o.d_model)},
-    build=lambda o: PositionedFace(build_lm(o, layers(o))),
-    convert=lambda state, o: {f"model.{key}": t for key, t in convert_lm(state, o, layers(o)).items()},
+    build=lambda o: LMFace(build_lm(o, layers(o)), positioned=o.max_position_embeddings > 0),
+    convert=lambda state, o: prefixed("model.", convert_lm(state, o, layers(o))),
     aliases=lambda o: {**_HEAD, **backbone_aliases(layers(o))},
     optional=True,
     rename=_rename,

@@ -1,17 +1,39 @@
 """Long convolutions of github.com/HazyResearch/safari (commit 02220c6): kernel, layer, standalone model, BlockFFT."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import ACTIVATIONS, ELEMENTWISE, ConvBlock, output_linear, output_shapes
-from longwave.models.pretrained.system import REQUIRED, Choice, Either, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import (
+    ACTIVATIONS,
+    ELEMENTWISE,
+    ConvBlock,
+    KernelFace,
+    output_linear,
+    shapes_of,
+)
+from longwave.models.pretrained.safari_block_fft import (
+    BLOCK_FFT_ARGS,
+    Transform,
+    block_aliases,
+    block_keys,
+    build_block,
+    convert_block,
+)
+from longwave.models.pretrained.system import (
+    Choice,
+    Family,
+    Number,
+    Options,
+    Shapes,
+    Size,
+    State,
+    System,
+    prefixed,
+    read_part,
+    under,
+)
 from longwave.nn import FreeFilter
-from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 from longwave.nn.filters import Smooth
 from longwave.ops import causal_conv
 
@@ -41,7 +63,7 @@ class SpectrumSmoothing(nn.Module):
 
 KERNEL_OPTIONS = {
     "causal": True,
-    "lam": 0.1,
+    "lam": Number(0.1, least=0),
     "use_ma_smoothing": False,
     "ma_window_len": 7,
     "smooth_freq": False,
@@ -62,122 +84,18 @@ def build_kernel(o: Options, rows: int) -> FreeFilter:
     return FreeFilter(rows, taps(o), squash=o.lam, smooth=smooth)
 
 
-class Kernel(nn.Module):
-    """A bank of free taps behind the call of the authors' LongConvKernel:  k = module().
-
-    Args:
-        filter: the taps of all channels, one after the other.
-        channels: filters a feature.
-    """
-
-    def __init__(self, filter: FreeFilter, channels: int):
-        super().__init__()
-        self.filter, self.channels = filter, channels
-
-    def forward(self) -> Tensor:
-        """k (channels, H, L), all the taps there are."""
-        return self.filter(self.filter.max_len).unflatten(0, (self.channels, -1))
-
-
 def _sized(o: Options) -> Options:
     """The options of the kernel alone under the names of the layers around it."""
     return Options(**vars(o), l_max=o.L)
 
 
 LONG_CONV_KERNEL = System(
-    options={"H": REQUIRED, "L": REQUIRED, "channels": 1, **KERNEL_OPTIONS},
+    options={"H": Size(), "L": Size(), "channels": 1, **KERNEL_OPTIONS},
     ignored=KERNEL_IGNORED | {"rate", "state"},
     keys=lambda o: {"kernel": (o.channels, o.H, taps(_sized(o)))},
-    build=lambda o: Kernel(build_kernel(_sized(o), o.channels * o.H), o.channels),
+    build=lambda o: KernelFace(build_kernel(_sized(o), o.channels * o.H), o.H, taps(_sized(o))),
     convert=lambda state, o: {"filter.kernel": state["kernel"].flatten(0, 1)},
 )
-
-
-Transform = Callable[[Tensor, int], Tensor]
-_RADIX = 16  # of the official transform, whatever its max_m
-
-
-def _matrix_sizes(o: Options) -> list[int]:
-    """Of the official parameters: max_m says how many there are, and no more than that."""
-    if o.max_m < 1 or o.max_m & (o.max_m - 1):
-        raise ValueError(f"the option max_m = {o.max_m} is no power of two")
-    if not o.learn_dft_matrices:
-        return []
-    if o.max_m < _RADIX:
-        raise ValueError(f"the option max_m = {o.max_m} leaves out the matrix of {_RADIX}, which is always needed")
-    return [2**i for i in range(1, o.max_m.bit_length())]
-
-
-def _block_keys(o: Options) -> Shapes:
-    shapes = [(o.H, n, n, 2) for n in _matrix_sizes(o)]
-    return {
-        **{f"mat_{shape[1]}": shape for shape in shapes},
-        **{f"dft_matrices.{i}": shape for i, shape in enumerate(shapes)},
-    }
-
-
-def _block_aliases(o: Options) -> dict[str, str]:
-    return {f"dft_matrices.{i}": f"mat_{n}" for i, n in enumerate(_matrix_sizes(o))}
-
-
-def _build_block(o: Options) -> Transform:
-    activation = None if o.activation is None else ELEMENTWISE[o.activation]()
-    if not _matrix_sizes(o):
-        return partial(block_fft, activation=activation)
-    return BlockFFT(o.H, _RADIX, activation)
-
-
-def _build_block_face(o: Options) -> nn.Module:
-    if o.N < 1:
-        raise ValueError(f"the option N = {o.N} is below 1")
-    return BlockFFTFace(_build_block(o), o.N)
-
-
-def _convert_block(state: State, o: Options) -> State:
-    ours = {}
-    if o.learn_dft_matrices:
-        for n, fourier in dft_matrices(_RADIX, torch.complex128).items():
-            ours[f"mat_{n}"] = state[f"mat_{n}"]
-            if o.learn_additive:
-                ours[f"mat_{n}"] = ours[f"mat_{n}"] + torch.view_as_real(fourier).to(ours[f"mat_{n}"])
-    return ours
-
-
-class BlockFFTFace(nn.Module):
-    """A transform behind the call of the authors' BlockFFT, complex numbers as pairs.
-
-    Args:
-        model: the transform.
-        length: N.
-    """
-
-    def __init__(self, model: Transform, length: int):
-        super().__init__()
-        self.model, self.length = model, length
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x (..., H, L) complex, or (..., H, L, 2) real -> {"re", "im"}, (..., H, N rounded up to a power of two)."""
-        y = self.model(x if x.is_complex() else torch.view_as_complex(x.contiguous()), self.length)
-        return {"re": y.real, "im": y.imag}
-
-
-_BLOCK_OPTIONS = {
-    "learn_dft_matrices": True,
-    "H": 1,
-    "max_m": 16,
-    "learn_additive": False,
-    "activation": Choice(*ELEMENTWISE, default=None),
-}
-
-BLOCK_FFT = System(
-    options={**_BLOCK_OPTIONS, "N": REQUIRED, "forward": Choice(True)},
-    ignored=frozenset({"dft_lr", "dropout"}),
-    keys=_block_keys,
-    build=_build_block_face,
-    convert=lambda state, o: {f"model.{key}": tensor for key, tensor in _convert_block(state, o).items()},
-    aliases=_block_aliases,
-)
-BLOCK_FFT_ARGS = replace(BLOCK_FFT, options=_BLOCK_OPTIONS)  # to read them; the LongConv around says the length
 
 
 def _all_taps(filter: FreeFilter, length: int, bidirectional: bool) -> Tensor:
@@ -256,15 +174,10 @@ class BlockConv(nn.Module):
 
 def _block_options(o: Options) -> Options:
     """The official arguments of a LongConv's two transforms."""
-    if not isinstance(o.block_fft_conv_args, Mapping):
-        raise ValueError(f"the option block_fft_conv_args = {o.block_fft_conv_args!r} is no mapping")
-    try:
-        options = BLOCK_FFT_ARGS.read(o.block_fft_conv_args)
-        if options.learn_dft_matrices and options.H not in (1, o.d_model):
-            raise ValueError(f"H = {options.H} fits no input; it is 1 or d_model = {o.d_model}")
-        return options
-    except ValueError as error:
-        raise ValueError(f"block_fft_conv_args: {error}") from error
+    options = read_part("block_fft_conv_args", BLOCK_FFT_ARGS.read, o.block_fft_conv_args)
+    if options.learn_dft_matrices and options.H not in (1, o.d_model):
+        raise ValueError(f"block_fft_conv_args: H = {options.H} fits no input; it is 1 or d_model = {o.d_model}")
+    return options
 
 
 _TRANSFORMS = ("block_fft_u", "block_fft_k")
@@ -275,10 +188,10 @@ def _long_conv_keys(o: Options) -> Shapes:
     keys: Shapes = {
         "D": (o.channels, H),
         "kernel.kernel": (o.channels * (2 if o.bidirectional else 1), H, taps(o)),
-        **output_shapes(o.channels * H, H, o.postact),
+        **shapes_of("output_linear", output_linear, o.channels * H, H, o.postact),
     }
     if o.block_fft_conv:
-        block = _block_keys(_block_options(o))
+        block = block_keys(_block_options(o))
         keys |= {f"{name}.{key}": shape for name in _TRANSFORMS for key, shape in block.items()}
     return keys
 
@@ -286,7 +199,7 @@ def _long_conv_keys(o: Options) -> Shapes:
 def _long_conv_aliases(o: Options) -> dict[str, str]:
     if not o.block_fft_conv:
         return {}
-    block = _block_aliases(_block_options(o))
+    block = block_aliases(_block_options(o))
     return {f"{name}.{key}": f"{name}.{first}" for name in _TRANSFORMS for key, first in block.items()}
 
 
@@ -296,7 +209,7 @@ def _build_long_conv(o: Options) -> ConvBlock:
     reach = round(o.l_max / o.rate)
     conv: nn.Module = CircularConv(filter, reach, o.bidirectional)
     if o.block_fft_conv:
-        transforms = [_build_block(_block_options(o)) for _ in _TRANSFORMS]
+        transforms = [build_block(_block_options(o)) for _ in _TRANSFORMS]
         conv = BlockConv(filter, reach, o.bidirectional, o.channels, *transforms)
     return ConvBlock(conv, o.d_model, o.channels, out, transposed=o.transposed)
 
@@ -306,14 +219,14 @@ def _convert_long_conv(state: State, o: Options) -> State:
     ours["conv.filter.kernel"] = ours.pop("kernel.kernel").flatten(0, 1)
     if o.block_fft_conv:
         for name in _TRANSFORMS:
-            block = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
-            ours |= {f"conv.{name}.{key}": t for key, t in _convert_block(block, _block_options(o)).items()}
+            block = convert_block(under(f"{name}.", state), _block_options(o))
+            ours |= prefixed(f"conv.{name}.", block)
     return ours
 
 
 LONG_CONV = System(
     options={
-        "d_model": REQUIRED,
+        "d_model": Size(),
         "l_max": 1024,
         "channels": 1,
         **KERNEL_OPTIONS,
@@ -321,7 +234,7 @@ LONG_CONV = System(
         "activation": Choice(*ELEMENTWISE),
         "postact": Choice(*ACTIVATIONS),
         "transposed": True,
-        "rate": 1.0,
+        "rate": Number(1.0, above=0),
         "weight_norm": Choice(False),
         "block_fft_conv": False,
         "block_fft_conv_args": {},
@@ -341,7 +254,7 @@ def _standalone_keys(o: Options) -> Shapes:
     return {
         "D": (o.channels, o.H),
         "kernel": (o.channels, o.H, 2 * o.L),
-        **output_shapes(o.channels * o.H, o.H, "glu"),
+        **shapes_of("output_linear", output_linear, o.channels * o.H, o.H, "glu"),
     }
 
 
@@ -358,7 +271,7 @@ def _convert_standalone(state: State, o: Options) -> State:
 
 
 STANDALONE = System(
-    options={"H": REQUIRED, "L": REQUIRED, "channels": 2, "kernel_lam": 0.1},
+    options={"H": Size(), "L": Size(), "channels": 2, "kernel_lam": Number(0.1, least=0)},
     ignored=_STANDALONE_IGNORED,
     keys=_standalone_keys,
     build=_build_standalone,
@@ -416,20 +329,19 @@ def _convert_model(state: State, o: Options) -> State:
     ours = {key: t for key, t in state.items() if not key.startswith("conv_layers.")}
     for i in range(o.n_layers):
         prefix = f"conv_layers.{i}."
-        layer = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-        ours |= {prefix + key: t for key, t in _convert_standalone(layer, _layer_of(o)).items()}
+        ours |= prefixed(prefix, _convert_standalone(under(prefix, state), _layer_of(o)))
     return ours
 
 
 STANDALONE_MODEL = System(
     options={
-        "d_input": REQUIRED,
+        "d_input": Size(),
         "d_output": 10,
         "d_model": 512,
         "n_layers": 6,
         "prenorm": False,
         "channels": 2,
-        "kernel_lam": 0.1,
+        "kernel_lam": Number(0.1, least=0),
     },
     ignored=_STANDALONE_IGNORED,
     keys=_model_keys,
@@ -437,9 +349,8 @@ STANDALONE_MODEL = System(
     convert=_convert_model,
 )
 
-SYSTEMS: dict[str, System | Either] = {
+SYSTEMS: dict[str, System | Family] = {
     "longconv": LONG_CONV,
     "longconvkernel": LONG_CONV_KERNEL,
-    "longconvstandalone": Either("d_input", STANDALONE_MODEL, STANDALONE),
-    "blockfft": BLOCK_FFT,
+    "longconvstandalone": Family({"LongConvModel": STANDALONE_MODEL, "LongConv": STANDALONE}),
 }

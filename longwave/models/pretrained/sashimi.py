@@ -1,97 +1,15 @@
 """SaShiMi of github.com/state-spaces/s4 (commit e757cef): the standalone model, and the one it was trained with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.mixers.base import zero_padding
-from longwave.models.pretrained.blocks import MixerFace
-from longwave.models.pretrained.s4 import S4_BLOCK, under
-from longwave.models.pretrained.system import REQUIRED, Choice, Options, Shapes, State, System
+from longwave.models.pretrained.blocks import FeedForward, MixerFace, ResidualBlock, ScalarNorm
+from longwave.models.pretrained.s4 import S4_BLOCK, S4Layer, under
+from longwave.models.pretrained.system import Choice, Options, Shapes, Size, Sizes, State, System, prefixed, read_part
 from longwave.models.sashimi import Level, Sashimi
-
-
-class S4Layer(nn.Module):
-    """The authors' S4Block with the call of a mixer.
-
-    Args:
-        block: takes x (B, L, D), and with a state returns y and next_state.
-        d_model: D.
-        causal: whether it does not look ahead.
-    """
-
-    name = "S4Block"
-
-    def __init__(self, block: nn.Module, d_model: int, causal: bool):
-        super().__init__()
-        self.block: Any = block
-        self.d_model, self.causal = d_model, causal
-
-    def init_state(self, batch: int) -> Any:
-        """See :class:`longwave.mixers.Mixer`, as the next."""
-        return self.block.conv.init_state(batch)
-
-    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        x = zero_padding(x, mask)
-        return (self.block(x), None) if state is None else tuple(self.block(x, state).values())
-
-
-class FeedForward(nn.Module):
-    """fc2(gelu(fc1 x)) with the call of a mixer, though it mixes no time: the authors' blocks have one layer each.
-
-    Args:
-        d_model: D.
-        hidden: inner width.
-    """
-
-    name, causal = "FFN", True
-
-    def __init__(self, d_model: int, hidden: int):
-        super().__init__()
-        self.d_model = d_model
-        self.fc1, self.fc2 = nn.Linear(d_model, hidden), nn.Linear(hidden, d_model)
-
-    def init_state(self, batch: int) -> tuple[()]:
-        """None that would need keeping."""
-        return ()
-
-    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        return self.fc2(F.gelu(self.fc1(x))), state
-
-
-class ScalarNorm(nn.Module):
-    """(s / sd(x)) (x - mean(x) + m) over the features, without an epsilon: TransposedLN with its default, scalar."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.m, self.s = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        sd, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
-        return self.s / sd * (x - mean + self.m)
-
-
-class ResidualBlock(nn.Module):
-    """x + layer(norm x), or norm(x + layer x).
-
-    Args:
-        mixer: the layer.
-        norm: of its width.
-        prenorm: which of the two.
-    """
-
-    def __init__(self, mixer: nn.Module, norm: nn.Module, prenorm: bool):
-        super().__init__()
-        self.mixer, self.norm, self.prenorm = mixer, norm, prenorm
-
-    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """See :class:`longwave.models.Block`."""
-        y, state = self.mixer(self.norm(x) if self.prenorm else x, state, mask=mask)
-        return (x + y if self.prenorm else self.norm(x + y)), state
 
 
 class UNetLevel(nn.Module):
@@ -205,7 +123,7 @@ def _system(options: dict[str, Any], ignored: frozenset[str], variant: Callable[
         for part in _parts(o):
             for key, tensor in _convert_part(under(part.official, state), part, v).items():
                 ours[part.ours + key] = tensor
-        return {f"model.{key}": tensor for key, tensor in ours.items()}
+        return prefixed("model.", ours)
 
     return System(options=options, ignored=ignored, keys=keys, build=build, convert=convert)
 
@@ -219,9 +137,9 @@ def _part_keys(part: Part, o: Options, v: Variant) -> Shapes:
         if v.weight_norm:
             weight = {"linear.weight_g": (d_out, 1), "linear.weight_v": (d_out, d_in)}
         return {**weight, "linear.bias": (d_out,)}
-    norm = {f"norm.{key}": shape for key, shape in v.norm_shapes(D).items()}
+    norm = prefixed("norm.", v.norm_shapes(D))
     if part.kind == "s4":
-        return {**{f"layer.{key}": shape for key, shape in S4_BLOCK.keys(v.s4(part)).items()}, **norm}
+        return {**prefixed("layer.", S4_BLOCK.keys(v.s4(part))), **norm}
     E = int(o.ff * D)
     return {
         "layer.ff.0.0.weight": (E, D, *one),
@@ -243,7 +161,7 @@ def _convert_part(state: State, part: Part, v: Variant) -> State:
     norm = {f"norm.{key.rpartition('.')[2]}": tensor for key, tensor in under("norm.", state).items()}
     if part.kind == "s4":
         block = S4_BLOCK.convert(under("layer.", state), v.s4(part))
-        return {**{f"mixer.block.{key}": tensor for key, tensor in block.items()}, **norm}
+        return {**prefixed("mixer.block.", block), **norm}
     names = {
         "ff.0.0.weight": "fc1.weight",
         "ff.0.0.bias": "fc1.bias",
@@ -299,9 +217,9 @@ SASHIMI = _system(
     {
         "d_model": 64,
         "n_layers": 8,
-        "pool": [4, 4],
+        "pool": Sizes([4, 4]),
         "expand": 2,
-        "ff": 2,
+        "ff": 2.0,
         "bidirectional": False,
         "unet": False,
         **{name: value for name, value in S4_BLOCK.options.items() if name not in _GIVEN},
@@ -323,15 +241,10 @@ def _trained(o: Options) -> Variant:
     def s4(part: Part) -> Options:
         central = part.official.startswith("c_layers.") and o.center_layer is not None
         which = "center_layer" if central else "layer"
-        config = dict(getattr(o, which) or {})
-        if config.pop("_name_", None) != "s4":
-            raise ValueError(
-                f"the option {which} = {getattr(o, which)!r} is not carried over; longwave has _name_ 's4'"
-            )
-        try:
-            return S4_BLOCK.read({**config, "d_model": part.width, "transposed": False})
-        except ValueError as error:
-            raise ValueError(f"{which}: {error}") from error
+        config = getattr(o, which)
+        if not isinstance(config, Mapping) or config.get("_name_") != "s4":
+            raise ValueError(f"the option {which} = {config!r} is not carried over; longwave has _name_ 's4'")
+        return read_part(which, S4_BLOCK.read, config, d_model=part.width, transposed=False)
 
     norm, shapes = NORMS["scalar" if o.norm == "layer" and o.transposed else o.norm]
     return Variant(s4, o.prenorm, norm, shapes, convolutions=False, weight_norm=True)
@@ -339,11 +252,11 @@ def _trained(o: Options) -> Variant:
 
 SASHIMI_TRAINED = _system(
     {
-        "d_model": REQUIRED,
-        "n_layers": REQUIRED,
-        "pool": [],
+        "d_model": Size(),
+        "n_layers": Size(),
+        "pool": Sizes([]),
         "expand": 1,
-        "ff": 2,
+        "ff": 2.0,
         "prenorm": False,
         "layer": None,
         "center_layer": None,

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ RUN = frozenset({"L", "batch", "length", "prefill"})  # how an official run was 
 
 Options = SimpleNamespace  # every official option that matters, by its official name
 Shapes = dict[str, tuple[int, ...]]
+T = TypeVar("T")
 State = dict[str, Tensor]
 
 
@@ -25,6 +28,149 @@ class Choice:
 
     def __init__(self, *values: Any, default: Any = REQUIRED):
         self.values, self.default = values, values[0] if default is REQUIRED else default
+
+    def complaint(self, value: Any) -> str | None:
+        """What is wrong with a value, or None."""
+        if value in self.values:
+            return None
+        return f"is not carried over; longwave has {', '.join(map(repr, self.values))}"
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether it is such a number; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+class Size:
+    """An option that is a whole number, or its default whatever that is.
+
+    Args:
+        default: the official one.
+        least: the smallest that means something.
+        none: whether None is allowed besides.
+    """
+
+    def __init__(self, default: Any = REQUIRED, least: int = 1, none: bool = False):
+        self.default, self.least, self.none = default, least, none
+
+    def complaint(self, value: Any) -> str | None:
+        """See :class:`Choice`."""
+        if _is(Integral, value) and value >= self.least:
+            return None
+        if (value == self.default and not isinstance(value, bool)) or (value is None and self.none):
+            return None
+        other = (
+            " or None"
+            if self.none
+            else ""
+            if self.default is REQUIRED or _is(Integral, self.default)
+            else f" or {self.default!r}"
+        )
+        return f"must be a whole number >= {self.least}{other}"
+
+
+class Sizes:
+    """An option that is a list of whole numbers, or its default.
+
+    Args:
+        default: the official one.
+        least: the smallest that means something.
+        single: whether one number or None stands for as many as are needed.
+    """
+
+    def __init__(self, default: Any, least: int = 1, single: bool = False):
+        self.default, self.least, self.single = default, least, single
+
+    def complaint(self, value: Any) -> str | None:
+        """See :class:`Choice`."""
+        if value == self.default or (self.single and Size(None, self.least).complaint(value) is None):
+            return None
+        listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) >= self.single
+        allowed = Size(None if self.single else REQUIRED, self.least)
+        if listed and all(allowed.complaint(size) is None for size in value):
+            return None
+        return f"must be a list of whole numbers >= {self.least}{', or one' if self.single else ''}"
+
+
+class Number:
+    """An option that is any number, or None where that is its default.
+
+    Args:
+        default: the official one.
+        least, above: limits, the first of which may be reached.
+    """
+
+    def __init__(self, default: Any = REQUIRED, *, least: float = -math.inf, above: float = -math.inf):
+        self.default, self.least, self.above = default, least, above
+
+    def complaint(self, value: Any) -> str | None:
+        """See :class:`Choice`."""
+        if value == self.default or (_is(Real, value) and value >= self.least and self.above < value < math.inf):
+            return None
+        limit = f" > {self.above}" if self.above > -math.inf else f" >= {self.least}" if self.least > -math.inf else ""
+        return f"must be a number{limit}{' or None' if self.default is None else ''}"
+
+
+class Anything:
+    """An option that only the module itself can judge.
+
+    Args:
+        default: the official one.
+    """
+
+    def __init__(self, default: Any = REQUIRED):
+        self.default = default
+
+    def complaint(self, value: Any) -> str | None:
+        """None."""
+        return None
+
+
+def _kind(option: Any) -> Choice | Size | Sizes | Number | Anything:
+    """What an option may be; of a bare default the kind of number that it is."""
+    if isinstance(option, Choice | Size | Sizes | Number | Anything):
+        return option
+    if isinstance(option, bool):
+        return Choice(True, False, default=option)
+    if isinstance(option, int):
+        return Size(option, least=min(option, 1))
+    return Number(option) if isinstance(option, float) else Anything(option)
+
+
+def mapping(config: Any) -> Mapping[str, Any]:
+    """The config, or a ValueError where it is no mapping."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{config!r} is no mapping of options by name")
+    return config
+
+
+def read_options(
+    options: Mapping[str, Any], config: Mapping[str, Any], ignored: Collection[str] = frozenset()
+) -> Options:
+    """The options that matter, defaults filled in.
+
+    Args:
+        options: official names to a :class:`Choice`, :class:`Size`, ..., or to a default alone.
+        config: what is given.
+        ignored: names that are accepted whatever is given.
+    Raises:
+        ValueError: for an option that the official code does not have, one that is missing, or a value that is
+            not carried over.
+    """
+    for name, value in mapping(config).items():
+        if name not in options and name not in ignored:
+            raise ValueError(f"there is no option {name!r} (= {value!r}){nearest(str(name), [*options, *ignored])}")
+    values = {}
+    for name, option in options.items():
+        kind = _kind(option)
+        value = values[name] = config.get(name, kind.default)
+        if value is REQUIRED:
+            raise ValueError(f"the option {name!r} is missing")
+        if (complaint := kind.complaint(value)) is not None:
+            raise ValueError(f"the option {name} = {value!r} {complaint}")
+        if isinstance(kind, Choice):  # 1 is True to Python
+            values[name] = kind.values[kind.values.index(value)]
+    return Options(**values)
 
 
 def _no_aliases(options: Options) -> dict[str, str]:
@@ -44,7 +190,7 @@ class System:
     """How one official module becomes one of ours.
 
     Attributes:
-        options: official options that change the function, with their official defaults.
+        options: official options that change the function, as :func:`read_options` takes them.
         keys: the official keys and shapes that the options ask for.
         build: our module, freshly drawn.
         convert: official tensors to ours, by differentiable functions of torch, so that gradients of the official
@@ -52,8 +198,9 @@ class System:
         ignored: official options of training, speed and initialisation: accepted whatever they say.
         aliases: of keys that name the same tensor, the second to the first.
         optional: whether checkpoints leave the second names out.
-        extra: keys and shapes of tensors that no checkpoint holds but the official code uses. They may be given too,
-            complex ones as such or as their real view, of which this is the shape.
+        extra: keys and shapes of tensors that may be given or not: what no checkpoint holds but the official code uses,
+            or what old checkpoints hold besides. Complex ones come as such or as their real view, of which this is the
+            shape.
         rename: a checkpoint's keys, where releases name them otherwise, to those of ``keys``.
     """
 
@@ -67,28 +214,13 @@ class System:
     extra: Callable[[Options], Shapes] = field(default=_no_shapes)
     rename: Callable[[State, Options], State] = field(default=_as_it_is)
 
-    def read(self, config: Mapping[str, Any]) -> Options:
-        """The options that matter, defaults filled in.
+    def meant(self, config: Mapping[str, Any], state: State | None = None) -> "System":
+        """The module itself, of which a :class:`Family` has several."""
+        return self
 
-        Raises:
-            ValueError: for an option that the official code does not have, one that is missing, or a value that is
-                not carried over.
-        """
-        for name, value in config.items():
-            if name not in self.options and name not in self.ignored and name not in RUN:
-                known = [*self.options, *self.ignored]
-                raise ValueError(f"there is no option {name!r} (= {value!r}){nearest(name, known)}")
-        values = {}
-        for name, default in self.options.items():
-            choice = default if isinstance(default, Choice) else None
-            value = config.get(name, default if choice is None else choice.default)
-            if value is REQUIRED:
-                raise ValueError(f"the option {name!r} is missing")
-            if choice is not None and value not in choice.values:
-                carried = ", ".join(map(repr, choice.values))
-                raise ValueError(f"the option {name} = {value!r} is not carried over; longwave has {carried}")
-            values[name] = value
-        return Options(**values)
+    def read(self, config: Mapping[str, Any]) -> Options:
+        """See :func:`read_options`."""
+        return read_options(self.options, config, self.ignored | RUN)
 
     def check(self, state: State, options: Options) -> None:
         """Raises ValueError for a key that is missing or unexpected, a wrong shape, or aliases that differ."""
@@ -96,6 +228,9 @@ class System:
         for key in state:
             if key not in shapes and key not in extra:
                 raise ValueError(f"the state has an unexpected key {key!r}{nearest(key, shapes)}")
+        for key, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{key!r} is no tensor but {type(tensor).__name__}")
         for key, shape in shapes.items():
             if key not in state:
                 if self.optional and key in aliases:
@@ -126,46 +261,17 @@ class System:
         return module
 
 
-@dataclass(frozen=True)
-class Either:
-    """Two official modules under one name, told apart by an option that the first needs and the second lacks.
+def read_part(what: str, read: Callable[[Mapping[str, Any]], Options], config: Any, **given: Any) -> Options:
+    """The options of a part of a module: as its config says but for ``_name_``, or as the module itself gives them.
 
-    Attributes:
-        option: its name.
-        first, second: the modules.
+    Raises:
+        ValueError: as :func:`read_options`; it says what part.
     """
-
-    option: str
-    first: System
-    second: System
-
-    def read(self, config: Mapping[str, Any]) -> Options:
-        """See :meth:`System.read`; ``system`` among the options is the module that was meant."""
-        system = self._meant(config)
-        return Options(**vars(system.read(config)), system=system)
-
-    def keys(self, options: Options) -> Shapes:
-        """See :class:`System`, as the other two."""
-        return options.system.keys(options)
-
-    def convert(self, state: State, options: Options) -> State:
-        return options.system.convert(state, options)
-
-    def aliases(self, options: Options) -> dict[str, str]:
-        return options.system.aliases(options)
-
-    def load(self, config: Mapping[str, Any], state: State) -> nn.Module:
-        """See :meth:`System.load`."""
-        return self._meant(config).load(config, state)
-
-    def _meant(self, config: Mapping[str, Any]) -> System:
-        return self.first if self.option in config else self.second
-
-
-def _in_common(system: System, config: Mapping[str, Any]) -> int:
-    """How many of the options in a config a module has, with that value."""
-    known = {name: system.options[name] for name in config if name in system.options}
-    return sum(not isinstance(option, Choice) or config[name] in option.values for name, option in known.items())
+    try:
+        own = {name: value for name, value in mapping(config).items() if name != "_name_"}
+        return read({**own, **given})
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -184,36 +290,58 @@ class Family:
         Raises:
             ValueError: where the config fits none of the modules, as the module with most of its options says it.
         """
-        self._meant(config)
+        self.meant(config)
         return Options(config=config)
 
     def keys(self, options: Options) -> Shapes:
         """See :class:`System`, as the other two."""
-        system = self._meant(options.config)
+        system = self.meant(options.config)
         return system.keys(system.read(options.config))
 
     def convert(self, state: State, options: Options) -> State:
-        system = self._meant(options.config, state)
+        system = self.meant(options.config, state)
         return system.convert(state, system.read(options.config))
 
     def aliases(self, options: Options) -> dict[str, str]:
-        system = self._meant(options.config)
+        system = self.meant(options.config)
         return system.aliases(system.read(options.config))
 
     def load(self, config: Mapping[str, Any], state: State) -> nn.Module:
         """See :meth:`System.load`."""
-        return self._meant(config, state).load(config, state)
+        return self.meant(config, state).load(config, state)
 
-    def _meant(self, config: Mapping[str, Any], state: State | None = None) -> System:
+    def meant(self, config: Mapping[str, Any], state: State | None = None) -> System:
+        """The member that a config asks for; of several the one whose keys and shapes are nearest to the state's."""
         fitting = []
         for system in self.members.values():
             with contextlib.suppress(ValueError):
-                fitting.append((system, system.keys(system.read(config))))
+                options = system.read(config)
+                fitting.append((system, options, system.keys(options)))
         if not fitting:
             closest = max(self.members.values(), key=lambda system: _in_common(system, config))
             closest.keys(closest.read(config))
-        shapes = None if state is None else {key: tuple(tensor.shape) for key, tensor in state.items()}
-        for system, wanted in fitting:
-            if wanted == shapes:
-                return system
-        return fitting[0][0]
+        if state is None or len(fitting) == 1:
+            return fitting[0][0]
+
+        def strangers(system: System, options: Options, wanted: Shapes) -> int:
+            found = {key: tuple(getattr(tensor, "shape", ())) for key, tensor in system.rename(state, options).items()}
+            return len(found.items() ^ wanted.items())
+
+        return min(fitting, key=lambda member: strangers(*member))[0]
+
+
+def _in_common(system: System, config: Mapping[str, Any]) -> int:
+    """How many of the options in a config a module has, with that value."""
+    known = [name for name in config if name in system.options]
+    fitting = sum(_kind(system.options[name]).complaint(config[name]) is None for name in known)
+    return fitting + len(system.ignored & config.keys())
+
+
+def under(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """What a mapping has under keys that start with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def prefixed(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """A mapping with the prefix before every key."""
+    return {f"{prefix}{key}": value for key, value in tensors.items()}

@@ -4,7 +4,8 @@ from longwave.nn.filters.base import Filter, StateSpace, StateSpaceFilter, Trunc
 from longwave.nn.filters.ckconv import CKConvFilter, FlexConvFilter
 from longwave.nn.filters.diagonal import S4DFilter
 from longwave.nn.filters.dplr import DenseStateSpace, DPLRFilter, DPLRStateSpace
-from longwave.nn.filters.dss import DSSFilter, DSSSoftmaxFilter, GSSFilter, SharedStateSpace
+from longwave.nn.filters.dss import DSSFilter, DSSSoftmaxFilter
+from longwave.nn.filters.gss import GSSFilter, SharedStateSpace
 from longwave.nn.filters.implicit import HyenaFilter
 from longwave.nn.filters.shift import ShiftFilter
 from longwave.nn.filters.taps import FreeFilter, Smooth, SmoothFrequencies

@@ -70,6 +70,34 @@ class StateSpaceFilter(Filter):
         return self.realize().taps(length)
 
 
+def require_max_len(what: str, max_len: int, length: int = 1) -> None:
+    """Refuse a filter of no length, and a sequence of ``length`` steps where it is longer than the filter is defined.
+
+    Raises:
+        ValueError: for max_len < 1 or length > max_len.
+    """
+    if max_len < 1:
+        raise ValueError(f"{what} needs max_len >= 1; got {max_len}")
+    if length > max_len:
+        raise ValueError(
+            f"{what} of max_len = {max_len} cannot serve a sequence of {length}; build it with max_len >= {length}"
+        )
+
+
+def shared_systems(channels: int, d_state: int, systems: int | None) -> int:
+    """How many systems of d_state / 2 conjugate pairs the channels share; None is one for every channel.
+
+    Raises:
+        ValueError: for an odd d_state, or systems that do not divide channels.
+    """
+    if d_state < 2 or d_state % 2:
+        raise ValueError(f"a state space keeps conjugate pairs: d_state must be even, >= 2; got {d_state}")
+    systems = channels if systems is None else systems
+    if systems < 1 or channels % systems:
+        raise ValueError(f"systems = {systems} does not divide channels = {channels}")
+    return systems
+
+
 class Truncated(Filter):
     """The first ``support`` taps of another filter, zero after: what a fixed kernel length does to a longer input."""
 

@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import Filter
+from longwave.nn.filters.base import Filter, require_max_len
+from longwave.nn.filters.implicit import evaluate
 from longwave.nn.module import at_least_float32, positive_rate
 
 
@@ -14,7 +15,7 @@ class Siren(nn.Module):
     """W_n h,  h <- sin(omega (W_i h + b_i)) from a position on: a network that has all frequencies up to omega.
 
     Source: Sitzmann et al. (2020) "Implicit Neural Representations with Periodic Activation Functions",
-    arXiv:2006.09661, as in Romero et al. (2021), arXiv:2102.02611, sec. 4.2 and app. E.
+    arXiv:2006.09661, as in Romero et al. (2021), arXiv:2102.02611.
 
     Args:
         dim: coordinates of a position, each in [-1, 1].
@@ -24,13 +25,16 @@ class Siren(nn.Module):
         omega: > 0.
         bias: whether the maps have one.
     Raises:
-        ValueError: for fewer than two layers, or omega <= 0.
+        ValueError: for no width, fewer than two layers, or omega <= 0.
     """
 
     def __init__(self, dim: int, width: int, out: int, layers: int = 3, omega: float = 30.0, bias: bool = True):
         super().__init__()
-        if layers < 2 or omega <= 0:
-            raise ValueError(f"a SIREN needs layers >= 2 and omega > 0; got layers = {layers}, omega = {omega}")
+        if width < 1 or layers < 2 or not omega > 0:
+            raise ValueError(
+                f"a SIREN needs width >= 1, layers >= 2 and omega > 0; got width = {width}, layers = {layers}, "
+                f"omega = {omega}"
+            )
         self.omega = omega
         sizes = [dim, *[width] * (layers - 1), out]
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(sizes))
@@ -107,7 +111,7 @@ class Magnet(nn.Module):
         spread: of the windows' centres.
         bias: whether the maps have one.
     Raises:
-        ValueError: for no layers.
+        ValueError: for no width or no layers.
     """
 
     def __init__(
@@ -121,8 +125,8 @@ class Magnet(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"a MAGNet needs layers >= 1; got {layers}")
+        if width < 1 or layers < 1:
+            raise ValueError(f"a MAGNet needs width >= 1 and layers >= 1; got width = {width}, layers = {layers}")
         scale = input_scale / math.sqrt(layers + 1)
         self.filters = nn.ModuleList(
             Gabor(dim, width, scale, 6.0 / (i + 1), 1.0, spread, bias) for i in range(layers + 1)
@@ -162,15 +166,6 @@ def lag_positions(length: int, max_len: int, rate: float, device: torch.device |
     return 1 - 2 * rate * torch.arange(length, dtype=torch.float64, device=device)[:, None] / max(1, max_len - 1)
 
 
-def evaluate(net: nn.Module, positions: Tensor) -> Tensor:
-    """net(positions) in the dtype of its weights, and in float32 where they are 16-bit: the sine of a rounded angle
-    is noise."""
-    weights = dict(net.named_parameters())
-    wide = dict(zip(weights, at_least_float32(*weights.values())))
-    dtype = next(iter(wide.values())).dtype
-    return torch.func.functional_call(net, wide, (positions.to(dtype),))
-
-
 def gaussian(positions: Tensor, mean: Tensor, width: Tensor) -> Tensor:
     """exp(-((p - mean) / width)^2 / 2)."""
     return torch.exp(-0.5 * ((positions - mean) / width).square())
@@ -181,16 +176,11 @@ def reach(width: Tensor, threshold: float | Tensor) -> Tensor:
     return width * torch.sqrt(-2 * torch.log(torch.as_tensor(threshold, dtype=width.dtype, device=width.device)))
 
 
-def _check_max_len(max_len: int) -> None:
-    if max_len < 1:
-        raise ValueError(f"a continuous kernel needs max_len >= 1; got {max_len}")
-
-
 class CKConvFilter(Filter):
     """k[s] = rate SIREN(1 - 2 rate s / (max_len - 1)): one function of relative position for any number of taps.
 
     Source: Romero et al. (2022) "CKConv: Continuous Kernel Convolution For Sequential Data", arXiv:2102.02611, eq. 2
-    and sec. 4; the factor in front keeps the integral at another sampling rate (app. D).
+    and sec. 4; the factor in front keeps the integral at another sampling rate.
 
     Args:
         channels: C.
@@ -212,7 +202,7 @@ class CKConvFilter(Filter):
         rate: float = 1.0,
     ):
         super().__init__()
-        _check_max_len(max_len)
+        require_max_len("a continuous kernel", max_len)
         self.channels, self.max_len, self.rate = channels, max_len, positive_rate(rate)
         self.kernel_net = Siren(1, width, channels, layers, omega)
 
@@ -255,7 +245,7 @@ class FlexConvFilter(Filter):
         rate: float = 1.0,
     ):
         super().__init__()
-        _check_max_len(max_len)
+        require_max_len("a continuous kernel", max_len)
         if mask_width <= 0 or not 0 < threshold < 1:
             raise ValueError(
                 f"a mask needs mask_width > 0 and a threshold between 0 and 1; got mask_width = {mask_width}, "

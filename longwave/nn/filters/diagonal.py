@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import StateSpace, StateSpaceFilter
+from longwave.nn.filters.base import StateSpace, StateSpaceFilter, shared_systems
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32, choose, positive_rate
+from longwave.nn.module import Hint, at_least_float32, choose, positive_rate, step_range
 
 
 def zoh(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,13 +29,13 @@ DISCRETIZATIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = 
 
 
 def init_lin(N: int) -> tuple[Tensor, Tensor]:
-    """S4D-Lin:  A = -1/2 + i pi n.  Eq. 9 of arXiv:2206.11893; as all inits: A (N/2,), B (N/2,), complex128."""
+    """S4D-Lin:  A = -1/2 + i pi n.  Source: arXiv:2206.11893, sec. 4; as all inits: A (N/2,), B (N/2,), complex128."""
     n = torch.arange(N // 2, dtype=torch.float64)
     return torch.complex(torch.full_like(n, -0.5), math.pi * n), torch.ones(N // 2, dtype=torch.complex128)
 
 
 def init_inv(N: int) -> tuple[Tensor, Tensor]:
-    """S4D-Inv:  A = -1/2 + i (N/pi) (N/(2n+1) - 1).  Eq. 8."""
+    """S4D-Inv:  A = -1/2 + i (N/pi) (N/(2n+1) - 1)."""
     A, B = init_lin(N)
     n = torch.arange(N // 2, dtype=torch.float64)
     return torch.complex(A.real, N / math.pi * (N / (2 * n + 1) - 1)), B
@@ -74,7 +74,7 @@ class S4DFilter(StateSpaceFilter):
     """A diagonal state space with a learned step size:  k[l] = 2 Re sum_n C[n] b[n] a[n]^l,  (a, b) from (A, B, dt).
 
     Source: Gu et al. (2022) "On the Parameterization and Initialization of Diagonal State Space Models",
-    arXiv:2206.11893, eq. 2-4 and sec. 4; A = -exp(log_A_real) + i A_imag, dt = exp(log_dt).
+    arXiv:2206.11893, sec. 3 and 4; A = -exp(log_A_real) + i A_imag, dt = exp(log_dt).
 
     Args:
         channels: C.
@@ -109,18 +109,12 @@ class S4DFilter(StateSpaceFilter):
         bandlimit: float | None = None,
     ):
         super().__init__()
-        systems = channels if systems is None else systems
-        if d_state < 2 or d_state % 2:
-            raise ValueError(f"a diagonal state space keeps conjugate pairs: d_state must be even, >= 2; got {d_state}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"step sizes need 0 < dt_min <= dt_max; got dt_min = {dt_min}, dt_max = {dt_max}")
-        if systems < 1 or channels % systems:
-            raise ValueError(f"systems = {systems} does not divide channels = {channels}")
+        systems = shared_systems(channels, d_state, systems)
         if bandlimit is not None and not bandlimit > 0:
             raise ValueError(f"a bandlimit is > 0, in units of the Nyquist frequency; got bandlimit = {bandlimit}")
         self.init = choose("S4D init", init, INITS)
         self.discretize = choose("discretization", discretization, DISCRETIZATIONS)
-        self.channels, self.dt_min, self.dt_max, self.rate = channels, dt_min, dt_max, positive_rate(rate)
+        self.channels, self.log_dt_range, self.rate = channels, step_range(dt_min, dt_max), positive_rate(rate)
         self.bandlimit = bandlimit
         pairs = d_state // 2
         self.log_dt = nn.Parameter(torch.empty(channels))
@@ -134,7 +128,7 @@ class S4DFilter(StateSpaceFilter):
     def reset_parameters(self) -> None:
         with torch.device("cpu"):  # eigenvalues cannot be found on the meta device
             A, B = self.init(2 * self.A_imag.shape[1])
-        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+        self.log_dt.uniform_(*self.log_dt_range)
         self.log_A_real.copy_((-A.real).log().expand_as(self.log_A_real))
         self.A_imag.copy_(A.imag.expand_as(self.A_imag))
         self.B.copy_(torch.view_as_real(B).expand_as(self.B))

@@ -1,14 +1,27 @@
 """Diagonal plus low rank state spaces: S4."""
 
-import math
-from typing import ClassVar, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import StateSpaceFilter
+from longwave.nn.filters.base import StateSpaceFilter, shared_systems
 from longwave.nn.hippo import low_rank, nplr
-from longwave.nn.module import Hint, at_least_float32, positive_rate
+from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
+from longwave.ops import without_autocast
+
+
+def _exact(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method of a system as it is without autocast, whose bfloat16 matrix products would be noise in a filter."""
+
+    @functools.wraps(method)
+    def run(system: Any, *args: Any) -> Tensor:
+        with without_autocast(system.c.device):
+            return method(system, *args)
+
+    return run
 
 
 class DenseStateSpace(NamedTuple):
@@ -32,6 +45,7 @@ class DenseStateSpace(NamedTuple):
         """The state before the first step: zeros (B, C, N)."""
         return self.c.detach().new_zeros(batch, *self.c.shape)
 
+    @_exact
     def taps(self, length: int) -> Tensor:
         """The impulse response (C, length):  k[i + m j] = (c a^(m j)) (a^i b)."""
         m, J = _split(length)
@@ -42,6 +56,7 @@ class DenseStateSpace(NamedTuple):
         k = torch.bmm(coarse.flatten(2).mT.to(self.c.dtype), fine.to(self.c.dtype))  # (G, J K, m)
         return k.unflatten(1, (J, -1)).permute(2, 0, 1, 3).reshape(len(self.c), J * m)[:, :length]
 
+    @_exact
     def response(self, state: Tensor, length: int) -> Tensor:
         """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length):  c a^(l+1) h."""
         m, J = _split(length)
@@ -49,10 +64,12 @@ class DenseStateSpace(NamedTuple):
         powers = _squares(self.a, m, J)
         rows = self.c.unflatten(0, (-1, G)).permute(1, 2, 0).to(self.a.dtype)
         fine = _table([p.mT for p in powers], self.a.mT @ rows, m).to(self.c.dtype)  # (G, N, m, K): c a^(i+1)
-        coarse = _table([p.to(self.c.dtype) for p in powers[_log2(m) :]], _systems_first(state, G), J)  # (G, N, J, B K)
+        starts = _systems_first(state.to(self.c.dtype), G)
+        coarse = _table([p.to(self.c.dtype) for p in powers[_log2(m) :]], starts, J)  # (G, N, J, B K)
         y = torch.einsum("gnik,gnjbk->bkgji", fine, coarse.unflatten(3, (B, -1)))
         return y.reshape(B, len(self.c), J * m)[..., :length]
 
+    @_exact
     def advance(self, state: Tensor, x: Tensor) -> Tensor:
         """The state after the inputs x (B, L, C):  a^L h + sum_s a^s b x[L-1-s]."""
         (B, L, C), G, dtype = x.shape, len(self.a), self.c.dtype
@@ -63,7 +80,7 @@ class DenseStateSpace(NamedTuple):
         newest_first = nn.functional.pad(x.to(dtype).flip(1), (0, 0, 0, m * J - L))
         blocks = newest_first.reshape(B, J, m, C // G, G).permute(4, 2, 1, 0, 3)  # (G, m, J, B, K)
         sums = (fine @ blocks.flatten(2)).unflatten(2, (J, -1))  # (G, N, J, B K): what each block leaves behind
-        carried = _systems_first(state, G)  # enters as if it were the oldest input, b x replaced by a h
+        carried = _systems_first(state.to(dtype), G)  # enters as if it were the oldest input, b x replaced by a h
         for bit, power in enumerate(powers):
             if (L - m * (J - 1)) >> bit & 1:
                 carried = power @ carried
@@ -147,18 +164,21 @@ class DPLRStateSpace(NamedTuple):
         """The state before the first step: zeros (B, C, N)."""
         return self.c.detach().new_zeros(batch, *self.c.shape)
 
+    @_exact
     def taps(self, length: int) -> Tensor:
         """The impulse response (C, length)."""
         if length > 1:
             return self.dense().taps(length)
         return (self.c * self._every_channel(self.b)).sum(1, keepdim=True)
 
+    @_exact
     def response(self, state: Tensor, length: int) -> Tensor:
         """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length)."""
         if length > 1:
             return self.dense().response(state, length)
         return (self.c * self._step(state)).sum(2, keepdim=True)
 
+    @_exact
     def advance(self, state: Tensor, x: Tensor) -> Tensor:
         """The state after the inputs x (B, L, C)."""
         if x.shape[1] > 1:
@@ -171,7 +191,7 @@ class DPLRStateSpace(NamedTuple):
     def _step(self, h: Tensor) -> Tensor:
         """a h."""
         G, dtype = len(self.diag), self.c.dtype
-        h = h.unflatten(1, (-1, G))  # (B, K, G, N)
+        h = h.to(dtype).unflatten(1, (-1, G))  # (B, K, G, N)
         turned = real_coordinates(self.diag.to(dtype.to_complex()) * torch.complex(*h.chunk(2, dim=3)))
         inner = torch.einsum("grn,bkgn->bkgr", self.right.to(dtype), h)
         return (turned - torch.einsum("gnr,bkgr->bkgn", self.left.to(dtype), inner)).flatten(1, 2)
@@ -212,7 +232,7 @@ class DPLRFilter(StateSpaceFilter):
     """A state space whose matrix is diagonal minus low rank, with a learned step size:  k[l] = 2 Re C a^l b.
 
     Source: Gu, Goel & Re (2021) "Efficiently Modeling Long Sequences with Structured State Spaces" (S4),
-    arXiv:2111.00396, sec. 3, with P = Q as in Goel et al. (2022), arXiv:2202.09729, sec. 4.2;
+    arXiv:2111.00396, sec. 3, with P = Q as in Goel et al. (2022), arXiv:2202.09729, sec. 4.1;
     A = diag(-exp(log_A_real) + i A_imag) - P P^*, dt = exp(log_dt), bilinear discretisation.
 
     Args:
@@ -247,19 +267,13 @@ class DPLRFilter(StateSpaceFilter):
         rate: float = 1.0,
     ):
         super().__init__()
-        systems = channels if systems is None else systems
-        if d_state < 2 or d_state % 2:
-            raise ValueError(f"a state space of conjugate pairs needs an even d_state, >= 2; got {d_state}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"step sizes need 0 < dt_min <= dt_max; got dt_min = {dt_min}, dt_max = {dt_max}")
-        if systems < 1 or channels % systems:
-            raise ValueError(f"systems = {systems} does not divide channels = {channels}")
+        systems = shared_systems(channels, d_state, systems)
         least = len(low_rank(init, 2))
         rank = least if rank is None else rank
         if rank < least:
             raise ValueError(f"init = {init!r} needs rank >= {least}; got rank = {rank}")
-        self.init, self.channels, self.dt_min, self.dt_max = init, channels, dt_min, dt_max
-        self.rate = positive_rate(rate)
+        self.init, self.channels = init, channels
+        self.log_dt_range, self.rate = step_range(dt_min, dt_max), positive_rate(rate)
         pairs = d_state // 2
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_A_real = nn.Parameter(torch.empty(systems, pairs))
@@ -274,7 +288,7 @@ class DPLRFilter(StateSpaceFilter):
         with torch.device("cpu"):  # eigenvalues cannot be found on the meta device
             A, P, B, _ = nplr(self.init, 2 * self.A_imag.shape[1])
         A, P, B = (z.conj().resolve_conj() for z in (A, P, B))  # the other half of each pair: positive frequencies
-        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+        self.log_dt.uniform_(*self.log_dt_range)
         self.log_A_real.copy_((-A.real).clamp(min=1e-4).log().expand_as(self.log_A_real))  # 0 but in legs
         self.A_imag.copy_(A.imag.expand_as(self.A_imag))
         self.P.zero_()[: len(P)].copy_(torch.view_as_real(P)[:, None].expand_as(self.P[: len(P)]))

@@ -1,20 +1,18 @@
-"""Diagonal state spaces whose modes all channels share: DSS, and the simpler one inside GSS.
+"""Diagonal state spaces whose modes all channels share: DSS.
 
 All N modes are kept as they are, none stands for a conjugate pair: a kernel is the real part of a sum, not twice that.
 """
 
-import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import Filter, StateSpace, StateSpaceFilter
-from longwave.nn.filters.diagonal import zoh
+from longwave.nn.filters.base import Filter, StateSpace, StateSpaceFilter, require_max_len
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32, choose, positive_rate
-from longwave.ops import vandermonde, vandermonde_transpose
+from longwave.nn.module import Hint, at_least_float32, choose, positive_rate, step_range
+from longwave.ops import vandermonde
 
 EPSILON = 1e-7  # keeps reciprocals finite
 
@@ -22,7 +20,7 @@ EPSILON = 1e-7  # keeps reciprocals finite
 def init_skew(N: int) -> Tensor:
     """The N eigenvalues with Im > 0 of the normal part of HiPPO-LegS of size 2 N, fastest first, (N,) complex128.
 
-    Source: Gupta et al. (2022), arXiv:2203.14343, sec. 4.3 ("skew-Hippo init").
+    Source: Gupta et al. (2022), arXiv:2203.14343 ("skew-Hippo init").
     """
     with torch.device("cpu"):  # eigenvalues cannot be found on the meta device
         return nplr("legs", 2 * N)[0].conj().resolve_conj()
@@ -138,14 +136,9 @@ def steps(Lambda: Tensor, log_dt: Tensor, rate: float = 1.0) -> Tensor:
 
 
 @torch.no_grad()
-def _draw(log_dt: Tensor, W: Tensor, dt_min: float, dt_max: float) -> None:
-    log_dt.copy_(torch.empty_like(log_dt[:, :1]).uniform_(math.log(dt_min), math.log(dt_max)).expand_as(log_dt))
+def _draw(log_dt: Tensor, W: Tensor, log_dt_range: tuple[float, float]) -> None:
+    log_dt.copy_(torch.empty_like(log_dt[:, :1]).uniform_(*log_dt_range).expand_as(log_dt))
     W.normal_()
-
-
-def _check_steps(dt_min: float, dt_max: float) -> None:
-    if not 0 < dt_min <= dt_max:
-        raise ValueError(f"step sizes need 0 < dt_min <= dt_max; got dt_min = {dt_min}, dt_max = {dt_max}")
 
 
 class DSSFilter(StateSpaceFilter):
@@ -180,8 +173,7 @@ class DSSFilter(StateSpaceFilter):
         rate: float = 1.0,
     ):
         super().__init__()
-        _check_steps(dt_min, dt_max)
-        self.channels, self.dt_min, self.dt_max, self.rate = channels, dt_min, dt_max, positive_rate(rate)
+        self.channels, self.log_dt_range, self.rate = channels, step_range(dt_min, dt_max), positive_rate(rate)
         self.discretize = choose("discretization of DSS", discretization, DSS_DISCRETIZATIONS)
         self.Lambda = modes_from(d_state, eigenvalues)
         self.log_dt = nn.Parameter(torch.empty(channels, 2))
@@ -189,7 +181,7 @@ class DSSFilter(StateSpaceFilter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _draw(self.log_dt, self.W, self.dt_min, self.dt_max)
+        _draw(self.log_dt, self.W, self.log_dt_range)
 
     def realize(self) -> StateSpace:
         log_dt, W = at_least_float32(self.log_dt, self.W)
@@ -203,7 +195,7 @@ def softmax_taps(Lambda: Tensor, step: Tensor, W: Tensor, length: int, epsilon: 
 
     A mode with Re Lambda > 0 is summed from its last tap backwards, so that no power grows.
 
-    Source: Gupta et al. (2022), arXiv:2203.14343, prop. 1(b) and app. A.2.
+    Source: Gupta et al. (2022), arXiv:2203.14343, prop. 1(b).
 
     Args:
         Lambda: (N,) or (C, N) complex.
@@ -244,12 +236,10 @@ class DSSSoftmaxFilter(Filter):
 
     def __init__(self, channels: int, max_len: int, d_state: int = 64, *, dt_min: float = 1e-3, dt_max: float = 1e-1):
         super().__init__()
-        _check_steps(dt_min, dt_max)
-        if max_len < 1 or d_state < 1:
-            raise ValueError(
-                f"a softmax filter needs max_len >= 1 and d_state >= 1; got max_len = {max_len}, d_state = {d_state}"
-            )
-        self.channels, self.max_len, self.dt_min, self.dt_max = channels, max_len, dt_min, dt_max
+        require_max_len("a softmax filter", max_len)
+        if d_state < 1:
+            raise ValueError(f"a softmax filter needs d_state >= 1; got {d_state}")
+        self.channels, self.max_len, self.log_dt_range = channels, max_len, step_range(dt_min, dt_max)
         self.log_dt = nn.Parameter(torch.empty(channels, 2))
         self.Lambda = nn.Parameter(torch.empty(d_state, 2))
         self.W = nn.Parameter(torch.empty(channels, d_state, 2))
@@ -258,84 +248,10 @@ class DSSSoftmaxFilter(Filter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.Lambda.copy_(torch.view_as_real(init_skew(len(self.Lambda))))
-        _draw(self.log_dt, self.W, self.dt_min, self.dt_max)
+        _draw(self.log_dt, self.W, self.log_dt_range)
 
     def forward(self, length: int) -> Tensor:
-        if length > self.max_len:
-            raise ValueError(
-                f"a softmax filter over max_len = {self.max_len} steps cannot serve a sequence of {length}; "
-                f"build it with max_len >= {length}"
-            )
+        require_max_len("a softmax filter", self.max_len, length)
         log_dt, Lambda, W = at_least_float32(self.log_dt, self.Lambda, self.W)
         modes = torch.view_as_complex(Lambda)
         return softmax_taps(modes, steps(modes, log_dt), torch.view_as_complex(W), self.max_len)[:, :length]
-
-
-class SharedStateSpace(NamedTuple):
-    """h[t] = a h[t-1] + b u[t],  y[t] = Re <c, h[t]>, the same a and b for every channel: (N,), (N,), (C, N) complex.
-
-    One table of powers serves all channels: the channels stand where the rows of a batch would.
-    """
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-
-    def rest(self, batch: int) -> Tensor:
-        """The state before the first step: zeros (B, C, N)."""
-        return self.c.detach().new_zeros(batch, *self.c.shape)
-
-    def taps(self, length: int) -> Tensor:
-        """The impulse response (C, length)."""
-        return vandermonde(self.a[None], (self.b * self.c / 2)[:, None], length)[:, 0]
-
-    def response(self, state: Tensor, length: int) -> Tensor:
-        """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length)."""
-        rows = (self.c * self.a * state / 2).flatten(0, 1)[:, None]
-        return vandermonde(self.a[None], rows, length).unflatten(0, state.shape[:2])[:, :, 0]
-
-    def advance(self, state: Tensor, x: Tensor) -> Tensor:
-        """The state after the inputs x (B, L, C)."""
-        rows = x.transpose(1, 2).flip(2).to(self.a.real.dtype)
-        gathered = vandermonde_transpose(self.a[None], rows.flatten(0, 1)[:, None]).unflatten(0, rows.shape[:2])
-        decay = torch.exp(x.shape[1] * torch.log(self.a.to(torch.complex128))).to(self.a.dtype)  # a^L
-        return decay * state + self.b * gathered[:, :, 0]
-
-
-class GSSFilter(StateSpaceFilter):
-    """N complex modes with a step of 1:  k[l] = Re sum_n C[n] (exp(Lambda[n]) - 1) / Lambda[n] exp(Lambda[n])^l.
-
-    Source: Mehta et al. (2022), arXiv:2206.13947, sec. 3.1 and fig. 2: the state space of DSS with its step fixed and
-    all parameters drawn at random. C starts smaller by sqrt(N) than there, so that the output does not grow with N.
-
-    Args:
-        channels: C; they share Lambda.
-        d_state: N, complex modes.
-        eigenvalues: exp_re_im | exp | clip, or a module, as in :class:`DSSFilter`, drawn anew.
-        rate: > 0, the step, see :func:`longwave.nn.set_rate`.
-    Raises:
-        ValueError: for an unknown name, d_state < 1, rate <= 0.
-    """
-
-    optim_hints: ClassVar[dict[str, Hint]] = dict.fromkeys(("Lambda.*", "C"), Hint(max_lr=1e-3))
-
-    def __init__(
-        self, channels: int, d_state: int = 512, *, eigenvalues: str | nn.Module = "exp_re_im", rate: float = 1.0
-    ):
-        super().__init__()
-        self.channels, self.rate = channels, positive_rate(rate)
-        self.Lambda = modes_from(d_state, eigenvalues)
-        self.C = nn.Parameter(torch.empty(channels, d_state, 2))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        for parameter in self.Lambda.parameters():
-            parameter.normal_()
-        self.C.normal_(std=self.C.shape[1] ** -0.5)
-
-    def realize(self) -> SharedStateSpace:
-        (C,) = at_least_float32(self.C)
-        Lambda = self.Lambda()
-        a, b = zoh(Lambda, torch.full_like(Lambda.real, self.rate))
-        return SharedStateSpace(a, b, torch.view_as_complex(C))

@@ -1,13 +1,27 @@
 """Hyena's implicit filter: a small network says what every tap is, from its position."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import Filter
+from longwave.nn.filters.base import Filter, require_max_len
 from longwave.nn.module import at_least_float32
+from longwave.ops import without_autocast
+
+
+def evaluate(net: nn.Module, positions: Tensor) -> Tensor:
+    """net(positions) in the dtype of its weights, and in float32 where they are 16-bit or autocast would make them so:
+    the sine of a rounded angle is noise."""
+    weights = dict(net.named_parameters())
+    dtype = next(iter(weights.values())).dtype
+    with without_autocast(positions.device):
+        if dtype.itemsize >= 4:
+            return net(positions.to(dtype))
+        wide = {name: p.float() for name, p in weights.items()}
+        return torch.func.functional_call(net, wide, (positions.float(),))
 
 
 class Sin(nn.Module):
@@ -28,7 +42,10 @@ class Sin(nn.Module):
 
 
 class PositionalFeatures(nn.Module):
-    """z[t] = (t / (L - 1), Re e^(-i f w), Im e^(-i f w)),  w = 2 pi t / L,  for some frequencies f; (1, L, size)."""
+    """z[t] = (t / (L - 1), Re e^(-i f w), Im e^(-i f w)),  w = 2 pi t / L,  for some frequencies f; (1, L, size).
+
+    They stay in float32 where a module becomes 16-bit: bfloat16 knows no more than 256 positions a half.
+    """
 
     z: Tensor
     t: Tensor
@@ -50,6 +67,13 @@ class PositionalFeatures(nn.Module):
         f = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)
         self.t.copy_(t)
         self.z.copy_(torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], dim=1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PositionalFeatures":
+        wide = self.z, self.t
+        super()._apply(fn, recurse)
+        if self.z.dtype.itemsize < 4 <= wide[0].dtype.itemsize and not wide[0].is_meta:
+            self.z, self.t = (buffer.to(self.z.device, torch.float32) for buffer in wide)
+        return self
 
 
 class Window(nn.Module):
@@ -75,7 +99,7 @@ class Window(nn.Module):
 class HyenaFilter(Filter):
     """k[t] = Window(t) MLP(z[t]): taps of any length up to max_len from a number of parameters that does not grow.
 
-    Source: Poli et al. (2023) "Hyena Hierarchy", arXiv:2302.10866, sec. 3.3 and app. A; parameter names of the
+    Source: Poli et al. (2023) "Hyena Hierarchy", arXiv:2302.10866, sec. 3.3; parameter names of the
     authors' HyenaFilter. The positional features are fixed (the authors' ``lr_pos_emb: 0``).
 
     Args:
@@ -90,7 +114,7 @@ class HyenaFilter(Filter):
         skip: it owns ``bias`` (C,) too, as the authors' does: the weight of the present input that the convolution
             around it adds.
     Raises:
-        ValueError: for an even emb_dim, or on a length above max_len.
+        ValueError: for an even emb_dim, an option out of its range, or on a length above max_len.
     """
 
     bias: Any  # (C,), or None
@@ -111,8 +135,17 @@ class HyenaFilter(Filter):
         skip: bool = False,
     ):
         super().__init__()
-        if max_len < 1:
-            raise ValueError(f"an implicit filter needs max_len >= 1; got {max_len}")
+        require_max_len("an implicit filter", max_len)
+        if width < 1 or inner_layers < 0:
+            raise ValueError(
+                f"an implicit filter needs width >= 1 and inner_layers >= 0; got width = {width}, "
+                f"inner_layers = {inner_layers}"
+            )
+        if not all(0 < value < math.inf for value in (target, slowest, fastest)):
+            raise ValueError(
+                f"a window needs target, slowest and fastest > 0; got target = {target}, slowest = {slowest}, "
+                f"fastest = {fastest}"
+            )
         self.channels, self.max_len = channels, max_len
         self.bias = nn.Parameter(torch.empty(channels)) if skip else None
         self.pos_emb = PositionalFeatures(emb_dim, max_len)
@@ -130,17 +163,6 @@ class HyenaFilter(Filter):
             self.bias.normal_()
 
     def forward(self, length: int) -> Tensor:
-        if length > self.max_len:
-            raise ValueError(
-                f"an implicit filter of max_len = {self.max_len} has no taps for a sequence of {length}; "
-                f"build it with max_len >= {length}"
-            )
+        require_max_len("an implicit filter", self.max_len, length)
         z, t = at_least_float32(self.pos_emb.z[:, :length], self.pos_emb.t[:, :length])
-        dtype = next(self.implicit_filter.parameters()).dtype
-        k = self.implicit_filter(z.to(dtype)) if dtype.itemsize >= 4 else self._widened(z)
-        return (k * self.modulation(t))[0].T
-
-    def _widened(self, z: Tensor) -> Tensor:
-        """The MLP in float32 though its weights are 16-bit: the sine of a rounded angle is noise."""
-        weights = {name: p.float() for name, p in self.implicit_filter.named_parameters()}
-        return torch.func.functional_call(self.implicit_filter, weights, (z,))
+        return (evaluate(self.implicit_filter, z) * self.modulation(t))[0].T

@@ -12,7 +12,7 @@ from longwave.nn.module import Hint, at_least_float32
 class ShiftFilter(Filter):
     """k[l] = sum_i B[i] C[i + l]  for l < N, zero after: a state that shifts by one a step and is read out by C.
 
-    Source: Fu et al. (2023) "Hungry Hungry Hippos", arXiv:2212.14052, sec. 3.1 and app. C.1. B starts as the first
+    Source: Fu et al. (2023) "Hungry Hungry Hippos", arXiv:2212.14052, sec. 3.1. B starts as the first
     unit vector, so the taps are C.
 
     Args:

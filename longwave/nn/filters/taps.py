@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import Filter
+from longwave.nn.filters.base import Filter, require_max_len
 from longwave.nn.module import at_least_float32
+from longwave.ops import without_autocast
 
 
 def squash(k: Tensor, threshold: float) -> Tensor:
@@ -13,14 +14,18 @@ def squash(k: Tensor, threshold: float) -> Tensor:
     return torch.sign(k) * F.relu(k.abs() - threshold)
 
 
+def _odd(width: int) -> int:
+    if width < 1 or width % 2 == 0:
+        raise ValueError(f"smoothing takes an odd width >= 1; got {width}")
+    return width
+
+
 class Smooth(nn.Module):
-    """Moving average over ``width`` (odd) neighbouring taps, zeros outside.  Source: arXiv:2302.06646, eq. 5."""
+    """Moving average over ``width`` (odd) neighbouring taps, zeros outside.  Source: arXiv:2302.06646."""
 
     def __init__(self, width: int):
         super().__init__()
-        if width < 1 or width % 2 == 0:
-            raise ValueError(f"a moving average needs an odd width >= 1; got {width}")
-        self.width = width
+        self.width = _odd(width)
 
     def forward(self, k: Tensor) -> Tensor:
         return F.avg_pool1d(k, self.width, stride=1, padding=self.width // 2)
@@ -34,15 +39,15 @@ class SmoothFrequencies(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        if width < 1 or width % 2 == 0:
-            raise ValueError(f"smoothing frequencies needs an odd width >= 1; got {width}")
-        self.width = width
+        self.width = _odd(width)
 
     def forward(self, k: Tensor) -> Tensor:
         offset = torch.arange(self.width, dtype=k.dtype, device=k.device) - self.width // 2
         weight = torch.exp(-0.5 * offset**2).expand(len(k), 1, -1)
         spectrum = torch.fft.rfft(k)
-        parts = [F.conv1d(p, weight, padding=self.width // 2, groups=len(k)) for p in (spectrum.real, spectrum.imag)]
+        sides = (spectrum.real, spectrum.imag)
+        with without_autocast(k.device):
+            parts = [F.conv1d(side, weight, padding=self.width // 2, groups=len(k)) for side in sides]
         return torch.fft.irfft(torch.complex(*parts), n=k.shape[1])
 
 
@@ -74,8 +79,9 @@ class FreeFilter(Filter):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if max_len < 1 or squash < 0:
-            raise ValueError(f"free taps need max_len >= 1 and squash >= 0; got max_len = {max_len}, squash = {squash}")
+        require_max_len("a free filter", max_len)
+        if not squash >= 0:
+            raise ValueError(f"a soft threshold is squash >= 0; got {squash}")
         self.channels, self.max_len, self.threshold, self.decay = channels, max_len, squash, decay
         self.kernel = nn.Parameter(torch.empty(channels, max_len))
         self.smooth = smooth
@@ -92,11 +98,7 @@ class FreeFilter(Filter):
         self.kernel.normal_(std=0.02).mul_(torch.exp(-t * rate[:, None]))
 
     def forward(self, length: int) -> Tensor:
-        if length > self.max_len:
-            raise ValueError(
-                f"a filter of max_len = {self.max_len} taps cannot serve a sequence of {length}; "
-                f"build it with max_len >= {length}"
-            )
+        require_max_len("a free filter", self.max_len, length)
         (k,) = at_least_float32(self.kernel)
         k = k if self.smooth is None else self.smooth(k)
         return self.dropout(squash(k, self.threshold))[:, :length]

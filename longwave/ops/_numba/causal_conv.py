@@ -762,7 +762,7 @@ def forward(
     """y (B, L, C), float32."""
     B, L, C = u.shape
     K, F, M, radix = _plan(u, k, future)
-    y = torch.empty(B, L, C)
+    y = pool.empty(B, L, C)
     w, span = _span(C, M, B)
     spans = -(-C // span)
     tasks = 1 if torch.get_num_threads() == 1 else -(-4 * torch.get_num_threads() // spans)  # of the same channels
@@ -790,9 +790,9 @@ def backward(
     """Gradients of the tensors that are there, in the order of the arguments, float32."""
     B, L, C = u.shape
     K, F, M, radix = _plan(u, k, future)
-    du = torch.empty(B, L, C)
-    dgate_in, dgate_out = (None if gate is None else torch.empty(B, L, C) for gate in (gate_in, gate_out))
-    dk = torch.zeros(C, k.shape[1]) if k.shape[1] > K else torch.empty(C, K)
+    du = pool.empty(B, L, C)
+    dgate_in, dgate_out = (None if gate is None else pool.empty(B, L, C) for gate in (gate_in, gate_out))
+    dk = torch.zeros(C, k.shape[1]) if k.shape[1] > K else pool.empty(C, K)
     dfuture = torch.zeros(C, F)
     w, span = _span(C, M, 1)
     outputs = (pool.flat(t) for t in (du, dgate_in, dgate_out, dk, dfuture))

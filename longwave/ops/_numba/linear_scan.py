@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longwave.ops._numba.jit import kernel
-from longwave.ops._numba.pool import flat, run
+from longwave.ops._numba.pool import empty, flat, run
 from longwave.ops._numba.simd import eight, even_lanes, fma, load, odd_lanes, store, swap_pairs, zero
 
 R = eight  # lanes of a vector
@@ -121,7 +121,7 @@ def forward(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
         b.shape, dtype=torch.promote_types(torch.promote_types(a.dtype, b.dtype), h0.dtype), device="meta"
     )
     inputs = [_floats(x) for x in (a, b, h0)]
-    h = torch.empty(inputs[1].shape, dtype=torch.float32)
+    h = empty(*inputs[1].shape)
     L, W, strips, states = _sizes(h)
     run(
         _forward,
@@ -141,8 +141,8 @@ def forward(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
 def backward(a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a, b and h0, in the dtypes of a, h and h0."""
     inputs = [_floats(x) for x in (a, h0, h, dh)]
-    da, db = (torch.empty(inputs[0].shape, dtype=torch.float32) for _ in "ab")
-    dh0 = torch.empty(inputs[1].shape, dtype=torch.float32)
+    da, db = (empty(*inputs[0].shape) for _ in "ab")
+    dh0 = empty(*inputs[1].shape)
     L, W, strips, states = _sizes(da)
     arrays = map(flat, (*inputs, da, db, dh0))
     run(_backward, len(a) * strips, *arrays, L, W, strips, a.is_complex(), reverse, scratch_size=states)

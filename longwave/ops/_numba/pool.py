@@ -53,6 +53,14 @@ def flat(tensor: Tensor | None) -> np.ndarray:
     return np.asarray(_Memory(tensor.detach().to(torch.float32).contiguous()))
 
 
+def empty(*shape: int) -> Tensor:
+    """A float32 tensor, contents undefined, in memory of numpy's, which asks Linux for huge pages where it is large.
+
+    The page faults of a fresh result otherwise take longer than most kernels do: 21 ms rather than 3 for 50 MB.
+    """
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
 def scratch(size: int) -> np.ndarray:
     """This thread's float32 scratch of at least ``size`` elements, contents undefined; kept for the next call."""
     held: np.ndarray | None = getattr(_local, "scratch", None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops._numba.jit import kernel
-from longwave.ops._numba.pool import flat, run
+from longwave.ops._numba.pool import empty, flat, run
 from longwave.ops._numba.simd import (
     exp2,
     fma,
@@ -366,9 +366,9 @@ def forward(
     """y (B, L, E), the last state (B, E, N), and the state before each chunk (B, chunks, N, E) or nothing."""
     L, E, N, G, parts = _sizes(u, A, B)
     batch = len(u)
-    y = torch.empty(u.shape, dtype=torch.float32)
-    last = torch.empty(batch, N, E)
-    kept = torch.empty(batch, -(-L // T) if keep else 0, N, E)
+    y = empty(*u.shape)
+    last = empty(batch, N, E)
+    kept = empty(batch, -(-L // T) if keep else 0, N, E)
     state = torch.zeros(batch, E, N) if state is None else state
     D, dt_bias = (torch.zeros(E) if x is None else x for x in (D, dt_bias))
     z_rows, z_stride = _rows(z)
@@ -386,11 +386,11 @@ def backward(
     """The gradients of u, dt, A, B, C, D, state, z, dt_bias in float32; of z an empty one if there is none."""
     L, E, N, G, parts = _sizes(u, A, B)
     batch = len(u)
-    du, ddt = (torch.empty(u.shape, dtype=torch.float32) for _ in "ud")
-    dz = torch.empty(u.shape if z is not None else 0, dtype=torch.float32)
+    du, ddt = (empty(*u.shape) for _ in "ud")
+    dz = empty(*u.shape) if z is not None else empty(0)
     dA, dD, ddt_bias = (torch.zeros(batch, *size, E, dtype=torch.float64) for size in ((N,), (), ()))
-    dB, dC = (torch.empty(parts, *B.shape) for _ in "BC")
-    dstate = torch.empty(batch, N, E)
+    dB, dC = (empty(parts, *B.shape) for _ in "BC")
+    dstate = empty(batch, N, E)
     D, bias = (torch.zeros(E) if x is None else x for x in (D, dt_bias))
     z_rows, z_stride = _rows(z)
     inputs = (*map(flat, (u, dt)), _channel_last(A), *map(flat, (B, C, D)), z_rows, *map(flat, (bias, kept, dy)))

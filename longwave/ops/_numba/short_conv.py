@@ -13,15 +13,26 @@ from torch import Tensor
 
 from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel
-from longwave.ops._numba.simd import eight, fma, load, sigmoid, splat, store, zero
+from longwave.ops._numba.simd import (
+    fma,
+    load,
+    prefetch,
+    prefetch_to_write,
+    sigmoid,
+    splat,
+    store,
+    widest,
+    zero,
+)
 
-R = eight  # lanes of a vector
+R = widest  # lanes of a register
 LANES = R.lanes
 
 
 STEPS = 64  # rows of a tile
 WIDTH = 64  # channels of a tile: 64 rows of 64 floats are 16 KB
 SEGMENT = 1024  # rows of a task
+LINE = 16  # floats of a cache line
 
 _ONE = np.float32(1.0)
 
@@ -29,7 +40,7 @@ _ONE = np.float32(1.0)
 def forward(u: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
     """y (B, L, C) float32."""
     (B, L, C), K = u.shape, weight.shape[1]
-    y = torch.empty(B, L, C)
+    y = pool.empty(B, L, C)
     segment = _segment(K)
     tasks = B * -(-L // segment) * -(-C // WIDTH)
     arrays = (*_strided(u), pool.flat(past), pool.flat(weight), pool.flat(bias), pool.flat(y))
@@ -42,7 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(du (B, L, C), dweight (C, K), dbias (C,), dpast (B, K-1, C)) float32, for the gradient dy of y alone."""
     (B, L, C), K = u.shape, weight.shape[1]
-    du, dpast = torch.empty(B, L, C), torch.empty(B, K - 1, C)
+    du, dpast = pool.empty(B, L, C), pool.empty(B, K - 1, C)
     segment = _segment(K)
     segments = -(-L // segment)
     sums = np.zeros((B * segments, K + 1, C))  # of weight and bias; float64, and as many whatever the threads
@@ -94,17 +105,30 @@ def _copy_row(to, i, source, j, width):
 
 
 @kernel
-def _rows_in(tile, first, count, x, at, step, L, width):
-    """Rows first .. first + count of x into the tile; zeros from L on."""
+def _rows_in(tile, first, count, x, at, step, L, width, ahead):
+    """Rows first .. first + count of x into the tile; zeros from L on.
+
+    Those of the next tile, ``ahead`` rows on, are prefetched: a row of a tile is too short for the hardware to do it.
+    """
     for r in range(count):
         if first + r < L:
+            for c in range(0, width, LINE):
+                prefetch(x, at + (first + r + ahead) * step + c)
             _copy_row(tile, r * WIDTH, x, at + (first + r) * step, width)
         else:
             _clear(tile, r, r + 1)
 
 
 @kernel
-def _inputs_in(tile, first, count, u, at, step, past, past_at, L, C, K, width):
+def _rows_out(y, at, step, tile, count, width, ahead):
+    for r in range(count):
+        for c in range(0, width, LINE):
+            prefetch_to_write(y, at + (r + ahead) * step + c)
+        _copy_row(y, at + r * step, tile, r * WIDTH, width)
+
+
+@kernel
+def _inputs_in(tile, first, count, u, at, step, past, past_at, L, C, K, width, ahead):
     """Rows first .. first + count of the inputs: those before 0 are the past's, or zero without one."""
     r = 0
     while r < count and first + r < 0:
@@ -114,7 +138,7 @@ def _inputs_in(tile, first, count, u, at, step, past, past_at, L, C, K, width):
         else:
             _clear(tile, r, r + 1)
         r += 1
-    _rows_in(tile[r * WIDTH :], first + r, count - r, u, at, step, L, width)
+    _rows_in(tile[r * WIDTH :], first + r, count - r, u, at, step, L, width, ahead)
 
 
 @kernel
@@ -185,14 +209,13 @@ def _forward(start, stop, scratch, u, u_batch, u_step, past, weight, bias, y, L,
         for t in range(begin, min(begin + segment, L), STEPS):
             n = min(STEPS, L - t)
             at, past_at = b * u_batch + channel, b * (K - 1) * C + channel
-            _inputs_in(x, t - K + 1, n + K - 1, u, at, u_step, past, past_at, L, C, K, width)
+            _inputs_in(x, t - K + 1, n + K - 1, u, at, u_step, past, past_at, L, C, K, width, STEPS)
             _correlate(out, n, x, taps, shift, K, width)
             if silu:
                 for i in range(0, n * WIDTH, LANES):
                     v = load(R, out, i)
                     store(out, i, v * sigmoid(v))
-            for r in range(n):
-                _copy_row(y, (b * L + t + r) * C + channel, out, r * WIDTH, width)
+            _rows_out(y, (b * L + t) * C + channel, C, out, n, width, STEPS)
 
 
 @kernel
@@ -251,9 +274,9 @@ def _backward(
             n = min(STEPS, reach - t)
             for r in range(K - 2, -1, -1):
                 _copy_row(g, (STEPS + r) * WIDTH, g, r * WIDTH, WIDTH)
-            _rows_in(g, t, STEPS, dy, b * dy_batch + channel, dy_step, reach, width)
+            _rows_in(g, t, STEPS, dy, b * dy_batch + channel, dy_step, reach, width, -STEPS)
             at, past_at = b * u_batch + channel, b * (K - 1) * C + channel
-            _inputs_in(x, t - K + 1, n + K - 1, u, at, u_step, past, past_at, L, C, K, width)
+            _inputs_in(x, t - K + 1, n + K - 1, u, at, u_step, past, past_at, L, C, K, width, -STEPS)
             if silu:
                 _correlate(out, n, x, taps, shift, K, width)
                 one = splat(R, _ONE)
@@ -266,8 +289,7 @@ def _backward(
                     sums, (b * segments + begin // segment) * (K + 1) * C + channel, lanes, x, g, n, C, K, width
                 )
                 _correlate(out, n, g, flipped, none, K, width)
-                for r in range(n):
-                    _copy_row(du, (b * L + t + r) * C + channel, out, r * WIDTH, width)
+                _rows_out(du, (b * L + t) * C + channel, C, out, n, width, -STEPS)
         if begin == 0:
             for r in range(K - 1):  # dpast[r] = sum_k flipped[k] g[r + k - (K - 1)] over the rows that there are
                 skip = K - 1 - r

@@ -38,8 +38,8 @@ _ONE, _HALF = np.float32(1.0), np.float32(0.5)
 def forward(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, chunk: int, keep: bool) -> tuple[Tensor, ...]:
     """(y (B, L, C), the state after the last step, those before each chunk (B, chunks, 3, C) if ``keep``) float32."""
     B, L, C = k.shape
-    y, end, chunks = torch.empty(B, L, C), torch.empty(B, 3, C), -(-L // chunk)
-    starts = torch.empty(B, chunks if keep else 0, 3, C)
+    y, end, chunks = pool.empty(B, L, C), pool.empty(B, 3, C), -(-L // chunk)
+    starts = pool.empty(B, chunks if keep else 0, 3, C)
     arrays = [pool.flat(x) for x in (k, v, w, u, state, y, end, starts)]
     scratch_size = WIDTH * 5 + 3 * chunk * LANES
     pool.run(_forward, B * -(-C // WIDTH), *arrays, L, C, chunk, scratch_size=scratch_size)
@@ -51,7 +51,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of k, v (B, L, C), w, u (C,) and of the state (B, 3, C), float32."""
     B, L, C = k.shape
-    dk, dv, dstate = torch.empty(B, L, C), torch.empty(B, L, C), torch.empty(B, 3, C)
+    dk, dv, dstate = pool.empty(B, L, C), pool.empty(B, L, C), pool.empty(B, 3, C)
     sums = np.zeros((B, 2, C))  # of w and u, float64
     arrays = [pool.flat(x) for x in (k, v, w, u, starts, dy, dend, dk, dv, dstate)]
     scratch_size = WIDTH * 5 + 2 * STATE + 10 * chunk * LANES
