@@ -85,13 +85,13 @@ def wait_until(condition, seconds):
 
 
 def finish(process, code=0):
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=150)[1]
     assert process.returncode == code, err
     return err
 
 
 def begun(run, process):
-    assert wait_until(lambda: max(saved_steps(run), default=0) >= 3 or process.poll() is not None, 60)
+    assert wait_until(lambda: max(saved_steps(run), default=0) >= 3 or process.poll() is not None, 150)
     assert process.poll() is None, process.communicate()
 
 
