@@ -88,7 +88,7 @@ def naive_vandermonde(x: Tensor, c: Tensor, length: int) -> Tensor:
 
 
 def _modes(L: int) -> list[Any]:
-    C = 256 if L <= 16384 else 16
+    C = 256 if L <= 1024 else 64  # the naive form holds all of (C, 32, L)
     x = torch.exp(torch.complex(-torch.rand(C, 32) / 10, torch.rand(C, 32) * 3)).requires_grad_()
     return [x, torch.randn(1, C, 32, dtype=torch.complex64, requires_grad=True), L]
 
@@ -211,8 +211,9 @@ CASES = (
         _modes,
         ops.vandermonde,
         naive_vandermonde,
-        (1024, 16384, 65536),
+        (1024, 16384),
         targets={("both", "default"): 100, ("both", "tuned"): 100},
+        note="at 1k the tables of powers, in complex128, are as long as the products",
     ),
     Case(
         "cauchy",

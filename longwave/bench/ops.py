@@ -56,6 +56,15 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def _settled(run: Callable[[], None]) -> float:
+    """How long a call takes that follows one of its own kind, where that is soon done.
+
+    Else a short call would be charged for the memory that the long one before it has returned to the system.
+    """
+    first = seconds(run)
+    return seconds(run) if first < 0.5 else first
+
+
 def peak(run: Callable[[], None]) -> float:
     """MB that a call needs at its peak above what is held before; Linux only, else nan."""
     if not Path("/proc/self/clear_refs").exists():
@@ -85,7 +94,7 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
     for side in (ours, theirs):
         side()  # warm up, and compile
     memory = [peak(side) if malloc == "default" else float("nan") for side in (ours, theirs)]
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    pairs = [(_settled(ours), _settled(theirs)) for _ in range(repeats)]
     a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
     target = case.targets.get((mode, malloc))
     return {
