@@ -139,6 +139,26 @@ def test_several_python_threads_at_once():
     assert failures == []
 
 
+def test_memory_of_results_is_used_again_and_never_while_it_is_seen():
+    from longwave.ops._numba import pool
+
+    pool.release()
+    first = pool.empty(3, 2**18)
+    first.fill_(1)
+    place, view = first.data_ptr(), first[1]
+    del first
+    other = pool.empty(3, 2**18)
+    assert other.data_ptr() != place  # the view still shows it
+    assert (view == 1).all()
+    del view
+    assert pool.empty(2**18, 3).data_ptr() == place
+    kept = [pool.empty(2**24) for _ in range(12)]  # 64 MB each
+    del kept, other
+    assert sum(m.nbytes for m in pool._results.kept) <= pool._Results.LIMIT
+    pool.release()
+    assert pool._results.kept == []
+
+
 def child(pipe):
     pipe.send({op.__name__: [t.tolist() for t in results(op)] for op in KERNELS})
     pipe.close()

@@ -1,5 +1,6 @@
 """Kernels on all threads that torch may use, over slices of their tasks."""
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -20,9 +21,9 @@ _lock = threading.Lock()
 
 
 def _forget_pool() -> None:
-    """A forked child has none of its parent's threads."""
+    """A forked child has none of its parent's threads, and no lock that one of them may hold."""
     global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    _pool, _lock, _results.lock = None, threading.Lock(), threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget_pool)
@@ -53,12 +54,60 @@ def flat(tensor: Tensor | None) -> np.ndarray:
     return np.asarray(_Memory(tensor.detach().to(torch.float32).contiguous()))
 
 
-def empty(*shape: int) -> Tensor:
-    """A float32 tensor, contents undefined, in memory of numpy's, which asks Linux for huge pages where it is large.
+class _Results:
+    """Memory of results that are no longer used, kept for the next ones of the same size.
 
-    The page faults of a fresh result otherwise take longer than most kernels do: 21 ms rather than 3 for 50 MB.
+    Fresh memory is faulted in page by page, which takes longer than most kernels do (50 MB: 21 ms), and what is freed
+    often goes back to the system. Up to LIMIT bytes are kept, the oldest go first.
     """
-    return torch.from_numpy(np.empty(shape, np.float32))
+
+    LEAST, LIMIT = 2**20, 2**29  # bytes
+
+    def __init__(self) -> None:
+        self.kept: list[np.ndarray] = []
+        self.lock = threading.RLock()  # a garbage collection inside may free another result
+
+    def take(self, size: int) -> np.ndarray:
+        with self.lock:
+            for i in range(len(self.kept) - 1, -1, -1):
+                if self.kept[i].size == size:
+                    return self.kept.pop(i)
+        return np.empty(size, np.float32)
+
+    def give(self, memory: np.ndarray) -> None:
+        with self.lock:
+            self.kept.append(memory)
+            while sum(m.nbytes for m in self.kept) > self.LIMIT:
+                del self.kept[0]
+
+
+_results = _Results()
+
+
+class _Result:
+    """The memory of one result, to numpy; it comes back when the last tensor that shows it is gone."""
+
+    def __init__(self, size: int):
+        self.memory = _results.take(size)
+        self.__array_interface__ = self.memory.__array_interface__
+
+    def __del__(self, give: Callable[[np.ndarray], None] = _results.give) -> None:
+        give(self.memory)
+
+
+def empty(*shape: int) -> Tensor:
+    """A float32 tensor for a result, contents undefined."""
+    size = math.prod(shape)
+    if size * 4 < _Results.LEAST:
+        return torch.empty(shape, dtype=torch.float32)
+    return torch.from_numpy(np.asarray(_Result(size))).view(shape)
+
+
+def release() -> None:
+    """Give back all memory that is kept for later calls: this thread's scratch and unused results."""
+    _local.scratch = None
+    with _results.lock:
+        _results.kept.clear()
 
 
 def scratch(size: int) -> np.ndarray:
