@@ -3,9 +3,12 @@
 import ctypes
 import gc
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +122,18 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
     }
 
 
+def _measure_alone(name: str, against: str, malloc: str, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """All rows of a case, in a process of its own: what malloc does depends on all that was freed before."""
+    if malloc == "tuned":
+        keep_freed_memory()
+    torch.set_num_threads(threads)
+    case = next(case for case in CASES if (case.name, case.baseline) == (name, against))
+    return [measure(case, L, mode, malloc, repeats) for L in case.lengths for mode in case.modes]
+
+
 def bench_ops(names: list[str], threads: list[int], repeats: int) -> Iterator[dict[str, Any]]:
-    """All rows, first as malloc comes, then tuned (which cannot be taken back in a process)."""
-    for malloc in ("default", "tuned"):
-        if malloc == "tuned" and not keep_freed_memory():
-            return
-        for count in threads:
-            torch.set_num_threads(count)
-            for case in CASES:
-                if why_not(case) or (names and case.name.split()[0] not in names):
-                    continue
-                for L in case.lengths:
-                    for mode in case.modes:
-                        yield measure(case, L, mode, malloc, repeats)
+    """All rows, with malloc as it comes and with freed memory kept, on each number of threads."""
+    chosen = [c for c in CASES if not why_not(c) and (not names or c.name.split()[0] in names)]
+    for malloc, count, case in itertools.product(("default", "tuned"), threads, chosen):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            yield from process.submit(_measure_alone, case.name, case.baseline, malloc, count, repeats).result()
