@@ -104,7 +104,7 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
     memory = [peak(side) if malloc == "default" else float("nan") for side in (ours, theirs)]
     pairs = [(_settled(ours), _settled(theirs)) for _ in range(repeats)]
     a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
-    target = case.targets.get((mode, malloc))
+    target = case.targets.get((mode, malloc)) if case.target_from <= L else None
     return {
         "op": case.name,
         "against": case.baseline,
