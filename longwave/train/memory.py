@@ -10,7 +10,8 @@ def keep_freed_memory() -> bool:
     """Keep freed memory in this process from now on; False where the C library is not glibc, and nothing changed.
 
     glibc gives every large temporary back to the system, and the next one is faulted in anew, page by page: that took
-    between 4 % and half of a training step on a CPU, by the state of the machine. The price: the process stays as large as it once was.
+    between 4 % and half of a training step on a CPU, by the state of the machine. The price: the process stays as large
+    as it once was.
 
     Source: mallopt(3).
     """
