@@ -23,6 +23,7 @@ from longwave.nn.filters import (
     StateSpaceFilter,
     Truncated,
 )
+from longwave.nn.frozen import derived, frozen
 from longwave.nn.hippo import hippo, nplr
 from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv, two_sided_conv
 from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, reset, set_rate
@@ -69,7 +70,9 @@ __all__ = [
     "block_fft",
     "conv_with_past",
     "dense_conv",
+    "derived",
     "fourier_factors",
+    "frozen",
     "hippo",
     "init_conv_state",
     "long_conv",

@@ -1,0 +1,84 @@
+"""What follows from parameters alone is derived once, while the caller promises that they stand still."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+Kept = dict[nn.Module, dict[Any, Any]]
+
+_kept: ContextVar[Kept | None] = ContextVar("longwave_frozen", default=None)
+
+
+def derived(method: Method) -> Method:
+    """A method of a module that depends on its parameters and buffers, and on hashable arguments, alone.
+
+    Within :class:`frozen`, where no gradient is recorded, its result is kept and returned again: it must not be
+    changed. Anywhere else the method runs each time.
+    """
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or (kept := _kept.get()) is None or torch.is_grad_enabled():
+            return method(self, *args)
+        if (own := kept.get(self)) is None:
+            return method(self, *args)
+        key = (method, args)
+        if key not in own:
+            own[key] = method(self, *args)
+        return own[key]
+
+    return run  # type: ignore[return-value]
+
+
+class frozen:
+    """``with frozen(model):`` promises that no weight of the model changes: what is :func:`derived` is derived once.
+
+    What is kept belongs to this object and to the thread that entered it: other threads, copies of the model, other
+    models and calls that record gradients derive anew, and it is gone with the object. It may be entered again, then
+    with what it has kept, and within another one of the same model, whose results it shares.
+
+    Args:
+        model: any module.
+        check: for debugging: compare a checksum of every parameter and buffer with the first entry's, at every later
+            entry and exit. It reads all weights each time.
+    Raises:
+        RuntimeError: with ``check``, where a tensor has changed, naming it.
+    """
+
+    def __init__(self, model: nn.Module, *, check: bool = False):
+        self.model, self.check = model, check
+        self._own: Kept = {module: {} for module in model.modules()}
+        self._sums: dict[str, str] | None = None
+        self._tokens: list[Token[Kept | None]] = []
+
+    def __enter__(self) -> "frozen":
+        self._compare()
+        outer = _kept.get()
+        self._tokens.append(_kept.set(self._own if outer is None else {**self._own, **outer}))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _kept.reset(self._tokens.pop())
+        if error[0] is None:
+            self._compare()
+
+    def _compare(self) -> None:
+        if not self.check:
+            return
+        sums = {name: _checksum(t) for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        self._sums = self._sums or sums
+        changed = [name for name, value in sums.items() if self._sums.get(name) != value]
+        if changed:
+            raise RuntimeError(f"{changed[0]} was changed within frozen(model); change weights outside it")
+
+
+def _checksum(t: Tensor) -> str:
+    data = t.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
