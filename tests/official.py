@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longwave.models.pretrained import SYSTEMS, from_official
+from longwave.official import SYSTEMS, from_official
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 

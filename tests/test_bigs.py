@@ -11,8 +11,8 @@ from torch import Tensor
 from longwave.mixers import MIXERS
 from longwave.models import MODEL_SPEC, MaskedLM, MaskedLMSpec, load, save
 from longwave.models import masked_lm as masked_lm_module
-from longwave.models.pretrained import SYSTEMS, from_official
 from longwave.nn import reset
+from longwave.official import SYSTEMS, from_official
 
 TINY = {
     "vocab_size": 13,

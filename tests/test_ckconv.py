@@ -9,8 +9,8 @@ from official import GOLDEN, error, load, series
 from torch import Tensor
 
 from longwave.mixers import CKConv
-from longwave.models.pretrained import SYSTEMS, from_official
 from longwave.nn import CKConvFilter, FlexConvFilter, dense_conv, set_rate
+from longwave.official import SYSTEMS, from_official
 
 ACTIVATIONS = {
     "Sine": torch.sin,

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from longwave.mixers import MIXERS
 from longwave.models.generate import generate
-from longwave.models.pretrained import SYSTEMS, from_official
 from longwave.nn import FILTERS, DSSFilter, DSSSoftmaxFilter, GSSFilter, nplr, set_rate
 from longwave.nn.filters.dss import ClipEigenvalues, init_skew
+from longwave.official import SYSTEMS, from_official
 
 ACT = {
     "gelu": F.gelu,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longwave.mixers import HyenaTwoSided, LongConvMixer
 from longwave.models.generate import generate
-from longwave.models.pretrained import SYSTEMS, from_official
 from longwave.nn import FreeFilter, HyenaFilter
+from longwave.official import SYSTEMS, from_official
 
 LEGACY = Path(__file__).parent / "golden" / "legacy" / "h3lm__off_legacykeys_L20.safetensors"
 

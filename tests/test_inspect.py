@@ -23,8 +23,8 @@ from longwave.models.inspection import (
     responses_of,
     time_layers,
 )
-from longwave.models.pretrained import SYSTEMS
 from longwave.nn import S4ND, DPLRFilter, FreeFilter, S4DFilter, ShiftFilter
+from longwave.official import SYSTEMS
 from longwave.train import load_recipe, train
 
 DOCS = Path(__file__).parent.parent / "docs"

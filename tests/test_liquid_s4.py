@@ -10,8 +10,8 @@ from official import convolved, error, series
 from torch import Tensor, nn
 
 from longwave.mixers import MIXERS
-from longwave.models.pretrained import SYSTEMS, from_official
-from longwave.models.pretrained.s4model import BatchNorm
+from longwave.official import SYSTEMS, from_official
+from longwave.official.s4model import BatchNorm
 
 ACT = {"gelu": F.gelu, "tanh": torch.tanh, "relu": F.relu, "glu": F.glu, "id": lambda x: x, None: lambda x: x}
 TRANSFORMED = {"exp": torch.exp, "softplus": F.softplus, "relu": lambda x: F.relu(x) + 1e-4}

@@ -10,9 +10,9 @@ from official import GOLDEN, Case, convolved, drawn, error, golden, load, named,
 from torch import Tensor
 
 from longwave.models.generate import generate
-from longwave.models.pretrained import SYSTEMS, from_official
-from longwave.models.pretrained.s4_kernel import StateSpaceConv
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
+from longwave.official import SYSTEMS, from_official
+from longwave.official.s4_kernel import StateSpaceConv
 
 FLOAT32 = {"longconv__H4_L32_blockfft"}  # the official code runs in complex64 only
 STEPS_IN_FLOAT32 = {"s4__fout_chan2_H4_L128": 5e-5}  # the official steps are that far from the official convolution

@@ -10,11 +10,11 @@ from official import GOLDEN, convolved, error, golden, load, series
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longwave.models.pretrained import SYSTEMS, from_official
-from longwave.models.pretrained.s4v3 import v3_to_v4
-from longwave.models.pretrained.system import under
 from longwave.nn import DenseStateSpace, DPLRFilter, hippo, init_conv_state, long_conv, nplr, set_rate
 from longwave.nn.hippo import MEASURES, low_rank
+from longwave.official import SYSTEMS, from_official
+from longwave.official.s4v3 import v3_to_v4
+from longwave.official.system import under
 from longwave.ops import cauchy
 
 FOLDER = Path(__file__).parent / "golden"

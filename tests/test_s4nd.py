@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from official import error, series
 from torch import Tensor
 
-from longwave.models.pretrained import SYSTEMS, from_official
 from longwave.nn import S4ND, DPLRFilter, FreeFilter, S4DFilter, SeparableConv, Truncated, reset, set_rate
+from longwave.official import SYSTEMS, from_official
 
 ACT = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu, "glu": lambda x: F.glu(x, dim=1)}
 

@@ -8,9 +8,9 @@ from official import error, series
 from torch import Tensor
 
 from longwave.mixers import MIXERS, S5, S5TwoSided
-from longwave.models.pretrained import SYSTEMS, from_official
 from longwave.nn import C_INITS, hippo, set_rate
 from longwave.nn.hippo import normal_hippo
+from longwave.official import SYSTEMS, from_official
 
 
 def drawn_s5(config: dict) -> tuple[torch.nn.Module, dict[str, Tensor]]:

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from longwave.mixers import mixer, state_bytes
 from longwave.models import LM, Block, Level, Sashimi, SashimiSpec, generate, load, save
-from longwave.models.pretrained import from_official
 from longwave.models.sashimi import Pool
 from longwave.nn import MLP, mu_law_decode, mu_law_encode, reset, set_rate
+from longwave.official import from_official
 from longwave.train.config import load_recipe
 
 B, L, D = 2, 29, 4  # L is prime

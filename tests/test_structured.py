@@ -11,7 +11,6 @@ from official import Case, error, golden, load, series
 from torch import Tensor
 
 from longwave.mixers import ButterflyConv, LongConvMixer
-from longwave.models.pretrained import from_official
 from longwave.nn import (
     BlockdiagLinear,
     ButterflyLinear,
@@ -25,6 +24,7 @@ from longwave.nn import (
     reset,
 )
 from longwave.nn.block_fft import dft_matrices, roots_of_unity
+from longwave.official import from_official
 from longwave.ops import blockdiag_multiply, butterfly, causal_conv, monarch, monarch_project
 
 

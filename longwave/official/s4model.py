@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import ACTIVATIONS, ELEMENTWISE, BatchNorm, FeedForward, MixerFace, ResidualBlock
-from longwave.models.pretrained.s4 import S4_BLOCK, under
-from longwave.models.pretrained.sashimi import S4Layer, ScalarNorm
-from longwave.models.pretrained.system import (
+from longwave.nn.module import choose
+from longwave.official.blocks import ACTIVATIONS, ELEMENTWISE, BatchNorm, FeedForward, MixerFace, ResidualBlock
+from longwave.official.s4 import S4_BLOCK, under
+from longwave.official.sashimi import S4Layer, ScalarNorm
+from longwave.official.system import (
     Anything,
     Choice,
     Number,
@@ -23,7 +24,6 @@ from longwave.models.pretrained.system import (
     prefixed,
     read_part,
 )
-from longwave.nn.module import choose
 
 
 class InstanceNorm(nn.Module):

@@ -16,10 +16,11 @@ from longwave.mixers import nearest
 from longwave.mixers.base import zero_padding
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
-from longwave.models.pretrained.blocks import LMFace, MixerFace
-from longwave.models.pretrained.safari_h3 import H3_CONV, H3_LAYER
-from longwave.models.pretrained.safari_hyena import HYENA, is_variant
-from longwave.models.pretrained.system import (
+from longwave.nn import MLP, append_time, rotate
+from longwave.official.blocks import LMFace, MixerFace
+from longwave.official.safari_h3 import H3_CONV, H3_LAYER
+from longwave.official.safari_hyena import HYENA, is_variant
+from longwave.official.system import (
     Choice,
     Number,
     Options,
@@ -32,7 +33,6 @@ from longwave.models.pretrained.system import (
     read_part,
     under,
 )
-from longwave.nn import MLP, append_time, rotate
 from longwave.ops import attention, short_conv
 
 

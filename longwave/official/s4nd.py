@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import ACTIVATIONS, ELEMENTWISE, ConvBlock, linear_activation, shapes_of
-from longwave.models.pretrained.s4 import S4_BLOCK, S4_KERNEL, build_kernel, convert_kernel, kernel_shapes
-from longwave.models.pretrained.system import Choice, Options, Shapes, Size, Sizes, State, System, prefixed, under
 from longwave.nn import SeparableConv, Truncated
+from longwave.official.blocks import ACTIVATIONS, ELEMENTWISE, ConvBlock, linear_activation, shapes_of
+from longwave.official.s4 import S4_BLOCK, S4_KERNEL, build_kernel, convert_kernel, kernel_shapes
+from longwave.official.system import Choice, Options, Shapes, Size, Sizes, State, System, prefixed, under
 
 
 class NDConv(nn.Module):

@@ -9,9 +9,9 @@ from longwave.mixers import BiGS
 from longwave.mixers.bigs import shared_conv
 from longwave.models.backbone import Backbone, Block
 from longwave.models.masked_lm import MaskedLMHead
-from longwave.models.pretrained.blocks import ELEMENTWISE, MixerFace
-from longwave.models.pretrained.system import Choice, Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import LongConv, S4DFilter
+from longwave.official.blocks import ELEMENTWISE, MixerFace
+from longwave.official.system import Choice, Options, Shapes, Size, State, System, prefixed, under
 
 
 class SharedConv(nn.Module):

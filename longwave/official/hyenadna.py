@@ -5,8 +5,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from longwave.models.lm import LM
-from longwave.models.pretrained.safari_hyena import FILTER_IGNORED, FILTER_OPTIONS, HYENA_STANDALONE
-from longwave.models.pretrained.safari_lm import (
+from longwave.official.safari_hyena import FILTER_IGNORED, FILTER_OPTIONS, HYENA_STANDALONE
+from longwave.official.safari_lm import (
     BACKBONE_IGNORED,
     BACKBONE_OPTIONS,
     PositionedLM,
@@ -16,7 +16,7 @@ from longwave.models.pretrained.safari_lm import (
     convert_lm,
     released,
 )
-from longwave.models.pretrained.system import (
+from longwave.official.system import (
     Anything,
     Choice,
     Family,

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import BatchNorm
-from longwave.models.pretrained.system import (
+from longwave.nn.filters.ckconv import Siren, evaluate
+from longwave.nn.module import at_least_float32
+from longwave.official.blocks import BatchNorm
+from longwave.official.system import (
     Choice,
     Family,
     Number,
@@ -21,8 +23,6 @@ from longwave.models.pretrained.system import (
     prefixed,
     under,
 )
-from longwave.nn.filters.ckconv import Siren, evaluate
-from longwave.nn.module import at_least_float32
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "Swish": nn.SiLU}
 NORMS = ("", "LayerNorm", "BatchNorm")

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers import H3
-from longwave.models.pretrained.blocks import MixerFace
-from longwave.models.pretrained.safari_longconv import KERNEL_IGNORED, KERNEL_OPTIONS, CircularConv, build_kernel, taps
-from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed
 from longwave.nn import ShiftFilter, Truncated
+from longwave.official.blocks import MixerFace
+from longwave.official.safari_longconv import KERNEL_IGNORED, KERNEL_OPTIONS, CircularConv, build_kernel, taps
+from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed
 
 LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {  # of the authors' transforms of -Re A
     "exp": lambda x: x,

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.ckconv import (
+from longwave.nn.filters.ckconv import Magnet, Siren, evaluate, gaussian, reach
+from longwave.nn.module import at_least_float32
+from longwave.official.ckconv import (
     ACTIVATIONS,
     NORMS,
     KernelMLP,
@@ -15,7 +17,7 @@ from longwave.models.pretrained.ckconv import (
     mlp_keys,
     own_tensors,
 )
-from longwave.models.pretrained.system import (
+from longwave.official.system import (
     Anything,
     Choice,
     Family,
@@ -27,8 +29,6 @@ from longwave.models.pretrained.system import (
     prefixed,
     under,
 )
-from longwave.nn.filters.ckconv import Magnet, Siren, evaluate, gaussian, reach
-from longwave.nn.module import at_least_float32
 
 
 class ContinuousConv(nn.Module):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers import Hyena
-from longwave.models.pretrained.blocks import ELEMENTWISE, MixerFace
-from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed
 from longwave.nn import Filter, HyenaFilter
+from longwave.official.blocks import ELEMENTWISE, MixerFace
+from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed
 from longwave.ops import causal_conv, short_conv
 
 

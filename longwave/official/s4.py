@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longwave.mixers import S4D
 from longwave.mixers.base import zero_padding
-from longwave.models.pretrained.blocks import (
+from longwave.official.blocks import (
     ACTIVATIONS,
     ELEMENTWISE,
     ConvBlock,
@@ -15,7 +15,7 @@ from longwave.models.pretrained.blocks import (
     output_linear,
     shapes_of,
 )
-from longwave.models.pretrained.s4_kernel import (
+from longwave.official.s4_kernel import (
     TRANSFORMS,
     StateKernelFace,
     StateSpaceConv,
@@ -23,7 +23,7 @@ from longwave.models.pretrained.s4_kernel import (
     convert_kernel,
     kernel_shapes,
 )
-from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
+from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
 
 
 class S4Layer(nn.Module):

@@ -4,15 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import (
-    ELEMENTWISE,
-    ConvBlock,
-    KernelFace,
-    Multiplied,
-    NamedInput,
-    linear_activation,
-)
-from longwave.models.pretrained.system import Choice, Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import DSSFilter, Filter, long_conv
 from longwave.nn.filters.dss import (
     EPSILON,
@@ -23,6 +14,15 @@ from longwave.nn.filters.dss import (
     steps,
 )
 from longwave.nn.module import at_least_float32
+from longwave.official.blocks import (
+    ELEMENTWISE,
+    ConvBlock,
+    KernelFace,
+    Multiplied,
+    NamedInput,
+    linear_activation,
+)
+from longwave.official.system import Choice, Options, Shapes, Size, State, System, prefixed, under
 from longwave.ops import causal_conv
 
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.dss import run_softmax_taps
-from longwave.models.pretrained.system import Options, Shapes, State
 from longwave.nn import DenseStateSpace, Filter, StateSpace, StateSpaceFilter, long_conv
 from longwave.nn.filters.diagonal import DISCRETIZATIONS
 from longwave.nn.filters.dplr import discretize, real_coordinates
 from longwave.nn.module import at_least_float32
+from longwave.official.dss import run_softmax_taps
+from longwave.official.system import Options, Shapes, State
 from longwave.ops import causal_conv
 
 

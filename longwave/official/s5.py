@@ -7,8 +7,8 @@ from torch import nn
 
 from longwave.mixers import S5, S5TwoSided
 from longwave.mixers.s5 import C_INITS
-from longwave.models.pretrained.blocks import BatchNorm, MixerFace, ResidualBlock
-from longwave.models.pretrained.system import (
+from longwave.official.blocks import BatchNorm, MixerFace, ResidualBlock
+from longwave.official.system import (
     Choice,
     Number,
     Options,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.system import Shapes
 from longwave.nn import Filter
+from longwave.official.system import Shapes
 
 ELEMENTWISE: dict[str | None, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,

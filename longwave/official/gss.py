@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from longwave.mixers import GSS
 from longwave.models.backbone import Backbone, Block
 from longwave.models.lm import LM
-from longwave.models.pretrained.blocks import LMFace, MixerFace
-from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import GSSFilter, LongConv
+from longwave.official.blocks import LMFace, MixerFace
+from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
 
 
 class NormedConv(nn.Module):

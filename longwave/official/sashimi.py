@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import FeedForward, MixerFace, ResidualBlock, ScalarNorm
-from longwave.models.pretrained.s4 import S4_BLOCK, S4Layer, under
-from longwave.models.pretrained.system import Choice, Options, Shapes, Size, Sizes, State, System, prefixed, read_part
 from longwave.models.sashimi import Level, Sashimi
+from longwave.official.blocks import FeedForward, MixerFace, ResidualBlock, ScalarNorm
+from longwave.official.s4 import S4_BLOCK, S4Layer, under
+from longwave.official.system import Choice, Options, Shapes, Size, Sizes, State, System, prefixed, read_part
 
 
 class UNetLevel(nn.Module):

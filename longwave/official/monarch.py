@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.system import Choice, Family, Options, Shapes, Size, State, System
 from longwave.nn import BlockdiagLinear, MonarchLinear
+from longwave.official.system import Choice, Family, Options, Shapes, Size, State, System
 from longwave.ops import blockdiag_multiply, butterfly, monarch
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import (
+from longwave.official.blocks import (
     ACTIVATIONS,
     ELEMENTWISE,
     ConvBlock,
@@ -16,10 +16,10 @@ from longwave.models.pretrained.blocks import (
     linear_activation,
     shapes_of,
 )
-from longwave.models.pretrained.liquid import CONTRACTIONS, KB, Correlations, LiquidConv, PolyB, Stash
-from longwave.models.pretrained.s4 import S4_BLOCK
-from longwave.models.pretrained.s4_kernel import TRANSFORMS, StateSpaceConv, build_kernel, convert_kernel
-from longwave.models.pretrained.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
+from longwave.official.liquid import CONTRACTIONS, KB, Correlations, LiquidConv, PolyB, Stash
+from longwave.official.s4 import S4_BLOCK
+from longwave.official.s4_kernel import TRANSFORMS, StateSpaceConv, build_kernel, convert_kernel
+from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
 from longwave.ops import causal_conv
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longwave.mixers import nearest
-from longwave.models.pretrained import (
+from longwave.official import (
     bigs,
     ckconv,
     dss,
@@ -28,7 +28,7 @@ from longwave.models.pretrained import (
     safari_longconv,
     sashimi,
 )
-from longwave.models.pretrained.system import Choice, Family, Options, System, mapping
+from longwave.official.system import Choice, Family, Options, System, mapping
 
 SYSTEMS: dict[str, System | Family] = {
     **s4.SYSTEMS,

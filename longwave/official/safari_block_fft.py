@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import ELEMENTWISE
-from longwave.models.pretrained.system import Choice, Options, Shapes, Size, State, System, prefixed
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 from longwave.nn.module import at_least_float32
+from longwave.official.blocks import ELEMENTWISE
+from longwave.official.system import Choice, Options, Shapes, Size, State, System, prefixed
 
 Transform = Callable[[Tensor, int], Tensor]
 _RADIX = 16  # of the official transform, whatever its max_m

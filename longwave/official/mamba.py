@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from longwave.mixers import Mamba
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
-from longwave.models.pretrained.blocks import LMFace
-from longwave.models.pretrained.system import Choice, Options, Shapes, Size, State, System, prefixed
+from longwave.official.blocks import LMFace
+from longwave.official.system import Choice, Options, Shapes, Size, State, System, prefixed
 from longwave.ops import selective_scan
 
 

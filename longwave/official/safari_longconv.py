@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.blocks import (
+from longwave.nn import FreeFilter
+from longwave.nn.filters import Smooth
+from longwave.official.blocks import (
     ACTIVATIONS,
     ELEMENTWISE,
     ConvBlock,
@@ -12,7 +14,7 @@ from longwave.models.pretrained.blocks import (
     output_linear,
     shapes_of,
 )
-from longwave.models.pretrained.safari_block_fft import (
+from longwave.official.safari_block_fft import (
     BLOCK_FFT_ARGS,
     Transform,
     block_aliases,
@@ -20,7 +22,7 @@ from longwave.models.pretrained.safari_block_fft import (
     build_block,
     convert_block,
 )
-from longwave.models.pretrained.system import (
+from longwave.official.system import (
     Choice,
     Family,
     Number,
@@ -33,8 +35,6 @@ from longwave.models.pretrained.system import (
     read_part,
     under,
 )
-from longwave.nn import FreeFilter
-from longwave.nn.filters import Smooth
 from longwave.ops import causal_conv
 
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers import Hyena, HyenaTwoSided
-from longwave.models.pretrained.safari_hyena import convert_filter, filter_aliases, filter_keys, filter_options
-from longwave.models.pretrained.system import Options, Shapes, Size, State, System, prefixed, under
 from longwave.nn import HyenaFilter
+from longwave.official.safari_hyena import convert_filter, filter_aliases, filter_keys, filter_options
+from longwave.official.system import Options, Shapes, Size, State, System, prefixed, under
 from longwave.ops import causal_conv
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.models.pretrained.s4_kernel import StateSpaceConv
 from longwave.nn.module import at_least_float32
+from longwave.official.s4_kernel import StateSpaceConv
 
 
 def _identity(x: Tensor) -> Tensor:
