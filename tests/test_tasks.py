@@ -252,6 +252,12 @@ def test_inputs_and_targets_share_no_memory(task, size):
         assert batch.targets.is_contiguous()
 
 
+@pytest.mark.parametrize("task", [*SYNTHETIC, InductionHeads(length=40, shortest=3, eval_length=20)], ids=names)
+def test_no_batch_is_longer_than_it_says(task):
+    trained = {task.train_batch(1, 0, index).inputs.shape[1] for index in range(200)}
+    assert task.longest == max(*trained, *(batch.inputs.shape[1] for batch in evaluation(task, 100)))
+
+
 def test_streams_of_random_numbers_share_nothing():
     near = [(s, t, i) for s in (0, 1, 2**32, 2**64 - 1) for t in (0, 1, 2) for i in (0, 1, 2**32, 2**64 - 1)]
     drawn = [tuple(random_stream(*triple).integers(2**63, size=16)) for triple in near]

@@ -483,10 +483,16 @@ def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, changes, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_evaluation_too_long_for_a_filter_is_told_before_the_run(tiny, tmp_path):
-    task = "task={kind: induction_heads, length: 32, eval_length: 64}"
-    with pytest.raises(ValueError, match=r"max_len = 40 .* sequence of 65"):
-        train(tiny(task, "model.pattern=[{kind: hyena, max_len: 40}]"), tmp_path / "run")
+@pytest.mark.parametrize("lengths", ["length: 32, eval_length: 64", "length: 64, shortest: 3, eval_length: 8"])
+@pytest.mark.parametrize(
+    "mixers", ["hyena, max_len: 40", "long_conv, max_len: 40", "two_sided, filter: free, options: {max_len: 40}"]
+)
+def test_what_is_too_long_for_a_filter_is_told_before_the_run(tiny, tmp_path, lengths, mixers):
+    """Whichever it is of training and evaluation, and however short the first draw."""
+    kind = "masked_lm" if "two_sided" in mixers else "lm"
+    changes = f"task={{kind: selective_copying, {lengths}, copy_length: 1}}", f"model.pattern=[{{kind: {mixers}}}]"
+    with pytest.raises(ValueError, match=r"max_len = 40 .* sequence of 65; .*65"):
+        train(tiny(*changes, f"model.kind={kind}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

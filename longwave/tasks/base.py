@@ -58,6 +58,11 @@ class Task(BaseModel):
     def vocab(self) -> int:
         """The number of token ids a model of this task needs."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens in the longest inputs there are, of training or of evaluation."""
+
     def prepare(self) -> None:
         """Check, once before a run, everything that can only be known by looking, such as files on disk.
 

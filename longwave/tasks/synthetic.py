@@ -75,6 +75,11 @@ class Synthetic(Task):
     def _draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
         """Draw `rows` sequences, with every target there is."""
 
+    @property
+    def longest(self) -> int:
+        """Of a sequence of the greater length."""
+        return self._draw(random_stream(0, EVAL, 0), 1, max(self.length, self.eval_length or 0)).inputs.shape[1]
+
     def train_batch(self, size: int, seed: int, index: int) -> Batch:
         """Fresh examples, or the next ones of the training set in the order of the epoch."""
         if self.train_examples is None:

@@ -152,6 +152,11 @@ class Text(Task):
         return 256
 
     @property
+    def longest(self) -> int:
+        """A window."""
+        return self.length
+
+    @property
     def corpus(self) -> Corpus:
         """The files as one array of bytes; opened when first asked for, and again by prepare()."""
         return _open(tuple(self.files))
@@ -269,6 +274,11 @@ class MaskedText(Task):
     def vocab(self) -> int:
         """One id a byte value, and one that hides."""
         return 257
+
+    @property
+    def longest(self) -> int:
+        """A window."""
+        return self.length
 
     @property
     def _text(self) -> Text:

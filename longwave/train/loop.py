@@ -250,12 +250,12 @@ def _on_main(fabric: "Fabric", action: Callable[..., Any], *arguments: Any) -> A
     return result
 
 
+@torch.no_grad()
 def _rehearse(fabric: "Fabric", objective: nn.Module, recipe: Recipe) -> None:
-    """Run a row of each kind, so that what a sequence is too long for is told before a run begins, not at its end."""
+    """Run a row of the longest there will be, so that what it is too long for is told before the run begins."""
+    ids = torch.zeros(1, recipe.task.longest, dtype=torch.long, device=fabric.device)
     objective.eval()
-    with torch.no_grad():
-        for batch in (recipe.task.train_batch(1, recipe.seed, 0), recipe.task.eval_batch(1, 0)):
-            objective(*fabric.to_device(batch))
+    objective(ids, ids)
     objective.train()
 
 
