@@ -74,8 +74,8 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="A run, or one of its checkpoints, to go on from.")] = None,
 ) -> None:
     """Train a model by a recipe; Ctrl-C saves, and --resume goes on exactly."""
+    from longwave.models.runs import CONFIG, run_of
     from longwave.train import loop
-    from longwave.train.checkpoint import run_of
     from longwave.train.config import load_recipe
 
     every = [*([] if recipe is None else [recipe]), *(changes or [])]
@@ -84,9 +84,9 @@ def train(
         run = run_of(resume)
         if out is not None and out != run:
             raise ValueError(f"--resume goes on in {run}; leave out --out {out}")
-        if source is None and not (run / loop.CONFIG).is_file():
-            raise ValueError(f"{run} is no run: it has no {loop.CONFIG}")
-        loaded = load_recipe(source or run / loop.CONFIG, every)
+        if source is None and not (run / CONFIG).is_file():
+            raise ValueError(f"{run} is no run: it has no {CONFIG}")
+        loaded = load_recipe(source or run / CONFIG, every)
     else:
         if source is None:
             raise ValueError("name a recipe (longwave list shows them) or a run by --resume")
@@ -99,11 +99,11 @@ def train(
         _note(f"\ninterrupted after step {stop.step}; everything is saved. Go on with\n  {go_on}")
         return
     except KeyboardInterrupt:
-        if (run / loop.CONFIG).is_file():
+        if (run / CONFIG).is_file():
             _note(f"\nstopped at once: what was not yet saved is lost. Go on with\n  {go_on}")
         raise
     except OSError as error:
-        hint = f"\nwhen that is mended, go on with {go_on}" if (run / loop.CONFIG).is_file() else ""
+        hint = f"\nwhen that is mended, go on with {go_on}" if (run / CONFIG).is_file() else ""
         raise OSError(f"{error}{hint}") from error
     _report(loaded, run, metrics)
 
@@ -211,8 +211,8 @@ def show(
 ) -> None:
     """Show the resolved config, the parameters, and the bytes of state a layer keeps."""
     from longwave.models import LM
+    from longwave.models.runs import CONFIG
     from longwave.train.config import load_recipe
-    from longwave.train.loop import CONFIG
 
     source = Path(what) / CONFIG if (Path(what) / CONFIG).is_file() else what
     recipe = load_recipe(source, list(changes or []))
@@ -251,7 +251,7 @@ def inspect(
     """Draw the filters of a mixer at its start, or of a trained model: time, frequency, eigenvalues, memory."""
     from longwave.mixers import MIXERS
     from longwave.models import inspection
-    from longwave.train.checkpoint import run_of
+    from longwave.models.runs import run_of
     from longwave.train.config import set_field
 
     path, made = Path(what), list(changes or [])
@@ -372,18 +372,18 @@ def _note(text: str) -> None:
 def _load_run(path: Path, changes: list[str]) -> tuple["Recipe", "LM"]:
     """The recipe of a run and its best model, or that of the checkpoint named."""
     from longwave.models import load
-    from longwave.train.checkpoint import find_best, run_of
+    from longwave.models.runs import CONFIG, run_of
     from longwave.train.config import load_recipe
-    from longwave.train.loop import CONFIG, first_difference
+    from longwave.train.loop import first_difference
 
     config = run_of(path) / CONFIG
     if not config.is_file():
         raise ValueError(f"{run_of(path)} is no run: it has no {CONFIG}")
-    checkpoint, recipe = find_best(path), load_recipe(config, changes)
-    model, spec = load(checkpoint)
+    recipe = load_recipe(config, changes)
+    model, spec = load(path)
     if spec != recipe.model:
         change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
-        raise ValueError(f"{checkpoint} holds another model: {change}")
+        raise ValueError(f"{path} holds another model: {change}")
     return recipe, cast("LM", model)
 
 

@@ -16,10 +16,10 @@ import yaml
 
 from longwave import cli
 from longwave.mixers import MIXERS
+from longwave.models.runs import find, saved_steps
 from longwave.tasks import TASKS
 from longwave.tasks.text import BOOKS
 from longwave.train import load_recipe, recipe_names, train
-from longwave.train.checkpoint import find, saved_steps
 from longwave.train.monitor import read_metrics
 
 TINY = {

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from longwave.models import load
+from longwave.models.runs import find, saved_steps
 from longwave.models.storage import read_tensors
 from longwave.tasks.text import BOOKS
 from longwave.train import load_recipe, train
-from longwave.train.checkpoint import find, saved_steps
 from longwave.train.monitor import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from longwave.mixers import mixer
-from longwave.models import LM, Backbone, Classifier, ClassifierSpec, LMSpec, load, save
+from longwave.mixers import MIXERS, mixer
+from longwave.models import LM, Backbone, Classifier, ClassifierSpec, LMSpec, MaskedLMSpec, load, save
 from longwave.models import lm as lm_module
 
 HYBRID = ["s4d", {"kind": "attention", "heads": 2}, {"kind": "hyena", "max_len": 64, "width": 8}, "mamba", "h3", "lstm"]
@@ -85,9 +85,26 @@ def test_saves_and_loads(tmp_path, tied):
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", MIXERS)
+def test_loads_in_the_dtype_it_was_saved_in(tmp_path, name, dtype):
+    """Of every parameter and buffer, whichever stay in another one, to the bit."""
+    torch.manual_seed(0)
+    spec = MaskedLMSpec(vocab=20, d_model=16, pattern=[{"kind": name, **MIXERS[name].examples[0]}], channel=None)
+    model, ids = spec.build().to(dtype).eval(), torch.randint(0, 20, (2, 13))
+    save(tmp_path / "m", model, spec)
+    again = load(tmp_path / "m")[0]
+    for key, value in model.state_dict().items():
+        assert again.state_dict()[key].dtype == value.dtype, key
+        assert torch.equal(again.state_dict()[key], value), key
+    assert again.head.decoder.weight.dtype == dtype
+    assert again.head.decoder.weight is again.embedding.weight
+    assert torch.equal(again(ids), model(ids))
+
+
 def test_broken_models_are_named(tmp_path):
     spec = LMSpec(vocab=20, d_model=8, pattern=["s4d"])
-    with pytest.raises(ValueError, match=r"is no saved model: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is no run and no saved model: it has no config.json"):
         load(tmp_path)
     save(tmp_path, spec.build(), spec)
     whole = (tmp_path / "model.safetensors").read_bytes()

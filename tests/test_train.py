@@ -18,12 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from longwave.models import load
+from longwave.models.runs import find, find_best, name_of, saved_steps
 from longwave.models.score import Score
 from longwave.nn import optim_hints
 from longwave.tasks import Batch, Text
 from longwave.train import Recipe, load_recipe, loop, recipe_names, train
 from longwave.train import checkpoint as checkpoints
-from longwave.train.checkpoint import find, find_best, name_of, saved_steps
 from longwave.train.monitor import METRICS, Monitor, read_metrics
 from longwave.train.optim import build_optimizer, schedule, set_lr
 
@@ -355,9 +355,9 @@ def test_ctrl_c_while_saving_leaves_the_checkpoint_before(tiny, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        original = checkpoints._sha256
+        original = checkpoints.sha256
         patch.setattr(
-            checkpoints, "_sha256", lambda file: original(file) if name_of(4) not in str(file) else interrupted()
+            checkpoints, "sha256", lambda file: original(file) if name_of(4) not in str(file) else interrupted()
         )
         with pytest.raises(KeyboardInterrupt):
             train(tiny(), tmp_path / "run")
@@ -572,6 +572,47 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_offered(tiny, tmp_path_
     assert digests(run) == digests(broken_run[1])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "optimizer.safetensors"])
+@pytest.mark.parametrize("place", ["run", f"run/checkpoints/{name_of(4)}", "copy"])
+def test_load_refuses_what_differs_from_the_manifest(tmp_path, broken_run, name, place):
+    """As ``--resume``, eval and generate do: a flipped bit, and another step's file that is sound in itself."""
+    shutil.copytree(broken_run[1], tmp_path / "run")
+    latest = tmp_path / "run" / "checkpoints" / name_of(4)
+    whole, other = (latest / name).read_bytes(), (latest.with_name(name_of(2)) / name).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    shutil.copytree(latest, tmp_path / "copy")
+    load(tmp_path / place)
+    for wrong in {bytes(flipped), other} - {whole}:
+        for folder in (latest, tmp_path / "copy"):
+            (folder / name).write_bytes(wrong)
+        with pytest.raises(ValueError, match=rf"{name} is corrupt: its SHA-256 differs from the manifest"):
+            load(tmp_path / place)
+
+
+def test_load_takes_what_the_command_line_takes(tiny, tmp_path, monkeypatch):
+    """A run is its best checkpoint."""
+    run = tmp_path / "run"
+    scripted(monkeypatch, [1, 2])
+    train(tiny("keep=4"), run)
+
+    def same(one, other):
+        return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+    best, last = load(run / "checkpoints" / name_of(4))[0], load(run / "checkpoints" / name_of(8))[0]
+    assert same(load(run)[0], best)
+    assert same(load(str(run))[0], best)
+    assert not same(load(run)[0], last)
+    with pytest.raises(ValueError, match=r"there is no checkpoint \S+step-00000005; the one before it is"):
+        load(run / "checkpoints" / name_of(5))
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        load(run)
+    with pytest.raises(ValueError, match=r"nowhere is no run and no saved model: it has no config\.json"):
+        load(tmp_path / "nowhere")
+
+
 @pytest.fixture(scope="module")
 def broken_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("module")
@@ -581,7 +622,7 @@ def broken_run(tmp_path_factory):
     return recipe, folder / "run"
 
 
-@pytest.mark.parametrize("text", [None, "", "[", "{}x"])
+@pytest.mark.parametrize("text", [None, "", "[", "{}x", "[]", '{"model.safetensors": 3}'])
 def test_a_manifest_that_is_missing_or_no_manifest(tmp_path, broken_run, text):
     shutil.copytree(broken_run[1], tmp_path / "run")
     manifest = find(tmp_path / "run") / "manifest.json"
@@ -616,6 +657,7 @@ def test_what_a_killed_process_left_is_ignored_and_cleared(tmp_path, broken_run)
 def test_weights_of_another_model_are_named(tmp_path, broken_run):
     latest = find(broken_run[1])
     shutil.copytree(latest, tmp_path / "model")
+    (tmp_path / "model" / "manifest.json").unlink()
     spec = json.loads((latest / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**spec, "layers": 3}))
     with pytest.raises(ValueError, match=r"is of another model: backbone\.layers\.2\.\S+ is in the config"):

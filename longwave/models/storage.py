@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from longwave.models.runs import model_at
 from longwave.models.spec import MODEL_SPEC, ModelSpec
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -106,22 +107,28 @@ def fill(
         tensor.copy_(like(stored[name], tensor))
 
 
-def load(folder: str | Path) -> tuple[nn.Module, ModelSpec]:
-    """The model and its spec that :func:`save` wrote, in evaluation mode.
+def load(path: str | Path) -> tuple[nn.Module, ModelSpec]:
+    """A model and its spec, in evaluation mode and in the dtypes it was saved in.
 
+    Args:
+        path: a folder that :func:`save` wrote, a run (its best checkpoint is taken) or one of its checkpoints.
     Raises:
-        ValueError: where a file is missing or corrupt, or the weights do not fit the config.
+        ValueError: where a file is missing or corrupt or differs from the checkpoint's manifest, or the weights do not
+            fit the config.
     """
-    folder = Path(folder)
+    folder = model_at(Path(path))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no saved model: it has no {name}")
+            raise ValueError(f"{folder} is no run and no saved model: it has no {name}")
     try:
         spec = MODEL_SPEC.validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{folder / CONFIG} does not describe a model: {where}: {first['msg']}") from error
-    model = spec.build()
-    fill(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    model, stored = spec.build(), read_tensors(folder / WEIGHTS)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name].dtype)
+    fill(model, stored, folder / WEIGHTS)
     return model.eval(), spec

@@ -15,18 +15,10 @@ from torch import Tensor, nn
 
 from longwave.models import LM, Classifier, MaskedLM, Score
 from longwave.models.backbone import Block
+from longwave.models.runs import CONFIG, find, saved_steps, step_of
 from longwave.models.storage import whole
 from longwave.tasks.base import Batch
-from longwave.train.checkpoint import (
-    Best,
-    find,
-    gather,
-    load_checkpoint,
-    save_checkpoint,
-    saved_steps,
-    step_of,
-    write_text,
-)
+from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, write_text
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
 from longwave.train.memory import keep_freed_memory
@@ -36,7 +28,6 @@ from longwave.train.optim import build_optimizer, set_lr
 if TYPE_CHECKING:  # takes long to import, and only training needs it
     from lightning_fabric import Fabric
 
-CONFIG = "config.yaml"
 MAY_DIFFER = {
     "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep",
     "threads", "keep_memory", "accelerator", "devices", "nodes", "strategy", "accumulate",
