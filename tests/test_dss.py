@@ -160,7 +160,7 @@ def test_bad_options_are_named(name, options, message):
 def test_filters_by_name():
     for name in ("dss", "dss_softmax", "gss"):
         options = {"d_state": 4, **({"max_len": 32} if name == "dss_softmax" else {})}
-        layer = MIXERS["two_sided"](8, filter=name, options=options)
+        layer = MIXERS["two_sided"](8, filter={"kind": name, **options})
         assert isinstance(layer.kernel, FILTERS[name])
         assert layer(torch.zeros(1, 5, 8))[0].shape == (1, 5, 8)
     assert DSSFilter(2, 3, eigenvalues=ClipEigenvalues(3, -0.1))(4).shape == (2, 4)

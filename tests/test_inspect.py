@@ -227,7 +227,7 @@ def test_a_mixer_at_the_start(call, tmp_path, monkeypatch):
 
 
 def test_options_of_options(call, tmp_path):
-    options = ["filter=free", "options.max_len=16", "d_model=4"]
+    options = ["filter=free", "filter.max_len=16", "d_model=4"]
     code, out, _ = call("inspect", "two_sided", *options, "--out", tmp_path / "a" / "folder")
     assert code == 0
     assert re.search(r"kernel_ahead +4", out)
@@ -263,13 +263,13 @@ def test_a_trained_run(call, run, tmp_path):
     [
         (["s4e"], "no mixer is called 's4e'; there are .*; did you mean 's4"),
         (["s4d", "d_stat=4"], "mixer 's4d' has no option 'd_stat'.*; did you mean 'd_state'"),
-        (["s4d", "d_state=many"], "s4d: d_state: .*got 'many'"),
+        (["s4d", "d_state=many"], "d_state: .*got 'many'"),
         (["s4d", "d_state=3"], "d_state must be even"),
         (["s4d", "d_model=0"], "d_model is a whole number >= 1; got 0"),
         (["s4d", "4"], "'4' is no change: write key=value"),
         (["s4d", "--length", "1"], "length >= 2 steps; got length = 1"),
         (["bidirectional"], "mixer 'bidirectional' needs the option 'inner'"),
-        (["two_sided", "filter=free"], "two_sided: .*max_len"),
+        (["two_sided", "filter=free"], "filter.max_len: filter 'free' needs the option 'max_len'"),
         (["runs/none"], "runs/none is no run: it has no config.yaml"),
     ],
 )

@@ -10,6 +10,7 @@ from official import convolved, error, series
 from torch import Tensor, nn
 
 from longwave.mixers import MIXERS
+from longwave.mixers.liquid_s4 import BILINEAR
 from longwave.official import SYSTEMS, from_official
 from longwave.official.s4model import BatchNorm
 
@@ -44,7 +45,7 @@ def liquid_recurrence(a: Tensor, b: Tensor, c: Tensor, u: Tensor) -> Tensor:
 @torch.no_grad()
 def test_two_successive_inputs_are_the_liquid_recurrence(degree):
     """Its first steps after silence have no product but of successive inputs."""
-    layer = MIXERS["liquid_s4"](3, degree, "kb", options={"d_state": 8, "dt_min": 0.5, "dt_max": 0.9}).double()
+    layer = MIXERS["liquid_s4"](3, degree, "kb", {**BILINEAR, "d_state": 8, "dt_min": 0.5, "dt_max": 0.9}).double()
     layer.output_linear, layer.D = nn.Identity(), nn.Parameter(torch.zeros(3).double())
     u = F.pad(series(2, 2, 3), (0, 0, 3, 0))
     y = layer(u)[0]
@@ -60,8 +61,8 @@ def test_two_successive_inputs_are_the_liquid_recurrence(degree):
 @torch.no_grad()
 def test_the_mixer_by_its_formula(filter, liquid, degree):
     torch.manual_seed(0)
-    options = {"d_state": 6, "dt_min": 0.2, "dt_max": 0.9}
-    layer = MIXERS["liquid_s4"](3, degree, liquid, filter, options).double()
+    options = {**(BILINEAR if filter == "s4d" else {"kind": filter}), "d_state": 6, "dt_min": 0.2, "dt_max": 0.9}
+    layer = MIXERS["liquid_s4"](3, degree, liquid, options).double()
     u, k = series(2, 9, 3), layer.kernel
     dt = k.log_dt.exp()[:, None, None]
     pairs = lambda z: torch.cat([z, z.conj()], dim=-1)  # noqa: E731
@@ -91,7 +92,7 @@ def test_the_mixer_by_its_formula(filter, liquid, degree):
         ({"degree": 1}, r"degree >= 2; got 1"),
         ({"liquid": "pbb"}, r"no liquid kernel is called 'pbb'; there are pb, kb; did you mean 'pb'"),
         ({"filter": "hyena"}, r"no state space is called 'hyena'; there are s4d, s4"),
-        ({"options": {"d_state": 5}}, r"d_state must be even, >= 2; got 5"),
+        ({"filter": {"kind": "s4", "d_state": 5}}, r"d_state must be even, >= 2; got 5"),
     ],
 )
 def test_what_the_mixer_refuses(options, message):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from longwave.bench.ops import peak, seconds
-from longwave.mixers import MIXERS, Mixer, nearest, options_of, state_bytes
+from longwave.errors import nearest
+from longwave.mixers import MIXERS, Mixer, state_bytes
 
 MEMORY_COLUMNS = ("op", "L", "chunk", "threads", "state_bytes", "ms", "peak_mb", "parallel_ms", "parallel_mb", "note")
 D, CHUNK, LENGTHS, PARALLEL = 16, 8192, (2**16, 2**18, 2**20), 2**16
@@ -41,7 +42,8 @@ def measure_memory(name: str, length: int, chunk: int = CHUNK, parallel: bool = 
         length, chunk: steps.
         parallel: whether to run all steps at once too; their input then is held before and not counted.
     """
-    layer, states = MIXERS[name](D, **({"max_len": length} if "max_len" in options_of(name) else {})), []
+    options = {"max_len": length} if "max_len" in MIXERS.spec(name).model_fields else {}
+    layer, states = MIXERS[name](D, **options), []
     run_in_chunks(layer, min(length, 2 * chunk), chunk)  # warm up, and compile
     ms, memory = _measured(lambda: states.append(run_in_chunks(layer, length, chunk)))
     grows = state_bytes(states) > state_bytes(layer.init_state(1))

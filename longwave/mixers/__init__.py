@@ -1,7 +1,7 @@
 """Every mixer, one file each. This list is the table of contents: add your line here."""
 
 from longwave.mixers.attention import Attention
-from longwave.mixers.base import MIXERS, Mixer, MixerSpec, State, mixer, nearest, options_of, state_bytes
+from longwave.mixers.base import MIXERS, AnyMixer, Mixer, MixerSpec, State, mixer, state_bytes
 from longwave.mixers.bidirectional import Bidirectional
 from longwave.mixers.bigs import BiGS
 from longwave.mixers.butterfly_conv import ButterflyConv
@@ -28,6 +28,7 @@ __all__ = [
     "S4",
     "S4D",
     "S5",
+    "AnyMixer",
     "Attention",
     "BiGS",
     "Bidirectional",
@@ -45,7 +46,5 @@ __all__ = [
     "State",
     "TwoSided",
     "mixer",
-    "nearest",
-    "options_of",
     "state_bytes",
 ]

@@ -1,18 +1,29 @@
 """What a mixer is: the only thing in a network that moves information along time."""
 
 import abc
-import inspect
-from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import torch
+from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from longwave.nn.module import Hint, choose, nearest
+from longwave.nn.module import Hint
+from longwave.spec import Parts, PartSpec
 
 State = tuple[Any, ...]  # in each mixer a NamedTuple of tensors, batch first
-MIXERS: dict[str, type["Mixer"]] = {}
+
+
+class MixerSpec(PartSpec):
+    """A mixer as data."""
+
+    def build(self, d_model: int) -> "Mixer":
+        """The module, freshly drawn."""
+        return self._built(d_model)
+
+
+MIXERS: Parts["Mixer", MixerSpec] = Parts("mixer", MixerSpec, given=("d_model",))
+AnyMixer = Annotated[SerializeAsAny[MixerSpec], BeforeValidator(MIXERS.field)]  # an option of who takes any mixer
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -81,38 +92,14 @@ def no_state(mixer: Mixer) -> NoReturn:
     raise ValueError(f"{mixer.name} looks ahead, so it has no state; call it on whole sequences, without one")
 
 
-def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a mixer: the arguments of its ``__init__`` but d_model."""
-    parameters = dict(inspect.signature(choose("mixer", name, MIXERS).__init__).parameters)
-    return {key: value for key, value in parameters.items() if key not in ("self", "d_model")}
-
-
-@dataclass(frozen=True)
-class MixerSpec:
-    """A mixer as data: what a recipe writes down and a checkpoint stores."""
-
-    name: str
-    options: dict[str, Any]
-
-    def build(self, d_model: int) -> Mixer:
-        """The module, freshly drawn."""
-        return MIXERS[self.name](d_model, **self.options)
-
-
 def mixer(name: str, **options: Any) -> MixerSpec:
-    """``mixer("s4d", d_state=16)``: its names are checked where it is written, not where it is built.
+    """``mixer("s4d", d_state=16)``: it is checked where it is written, not where it is built.
 
     Raises:
-        ValueError: for an unknown mixer or option, with the nearest one, or for an option that is missing.
+        ValueError: for an unknown mixer or option, with the nearest one, for an option that is missing, or for a value
+            of another type.
     """
-    known = options_of(name)
-    for key in options:
-        if key not in known:
-            raise ValueError(f"mixer {name!r} has no option {key!r}; it has {', '.join(known)}{nearest(key, known)}")
-    for key, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and key not in options:
-            raise ValueError(f"mixer {name!r} needs the option {key!r}")
-    return MixerSpec(name, options)
+    return MIXERS.make(name, **options)
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:

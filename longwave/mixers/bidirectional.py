@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, mixer, no_state, zero_padding
+from longwave.mixers.base import MIXERS, AnyMixer, Mixer, no_state, zero_padding
 
 
 class Bidirectional(Mixer, name="bidirectional"):
@@ -18,25 +18,24 @@ class Bidirectional(Mixer, name="bidirectional"):
 
     Args:
         d_model: D.
-        inner: name of the causal mixer.
-        options: its options.
+        inner: the causal mixer, by name or as ``{"kind": name, ...}`` with its options.
     Raises:
         ValueError: for an unknown mixer or option, or a mixer that looks ahead already.
     """
 
     causal = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"inner": "s4d", "options": {"d_state": 4}},
-        {"inner": "mamba", "options": {"d_state": 4}},
+        {"inner": {"kind": "s4d", "d_state": 4}},
+        {"inner": {"kind": "mamba", "d_state": 4}},
     )
 
-    def __init__(self, d_model: int, inner: str, options: dict[str, Any] | None = None):
+    def __init__(self, d_model: int, inner: AnyMixer):
         super().__init__()
-        spec = mixer(inner, **(options or {}))
+        spec = MIXERS.read(inner)
         self.d_model = d_model
         self.forwards, self.backwards = spec.build(d_model), spec.build(d_model)
         if not self.forwards.causal:
-            raise ValueError(f"bidirectional takes a causal mixer; {inner!r} looks ahead already: use it as it is")
+            raise ValueError(f"bidirectional takes a causal mixer; {spec.kind!r} looks ahead already: use it as it is")
         self.output_linear = nn.Linear(2 * d_model, d_model)
 
     def init_state(self, batch: int):

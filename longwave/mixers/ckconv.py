@@ -6,16 +6,23 @@ arXiv:2110.08059. The authors normalise over features and time at once, which lo
 normalised on its own.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, zero_padding
-from longwave.nn import CKConvFilter, Filter, FlexConvFilter, append_time, dense_conv
-from longwave.nn.module import choose
+from longwave.nn import CKConvFilter, Filter, FilterSpec, FlexConvFilter, append_time, dense_conv
+from longwave.spec import Parts
 
-KERNELS: dict[str, type[Filter]] = {"ckconv": CKConvFilter, "flexconv": FlexConvFilter}
+KERNELS: Parts[Filter, FilterSpec] = Parts(
+    "continuous filter",
+    FilterSpec,
+    given=("channels", "max_len"),
+    classes={"ckconv": CKConvFilter, "flexconv": FlexConvFilter},
+)
+AnyKernel = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(KERNELS.field)]
 
 
 class CKConvState(NamedTuple):
@@ -28,23 +35,22 @@ class CKConv(Mixer, name="ckconv"):
     Args:
         d_model: D.
         max_len: longest sequence at the rate of training.
-        filter: what draws the kernel: ckconv or flexconv.
-        options: its options, see :class:`longwave.nn.CKConvFilter` and :class:`longwave.nn.FlexConvFilter`.
+        filter: what draws the kernel: ckconv or flexconv, or ``{"kind": name, ...}`` with its options, see
+            :class:`longwave.nn.CKConvFilter` and :class:`longwave.nn.FlexConvFilter`.
     Raises:
-        ValueError: for an unknown filter or one that refuses its options, and on a sequence longer than max_len.
+        ValueError: for an unknown filter or option, a value that it refuses, and on a sequence longer than max_len.
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"max_len": 64, "options": {"width": 8, "omega": 10.0}},
-        {"max_len": 32, "filter": "flexconv", "options": {"width": 8, "mask_width": 0.3, "input_scale": 8.0}},
-        {"max_len": 64, "options": {"width": 4, "layers": 2, "rate": 2.0}},
+        {"max_len": 64, "filter": {"kind": "ckconv", "width": 8, "omega": 10.0}},
+        {"max_len": 32, "filter": {"kind": "flexconv", "width": 8, "mask_width": 0.3, "input_scale": 8.0}},
+        {"max_len": 64, "filter": {"kind": "ckconv", "width": 4, "layers": 2, "rate": 2.0}},
     )
 
-    def __init__(self, d_model: int, max_len: int, filter: str = "ckconv", options: dict[str, Any] | None = None):
+    def __init__(self, d_model: int, max_len: int, filter: AnyKernel = KERNELS.make("ckconv")):  # noqa: B008
         super().__init__()
         self.d_model = d_model
-        build: Any = choose("continuous filter", filter, KERNELS)
-        self.kernel = build(d_model * d_model, max_len, **(options or {}))
+        self.kernel = KERNELS.read(filter).build(d_model * d_model, max_len)
         self.bias = nn.Parameter(torch.empty(d_model))
         self.norm = nn.LayerNorm(d_model)
         self.reset_parameters()

@@ -8,18 +8,20 @@ paper's recurrence is; the authors' code reverses the products in time.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
+from longwave.errors import choose
 from longwave.mixers.base import Mixer, zero_padding
 from longwave.nn import OutputGLU, S4DFilter
-from longwave.nn.filters import DPLRFilter
-from longwave.nn.module import at_least_float32, choose
+from longwave.nn.filters import DPLRFilter, Filter, FilterSpec
+from longwave.nn.module import at_least_float32
 from longwave.ops import causal_conv
+from longwave.spec import Parts
 
 
 class PB:
@@ -46,7 +48,11 @@ class KB:
 
 
 LIQUID: dict[str, Callable[[], Any]] = {"pb": PB, "kb": KB}
-STATE_SPACES: dict[str, Callable[..., Any]] = {"s4d": partial(S4DFilter, discretization="bilinear"), "s4": DPLRFilter}
+STATE_SPACES: Parts[Filter, FilterSpec] = Parts(
+    "state space", FilterSpec, given=("channels",), classes={"s4d": S4DFilter, "s4": DPLRFilter}
+)
+AnyStateSpace = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(STATE_SPACES.field)]
+BILINEAR = {"kind": "s4d", "discretization": "bilinear"}
 
 
 class LiquidS4State(NamedTuple):
@@ -61,18 +67,21 @@ class LiquidS4(Mixer, name="liquid_s4"):
         d_model: D.
         degree: p >= 2, how many successive inputs a product has at most.
         liquid: pb | kb, what a product does: see :class:`PB`, :class:`KB`.
-        filter: s4d (bilinear, unless its options say otherwise) | s4, which gives a, b, c. Powers of b are taken mode
-            by mode.
-        options: those of :class:`longwave.nn.S4DFilter` or :class:`longwave.nn.DPLRFilter`.
+        filter: what gives a, b, c: s4d or s4, or ``{"kind": name, ...}`` with its options, see
+            :class:`longwave.nn.S4DFilter` and :class:`longwave.nn.DPLRFilter`. Powers of b are taken mode by mode.
     Raises:
-        ValueError: for degree < 2, an unknown name, or options that the filter refuses.
+        ValueError: for degree < 2, an unknown name or option, or a value that the filter refuses.
     Cost: that of the filter; kb convolves p times instead of once.
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"options": {"d_state": 8, "dt_max": 0.5}},
-        {"degree": 3, "liquid": "kb", "options": {"d_state": 8, "dt_max": 0.5, "init": "legs", "systems": 2}},
-        {"degree": 3, "filter": "s4", "options": {"d_state": 8, "dt_max": 0.5}},
+        {"filter": {**BILINEAR, "d_state": 8, "dt_max": 0.5}},
+        {
+            "degree": 3,
+            "liquid": "kb",
+            "filter": {**BILINEAR, "d_state": 8, "dt_max": 0.5, "init": "legs", "systems": 2},
+        },
+        {"degree": 3, "filter": {"kind": "s4", "d_state": 8, "dt_max": 0.5}},
     )
 
     def __init__(
@@ -80,15 +89,14 @@ class LiquidS4(Mixer, name="liquid_s4"):
         d_model: int,
         degree: int = 2,
         liquid: str = "pb",
-        filter: str = "s4d",
-        options: dict[str, Any] | None = None,
+        filter: AnyStateSpace = STATE_SPACES.read(BILINEAR),  # noqa: B008
     ):
         super().__init__()
         if degree < 2:
             raise ValueError(f"liquid_s4 needs degree >= 2; got {degree}: 1 is the state space itself")
         self.d_model, self.degree = d_model, degree
         self.liquid = choose("liquid kernel", liquid, LIQUID)()
-        self.kernel = choose("state space", filter, STATE_SPACES)(d_model, **(options or {}))
+        self.kernel: Any = STATE_SPACES.read(filter).build(d_model)
         self.D = nn.Parameter(torch.empty(d_model))
         self.output_linear = OutputGLU(d_model, d_model)
         self.reset_parameters()

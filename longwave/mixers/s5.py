@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longwave.errors import choose
 from longwave.mixers.base import Mixer, no_state, zero_padding
 from longwave.nn import C_INITS, DrivenStates
-from longwave.nn.module import choose
 
 
 class FullGLU(nn.Module):

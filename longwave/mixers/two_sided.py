@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, no_state, zero_padding
-from longwave.nn import FILTERS, OutputGLU, two_sided_conv
-from longwave.nn.module import choose
+from longwave.nn import FILTERS, AnyFilter, OutputGLU, two_sided_conv
 
 
 class TwoSided(Mixer, name="two_sided"):
@@ -19,23 +18,22 @@ class TwoSided(Mixer, name="two_sided"):
 
     Args:
         d_model: D.
-        filter: which filter: a name in :data:`longwave.nn.FILTERS`.
-        options: its options, of both directions.
+        filter: of both directions: a name in :data:`longwave.nn.FILTERS`, or ``{"kind": name, ...}`` with its options.
     Raises:
-        ValueError: for an unknown filter, or where the filter refuses its options.
+        ValueError: for an unknown filter or option, or where the filter refuses a value.
     """
 
     causal = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"filter": "s4d", "options": {"d_state": 8}},
-        {"filter": "free", "options": {"max_len": 32, "squash": 0.001}},
+        {"filter": {"kind": "s4d", "d_state": 8}},
+        {"filter": {"kind": "free", "max_len": 32, "squash": 0.001}},
     )
 
-    def __init__(self, d_model: int, filter: str = "s4d", options: dict[str, Any] | None = None):
+    def __init__(self, d_model: int, filter: AnyFilter = FILTERS.make("s4d")):  # noqa: B008
         super().__init__()
         self.d_model = d_model
-        build = choose("filter", filter, FILTERS)
-        self.kernel, self.kernel_ahead = (build(d_model, **(options or {})) for _ in range(2))
+        spec = FILTERS.read(filter)
+        self.kernel, self.kernel_ahead = spec.build(d_model), spec.build(d_model)
         self.D = nn.Parameter(torch.empty(d_model))
         self.output_linear = OutputGLU(d_model, d_model)
         self.reset_parameters()

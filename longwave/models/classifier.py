@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from longwave.models.backbone import Backbone
 from longwave.models.sashimi import Sashimi
-from longwave.models.score import IGNORE, Score, score_logits
+from longwave.models.score import Score, score_logits
+from longwave.tasks.base import IGNORE
 
 POOLINGS = ("mean", "last", "first")
 

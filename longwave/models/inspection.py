@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from longwave.mixers import S5, Mamba, Mixer, S5TwoSided, mixer, options_of
-from longwave.models.spec import AnyMixer
+from longwave.mixers import MIXERS, S5, Mamba, Mixer, S5TwoSided, mixer
 from longwave.nn import Filter, StateSpace, StateSpaceFilter
 from longwave.nn.module import at_least_float32
 
@@ -250,24 +248,14 @@ def drawn(name: str, options: dict[str, Any], d_model: int = 64, length: int = 1
     Raises:
         ValueError: for an unknown mixer or option, with the nearest, or a value that the mixer refuses.
     """
-    known = options_of(name)
-    if "max_len" in known and known["max_len"].default is known["max_len"].empty:
+    if name in MIXERS and (need := MIXERS.spec(name).model_fields.get("max_len")) is not None and need.is_required():
         options = {"max_len": length, **options}
-    mixer(name, **options)  # checks the names
+    spec = mixer(name, **options)
     if not isinstance(d_model, int) or d_model < 1:
         raise ValueError(f"d_model is a whole number >= 1; got {d_model!r}")
-    try:
-        spec = TypeAdapter(AnyMixer).validate_python({"kind": name, **options})
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"][1:]))
-        raise ValueError(f"{name}: {field}: {first['msg']}; got {first['input']!r}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            return spec.build(d_model)
-        except TypeError as error:  # of a filter whose options it does not know
-            raise ValueError(f"{name}: {error}") from error
+        return spec.build(d_model)
 
 
 # Tables and pictures

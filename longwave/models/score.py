@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100  # a target that is not scored
+from longwave.tasks.base import IGNORE
 
 
 class Score(NamedTuple):

@@ -2,72 +2,33 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationInfo, field_validator
 from torch import nn
 
-from longwave.mixers import MIXERS, Mixer, options_of
+from longwave.mixers import MIXERS, AnyMixer, Mixer
 from longwave.models.backbone import Backbone, Block
 from longwave.models.classifier import Classifier
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM
 from longwave.models.sashimi import Level, Sashimi
 from longwave.nn import MLP, SwiGLU
+from longwave.spec import Parts, PartSpec, Spec, read_kind
 
 
-class Spec(BaseModel):
-    """Immutable, and strict about its keys."""
+class ChannelSpec(PartSpec):
+    """A channel mixer as data."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MixerOptions(Spec):
-    """The options of one mixer, made from the signature of its ``__init__``; ``kind`` is its name."""
-
-    kind: str
-
-    def build(self, d_model: int) -> Mixer:
+    def build(self, d_model: int) -> nn.Module:
         """The module, freshly drawn."""
-        return MIXERS[self.kind](d_model, **self.model_dump(exclude={"kind"}))
+        return self._built(d_model)
 
 
-def _named(value: Any) -> Any:
-    """A bare name stands for the options' defaults."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-def _mixer_options(name: str) -> type[MixerOptions]:
-    fields: dict[str, Any] = {
-        key: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
-        for key, parameter in options_of(name).items()
-    }
-    fields["kind"] = (Literal[name], name)
-    return create_model(name, __base__=MixerOptions, **fields)
-
-
-_union: Any = None
-for _name in MIXERS:
-    _union = _mixer_options(_name) if _union is None else _union | _mixer_options(_name)
-AnyMixer = Annotated[_union, Field(discriminator="kind"), BeforeValidator(_named)]
-
-
-class SwiGLUSpec(Spec):
-    """See :class:`longwave.nn.SwiGLU`."""
-
-    kind: Literal["swiglu"] = "swiglu"
-    expand: float = Field(8 / 3, gt=0)
-
-
-class MLPSpec(Spec):
-    """See :class:`longwave.nn.MLP`."""
-
-    kind: Literal["mlp"] = "mlp"
-    expand: float = Field(4.0, gt=0)
-
-
-CHANNEL_MIXERS = {"swiglu": SwiGLU, "mlp": MLP}
-AnyChannelMixer = Annotated[SwiGLUSpec | MLPSpec, Field(discriminator="kind"), BeforeValidator(_named)]
+CHANNEL_MIXERS: Parts[nn.Module, ChannelSpec] = Parts(
+    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "mlp": MLP}
+)
+AnyChannelMixer = Annotated[SerializeAsAny[ChannelSpec], BeforeValidator(CHANNEL_MIXERS.field)]
 
 
 class BackboneSpec(Spec):
@@ -87,16 +48,15 @@ class BackboneSpec(Spec):
     d_model: int = Field(ge=1)
     pattern: list[AnyMixer] = Field(min_length=1)
     layers: int | None = Field(None, ge=1)
-    channel: AnyChannelMixer | None = Field(default_factory=SwiGLUSpec)
+    channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("swiglu")
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = Field(1e-5, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _count_layers(self) -> "BackboneSpec":
-        if self.layers is None:
-            object.__setattr__(self, "layers", len(self.pattern))
-        return self
+    @field_validator("layers")
+    @classmethod
+    def _one_turn(cls, layers: int | None, info: ValidationInfo) -> int | None:
+        return len(info.data.get("pattern", ())) or None if layers is None else layers
 
     def build_backbone(self) -> Backbone | Sashimi:
         """The blocks, freshly drawn."""
@@ -110,9 +70,7 @@ class BackboneSpec(Spec):
         return partial(nn.RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
 
     def _channel(self) -> Callable[[int], nn.Module] | None:
-        if self.channel is None:
-            return None
-        return partial(CHANNEL_MIXERS[self.channel.kind], expand=self.channel.expand)
+        return None if self.channel is None else self.channel.build
 
 
 class LanguageSpec(BackboneSpec):
@@ -152,11 +110,11 @@ class SashimiSpec(LanguageSpec):
 
     kind: Literal["sashimi"] = "sashimi"
     d_model: int = Field(64, ge=1)
-    pattern: list[AnyMixer] = Field(["s4d"], min_length=1, validate_default=True)
+    pattern: list[AnyMixer] = Field([MIXERS.make("s4d")], min_length=1)
     layers: int | None = Field(8, ge=1)
-    channel: AnyChannelMixer | None = Field(default_factory=lambda: MLPSpec(expand=2.0))
+    channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("mlp", expand=2.0)
     norm: Literal["rms", "layer"] = "layer"
-    pool: list[Annotated[int, Field(ge=1)]] = [4, 4]
+    pool: list[Annotated[int, Field(ge=1)]] = Field([4, 4])
     expand: int = Field(2, ge=1)
 
     def build_backbone(self) -> Sashimi:
@@ -197,5 +155,14 @@ class ClassifierSpec(BackboneSpec):
         )
 
 
-ModelSpec = Annotated[LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec, Field(discriminator="kind")]
+MODELS: dict[str, type[BackboneSpec]] = {
+    "lm": LMSpec,
+    "masked_lm": MaskedLMSpec,
+    "sashimi": SashimiSpec,
+    "classifier": ClassifierSpec,
+}
+ModelSpec = Annotated[
+    LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec,
+    BeforeValidator(partial(read_kind, "model", MODELS, MODELS.__getitem__)),
+]
 MODEL_SPEC: TypeAdapter[LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec] = TypeAdapter(ModelSpec)

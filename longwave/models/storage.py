@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from longwave.models.runs import model_at
 from longwave.models.spec import MODEL_SPEC, ModelSpec
+from longwave.spec import explain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -123,9 +124,7 @@ def load(path: str | Path) -> tuple[nn.Module, ModelSpec]:
     try:
         spec = MODEL_SPEC.validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{folder / CONFIG} does not describe a model: {where}: {first['msg']}") from error
+        raise ValueError(f"{folder / CONFIG} does not describe a model: {explain(error, 'model')}") from error
     model, stored = spec.build(), read_tensors(folder / WEIGHTS)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:

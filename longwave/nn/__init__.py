@@ -6,6 +6,7 @@ from longwave.nn.dense_conv import dense_conv
 from longwave.nn.driven_states import C_INITS, DrivenStates
 from longwave.nn.filters import (
     FILTERS,
+    AnyFilter,
     CKConvFilter,
     DenseStateSpace,
     DPLRFilter,
@@ -13,6 +14,7 @@ from longwave.nn.filters import (
     DSSFilter,
     DSSSoftmaxFilter,
     Filter,
+    FilterSpec,
     FlexConvFilter,
     FreeFilter,
     GSSFilter,
@@ -38,6 +40,7 @@ __all__ = [
     "FILTERS",
     "MLP",
     "S4ND",
+    "AnyFilter",
     "BlockFFT",
     "BlockdiagLinear",
     "ButterflyLinear",
@@ -49,6 +52,7 @@ __all__ = [
     "DenseStateSpace",
     "DrivenStates",
     "Filter",
+    "FilterSpec",
     "FlexConvFilter",
     "FreeFilter",
     "GSSFilter",

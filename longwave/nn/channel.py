@@ -1,7 +1,20 @@
 """Channel mixers: what a block does to each token on its own."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def hidden_width(expand: float, d_model: int) -> int:
+    """expand * d_model, rounded, and at least 1.
+
+    Raises:
+        ValueError: unless expand > 0.
+    """
+    if not 0 < expand < math.inf:
+        raise ValueError(f"a channel mixer needs expand > 0, its hidden width over d_model; got expand = {expand}")
+    return max(1, round(expand * d_model))
 
 
 class SwiGLU(nn.Module):
@@ -9,12 +22,12 @@ class SwiGLU(nn.Module):
 
     Args:
         d_model: D.
-        expand: hidden width over D; 8/3 has as many parameters as an MLP of 4.
+        expand: hidden width over D, > 0; 8/3 has as many parameters as an MLP of 4.
     """
 
     def __init__(self, d_model: int, expand: float = 8 / 3):
         super().__init__()
-        hidden = max(1, round(expand * d_model))
+        hidden = hidden_width(expand, d_model)
         self.up, self.down = nn.Linear(d_model, 2 * hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,12 +40,12 @@ class MLP(nn.Module):
 
     Args:
         d_model: D.
-        expand: hidden width over D.
+        expand: hidden width over D, > 0.
     """
 
     def __init__(self, d_model: int, expand: float = 4.0):
         super().__init__()
-        hidden = max(1, round(expand * d_model))
+        hidden = hidden_width(expand, d_model)
         self.fc1, self.fc2 = nn.Linear(d_model, hidden), nn.Linear(hidden, d_model)
 
     def forward(self, x: Tensor) -> Tensor:

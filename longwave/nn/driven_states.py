@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longwave.errors import choose
 from longwave.nn.filters.diagonal import DISCRETIZATIONS
 from longwave.nn.hippo import normal_hippo
-from longwave.nn.module import Hint, at_least_float32, choose, positive_rate, step_range
+from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
 from longwave.ops import linear_scan, without_autocast
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longwave.nn.module import choose
+from longwave.errors import choose
 
 
 def legs(N: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,6 @@
 """What every module of longwave shares: how it is (re)drawn, and what it asks of the optimiser."""
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,19 +44,6 @@ def reset(module: nn.Module) -> nn.Module:
     if redraw is not None:
         redraw()
     return module
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def choose(what: str, name: str, table: dict) -> Any:
-    """table[name], or a ValueError that lists the table and the nearest name."""
-    if name not in table:
-        raise ValueError(f"no {what} is called {name!r}; there are {', '.join(table)}{nearest(name, table)}")
-    return table[name]
 
 
 def positive_rate(rate: float) -> float:

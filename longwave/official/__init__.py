@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longwave.mixers import nearest
+from longwave.errors import nearest
 from longwave.official import (
     bigs,
     ckconv,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.nn.module import choose
+from longwave.errors import choose
 from longwave.official.blocks import ACTIVATIONS, ELEMENTWISE, BatchNorm, FeedForward, MixerFace, ResidualBlock
 from longwave.official.s4 import S4_BLOCK, under
 from longwave.official.sashimi import S4Layer, ScalarNorm

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers import nearest
+from longwave.errors import nearest
 from longwave.mixers.base import zero_padding
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers import nearest
+from longwave.errors import nearest
 
 REQUIRED = object()  # in place of a default, where the official code has none
 RUN = frozenset({"L", "batch", "length", "prefill"})  # how an official run was made, not what the module is

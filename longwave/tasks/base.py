@@ -4,8 +4,9 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from longwave.spec import Spec
 
 IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
 
@@ -33,14 +34,12 @@ def random_stream(seed: int, stream: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed | stream << 64, counter=index << 192))
 
 
-class Task(BaseModel):
+class Task(Spec):
     """A problem stated as token sequences: training batches, evaluation batches, and how they are scored.
 
     A subclass with a field `kind: Literal["name"] = "name"` is entered in TASKS under that name. Batches are pure
     functions of their arguments and of the options, so an interrupted run goes on with exactly the batches it missed.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     metric: ClassVar[str]  # the name, among metrics(), of the number that says which checkpoint is best
     higher_is_better: ClassVar[bool]

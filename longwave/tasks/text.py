@@ -1,6 +1,5 @@
 """Byte-level language modelling of whatever files there are."""
 
-import difflib
 import functools
 import lzma
 import math
@@ -9,12 +8,13 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from longwave.errors import choose, shown
 from longwave.tasks.base import EVAL, HIDE, IGNORE, TRAIN, Batch, Task, next_token, random_stream
 
 BOOKS = Path(__file__).with_name("books")
@@ -58,10 +58,12 @@ def _size(path: Path) -> int:
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
-            raise ValueError(f"{str(path)!r} is neither a regular file nor a folder; copy what it holds into a file")
+            raise ValueError(
+                f"{shown(str(path))} is neither a regular file nor a folder; copy what it holds into a file"
+            )
         path.open("rb").close()
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {str(path)!r}; correct its name, or give book:NAME") from error
+        raise ValueError(f"there is no file {shown(str(path))}; correct its name, or give book:NAME") from error
     except OSError as error:
         raise _unreadable(error) from error
     if info.st_size == 0:
@@ -74,12 +76,8 @@ def _unreadable(error: OSError) -> ValueError:
 
 
 def _book(name: str) -> Path:
-    books = sorted(path.stem for path in BOOKS.glob("*.txt"))
-    if name not in books:
-        near = difflib.get_close_matches(name, books, n=1)
-        hint = f"; did you mean book:{near[0]}?" if near else ""
-        raise ValueError(f"there is no book {name!r}; the books shipped are {', '.join(books)}{hint}")
-    return BOOKS / f"{name}.txt"
+    books = {f"book:{path.stem}": path for path in sorted(BOOKS.glob("*.txt"))}
+    return choose("book", name, books)
 
 
 def _regular_files(folder: Path) -> list[Path]:
@@ -101,12 +99,15 @@ def _regular_files(folder: Path) -> list[Path]:
 def _open(files: tuple[str, ...]) -> Corpus:
     paths: list[Path] = []
     for name in files:
-        path = _book(name.removeprefix("book:")) if name.startswith("book:") else Path(name).expanduser()
+        path = _book(name) if name.startswith("book:") else Path(name).expanduser()
         try:
             paths += _regular_files(path) if path.is_dir() else [path]
         except OSError as error:
             raise _unreadable(error) from error
     return Corpus(paths)
+
+
+Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 class Text(Task):
@@ -120,8 +121,8 @@ class Text(Task):
     """
 
     kind: Literal["text"] = "text"
-    files: list[str] = Field(["book:emma"], min_length=1)
-    """Files, folders (every file below them, by relative path, but hidden and empty ones), or `book:NAME`."""
+    files: Files = Field(["book:emma"], min_length=1)
+    """One or several: files, folders (all files below, by relative path, but hidden and empty ones), `book:NAME`."""
     length: int = Field(512, ge=1)
     """Tokens in a window."""
     held_out: float = Field(0.1, gt=0, lt=1)
@@ -258,7 +259,7 @@ class MaskedText(Task):
     """
 
     kind: Literal["masked_text"] = "masked_text"
-    files: list[str] = Field(["book:emma"], min_length=1)
+    files: Files = Field(["book:emma"], min_length=1)
     """As in `text`."""
     length: int = Field(512, ge=1)
     """Tokens in a window."""

@@ -1,34 +1,35 @@
 """What a run is: a recipe, read from YAML, changed by ``key=value``, and checked as a whole before anything starts."""
 
-import functools
-import operator
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from longwave.mixers import nearest
-from longwave.models import ModelSpec
-from longwave.models.spec import AnyChannelMixer, AnyMixer, LanguageSpec, MaskedLMSpec, Spec
+from longwave.errors import nearest, shown
+from longwave.models import ClassifierSpec, MaskedLMSpec, ModelSpec
+from longwave.spec import Spec, explain, read_kind
 from longwave.tasks import TASKS, Task
 
-if TYPE_CHECKING:
-    AnyTask = Task
-else:
-    AnyTask = Annotated[
-        functools.reduce(operator.or_, TASKS.values()),
-        Field(discriminator="kind"),
-        BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
-    ]
+AnyTask = Annotated[SerializeAsAny[Task], BeforeValidator(partial(read_kind, "task", TASKS, TASKS.__getitem__))]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Recipe(Spec):
     """A training run as data.
 
     Fields:
-        model, task: what is trained on what.
+        task, model: what is trained on what; a model without ``vocab`` has the task's.
         steps: optimiser steps.
         batch: rows a step, over all processes and accumulated parts.
         accumulate: parts a step's rows are run in, to save memory.
@@ -47,14 +48,14 @@ class Recipe(Spec):
         seed: of the weights, the batches and dropout.
     """
 
-    model: ModelSpec
     task: AnyTask
+    model: ModelSpec
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float | None = Field(1.0, gt=0)
     warmup: int = Field(0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -73,21 +74,36 @@ class Recipe(Spec):
     keep: int = Field(2, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
 
-    @model_validator(mode="after")
-    def _complete(self) -> "Recipe":
-        model = self.model
-        if isinstance(model, LanguageSpec) and model.vocab is None:
-            object.__setattr__(self, "model", model.model_copy(update={"vocab": self.task.vocab}))
-        elif model.vocab is not None and model.vocab < self.task.vocab:
-            raise ValueError(f"model.vocab = {model.vocab} is too small: the task has {self.task.vocab} token ids")
-        if isinstance(model, MaskedLMSpec) and self.task.asks_next:
-            kind = type(self.task).model_fields["kind"].default
+    @field_validator("model")
+    @classmethod
+    def _serves_the_task(cls, model: Any, info: ValidationInfo) -> Any:
+        task: Task | None = info.data.get("task")
+        if task is None:  # it is wrong, and said to be
+            return model
+        kind = type(task).model_fields["kind"].default
+        if isinstance(model, ClassifierSpec):
+            raise ValueError(
+                f"model classifier gives one label a row, and the task {kind} asks for tokens; take the model "
+                f"{'lm' if task.asks_next else 'masked_lm'}"
+            )
+        if isinstance(model, MaskedLMSpec) and task.asks_next:
             raise ValueError(
                 f"model masked_lm sees the next token, which is what the task {kind} asks for; "
                 "take the model lm, or a task that hides its targets, such as masked_text"
             )
-        if self.eval_batch is None:
-            object.__setattr__(self, "eval_batch", self.batch)
+        if model.vocab is None:
+            return model.model_copy(update={"vocab": task.vocab})
+        if model.vocab < task.vocab:
+            raise ValueError(f"model.vocab = {model.vocab} is too small: the task has {task.vocab} token ids")
+        return model
+
+    @field_validator("eval_batch")
+    @classmethod
+    def _as_in_training(cls, rows: int | None, info: ValidationInfo) -> int | None:
+        return info.data.get("batch") if rows is None else rows
+
+    @model_validator(mode="after")
+    def _splits(self) -> "Recipe":
         parts = self.devices * self.nodes * self.accumulate
         if self.batch % parts:
             raise ValueError(
@@ -133,9 +149,7 @@ def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = ()) -
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
-        raise ValueError("\n".join(lines[:2]) + more) from error
+        raise ValueError(explain(error, "recipe")) from error
 
 
 def _read(source: str) -> tuple[str, str]:
@@ -143,13 +157,14 @@ def _read(source: str) -> tuple[str, str]:
     if source in shipped:
         return resources.files("longwave.recipes").joinpath(source + ".yaml").read_text(), f"recipe {source}"
     path = Path(source)
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             return path.read_text(), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"recipe {path} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"recipe {shown(source)} cannot be read: {reason}") from error
     hint = nearest(source, shipped) or f"; the recipes are {', '.join(shipped)}"
-    raise ValueError(f"{source!r} is neither a recipe nor a YAML file{hint}")
+    raise ValueError(f"{shown(source)} is neither a recipe nor a YAML file{hint}")
 
 
 def set_field(tree: dict, change: str) -> None:
@@ -160,7 +175,7 @@ def set_field(tree: dict, change: str) -> None:
     """
     path, equals, text = change.partition("=")
     if not equals or not path:
-        raise ValueError(f"{change!r} is no change: write key=value, such as lr=3e-3 or task.length=512")
+        raise ValueError(f"{shown(change)} is no change: write key=value, such as lr=3e-3 or task.length=512")
     *parents, last = path.split(".")
     node: Any = tree
     for depth, part in enumerate([*parents, last]):
@@ -180,45 +195,3 @@ def set_field(tree: dict, change: str) -> None:
         child = node[key] if isinstance(node, list) else node.get(key, {})
         node[key] = {"kind": child} if isinstance(child, str) else child
         node = node[key]
-
-
-def _classes(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The members of a union that is told apart by ``kind``."""
-    members = getattr(annotation.__origin__, "__args__", (annotation.__origin__,))
-    return {cls.model_fields["kind"].default: cls for cls in members}
-
-
-TAGGED: dict[str, dict[str, type[BaseModel]]] = {
-    "mixer": _classes(AnyMixer),
-    "task": dict(TASKS),
-    "model": _classes(ModelSpec),
-    "channel mixer": _classes(AnyChannelMixer),
-}
-
-
-def _explain(error: Any) -> str:
-    """One line for one of pydantic's errors: the path, what is wrong, and the nearest that would be right."""
-    tags = {tag: cls for table in TAGGED.values() for tag, cls in table.items()}
-    owner: type[BaseModel] = Recipe
-    path: list[str] = []
-    for part in error["loc"]:
-        if part in tags and path and part not in owner.model_fields:
-            owner = tags[part]
-        else:
-            path.append(str(part))
-    where, given = ".".join(path) or "recipe", error.get("input")
-    if error["type"] == "extra_forbidden":
-        fields = [name for name in owner.model_fields if name != "kind"]
-        inside = "a recipe" if owner is Recipe else f"{owner.model_fields['kind'].default!r}"
-        hint = nearest(path[-1], fields) or f"; it has {', '.join(fields)}"
-        return f"{where}: {inside} has no field {path[-1]!r}{hint}"
-    if error["type"] == "union_tag_invalid":
-        tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
-        what = next((name for name, table in TAGGED.items() if set(table) == set(known)), "kind")
-        return f"{where}: no {what} is called {tag!r}; there are {', '.join(sorted(known))}{nearest(tag, known)}"
-    if error["type"] == "union_tag_not_found":
-        return f"{where}: say which kind it is, such as {{kind: ...}}; got {given!r}"
-    if error["type"] == "missing":
-        return f"{where}: this field is needed"
-    message = error["msg"].removeprefix("Value error, ")
-    return message if error["type"] == "value_error" else f"{where}: {message}; got {given!r}"

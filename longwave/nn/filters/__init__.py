@@ -1,6 +1,10 @@
 """Filters: the impulse responses that a long convolution is given."""
 
-from longwave.nn.filters.base import Filter, StateSpace, StateSpaceFilter, Truncated
+from typing import Annotated
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from longwave.nn.filters.base import Filter, FilterSpec, StateSpace, StateSpaceFilter, Truncated
 from longwave.nn.filters.ckconv import CKConvFilter, FlexConvFilter
 from longwave.nn.filters.diagonal import S4DFilter
 from longwave.nn.filters.dplr import DenseStateSpace, DPLRFilter, DPLRStateSpace
@@ -9,23 +13,30 @@ from longwave.nn.filters.gss import GSSFilter, SharedStateSpace
 from longwave.nn.filters.implicit import HyenaFilter
 from longwave.nn.filters.shift import ShiftFilter
 from longwave.nn.filters.taps import FreeFilter, Smooth, SmoothFrequencies
+from longwave.spec import Parts
 
-# Filters by name, each built as FILTERS[name](channels, **options): what a mixer that takes any filter is given.
-FILTERS: dict[str, type[Filter]] = {
-    "s4d": S4DFilter,
-    "dss": DSSFilter,
-    "dss_softmax": DSSSoftmaxFilter,
-    "gss": GSSFilter,
-    "s4": DPLRFilter,
-    "ckconv": CKConvFilter,
-    "flexconv": FlexConvFilter,
-    "free": FreeFilter,
-    "hyena": HyenaFilter,
-    "shift": ShiftFilter,
-}
+FILTERS: Parts[Filter, FilterSpec] = Parts(
+    "filter",
+    FilterSpec,
+    given=("channels",),
+    classes={
+        "s4d": S4DFilter,
+        "dss": DSSFilter,
+        "dss_softmax": DSSSoftmaxFilter,
+        "gss": GSSFilter,
+        "s4": DPLRFilter,
+        "ckconv": CKConvFilter,
+        "flexconv": FlexConvFilter,
+        "free": FreeFilter,
+        "hyena": HyenaFilter,
+        "shift": ShiftFilter,
+    },
+)
+AnyFilter = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(FILTERS.field)]  # an option of who takes any filter
 
 __all__ = [
     "FILTERS",
+    "AnyFilter",
     "CKConvFilter",
     "DPLRFilter",
     "DPLRStateSpace",
@@ -33,6 +44,7 @@ __all__ = [
     "DSSSoftmaxFilter",
     "DenseStateSpace",
     "Filter",
+    "FilterSpec",
     "FlexConvFilter",
     "FreeFilter",
     "GSSFilter",

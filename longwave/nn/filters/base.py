@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.ops import vandermonde, vandermonde_transpose
+from longwave.spec import PartSpec
 
 
 class Filter(nn.Module, abc.ABC):
@@ -28,6 +29,14 @@ class Filter(nn.Module, abc.ABC):
         Raises:
             ValueError: where the filter is not defined at that length.
         """
+
+
+class FilterSpec(PartSpec):
+    """A filter as data."""
+
+    def build(self, channels: int, *more: Any) -> Filter:
+        """The module, freshly drawn; ``more`` is what its owner gives besides."""
+        return self._built(channels, *more)
 
 
 class StateSpace(NamedTuple):

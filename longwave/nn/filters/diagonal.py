@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from longwave.errors import choose
 from longwave.nn.filters.base import StateSpace, StateSpaceFilter, shared_systems
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32, choose, positive_rate, step_range
+from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
 
 
 def zoh(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from longwave.errors import choose
 from longwave.nn.filters.base import Filter, StateSpace, StateSpaceFilter, require_max_len
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32, choose, positive_rate, step_range
+from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
 from longwave.ops import vandermonde
 
 EPSILON = 1e-7  # keeps reciprocals finite
