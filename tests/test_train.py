@@ -488,7 +488,7 @@ def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, changes, words):
 
 @pytest.mark.parametrize("lengths", ["length: 32, eval_length: 64", "length: 64, shortest: 3, eval_length: 8"])
 @pytest.mark.parametrize(
-    "mixers", ["hyena, max_len: 40", "long_conv, max_len: 40", "two_sided, filter: free, options: {max_len: 40}"]
+    "mixers", ["hyena, max_len: 40", "long_conv, max_len: 40", "two_sided, filter: {kind: free, max_len: 40}"]
 )
 def test_what_is_too_long_for_a_filter_is_told_before_the_run(tiny, tmp_path, lengths, mixers):
     """Whichever it is of training and evaluation, and however short the first draw."""
