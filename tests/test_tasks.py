@@ -546,8 +546,8 @@ def test_bad_files_are_refused(tmp_path, files):
         str(tmp_path / "pipe"): ["pipe", "regular file"],
         files(b"")[0]: ["0.bin", "is empty", "leave it out"],
         "book:ema": ["no book is called 'book:ema'", "emma", "did you mean 'book:emma'?"],
-        "book:xyzzy": ["no book is called 'book:xyzzy'", "shipped are emma"],
-        "book:../base": ["no book '../base'"],
+        "book:xyzzy": ["no book is called 'book:xyzzy'", "there are book:emma"],
+        "book:../base": ["no book is called 'book:../base'"],
     }.items():
         with pytest.raises(ValueError) as refusal:
             Text(files=["book:emma", bad]).prepare()
