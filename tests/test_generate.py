@@ -43,6 +43,19 @@ def test_ragged_prompts_are_as_alone(model):
     assert generate(model, prompts, 9) == [generate(model, [p], 9)[0] for p in prompts]
 
 
+def test_right_padded_prompts_go_on_as_alone(model):
+    """The same texts from a state after right padding, by the logits of each row's last real token."""
+    prompts = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5]]
+    ids = torch.tensor([row + [0] * (7 - len(row)) for row in prompts])
+    logits, state = model(ids, model.init_state(3), mask=torch.arange(7) < torch.tensor([[1], [7], [3]]), last=True)
+    rows = []
+    for _ in range(9):
+        token = logits[:, -1].argmax(-1)
+        rows.append(token.tolist())
+        logits, state = model(token[:, None], state)
+    assert [list(row) for row in zip(*rows)] == generate(model, prompts, 9)
+
+
 def test_long_prompts_go_in_chunks(model, monkeypatch):
     prompts = [list(range(20)) * 2, [7] * 11]
     whole = generate(model, prompts, 6)

@@ -3,20 +3,23 @@
 import copy
 import fnmatch
 import math
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from longwave.mixers import MIXERS, mixer, state_bytes
-from longwave.nn import optim_hints, reset
+from longwave.nn import StateSpaceFilter, optim_hints, reset
 from longwave.ops.dispatch import use_backend
 
 B, L, D = 2, 13, 8  # L is prime: no chunk size divides it
 CASES = [pytest.param(name, kw, id=f"{name}-{i}") for name, cls in MIXERS.items() for i, kw in enumerate(cls.examples)]
 CAUSAL = [case for case in CASES if MIXERS[case.values[0]].causal]
 TWO_SIDED = [case for case in CASES if not MIXERS[case.values[0]].causal]
+INDUCTOR = "aot_eager_decomp_partition"  # as torch.compile's own backend begins: traced, decomposed, parted
 CHUNKINGS = [[1] * L, [L], [1, 7, 5], [5, 1, 7]]
 
 
@@ -42,12 +45,30 @@ def run_in_chunks(layer, x, sizes, mask=None):
     return torch.cat(ys, dim=1), state
 
 
-def with_padding(x, side):
-    """x with four steps of large noise on a side, its mask, and where x is."""
-    pad, on = 100 * noise(B, 4, D, seed=2), torch.ones(B, L, dtype=torch.bool)
-    if side == "left":
-        return torch.cat([pad, x], dim=1), torch.cat([~on[:, :4], on], dim=1), slice(4, None)
-    return torch.cat([x, pad], dim=1), torch.cat([on, ~on[:, :4]], dim=1), slice(0, L)
+# Where padding stands, by row: at its start, at its end, here and there, and over more than half of it.
+PLACES = {"left": [[0, 1, 2, 3], []], "right": [[], [13, 14, 15, 16]], "inside": [[1, 5, 6, 16], [0, 9, 10, 11]]}
+
+
+def with_padding(x, place, filling=math.nan):
+    """The rows of x (2, 13, D) spread over 17 steps, what is between them NaN or infinite; and the mask. A row of which
+    no place is given has its padding behind."""
+    mask = torch.ones(B, L + 4, dtype=torch.bool)
+    for row, steps in zip(mask, PLACES[place]):
+        row[steps or slice(L, None)] = False
+    padded = torch.full((B, L + 4, D), filling, dtype=x.dtype)
+    padded[mask] = x.flatten(0, 1)
+    return padded, mask
+
+
+def real(y, mask):
+    """The outputs (2, 13, D) at real tokens."""
+    return y[mask].view(B, L, -1)
+
+
+def parameter_gradients(layer, y):
+    """Of a loss that weighs every output differently."""
+    names, parameters = zip(*layer.named_parameters())
+    return dict(zip(names, torch.autograd.grad((y * noise(*y.shape, seed=7).to(y.dtype)).sum(), parameters)))
 
 
 def in_bfloat16(layer, x):
@@ -78,13 +99,46 @@ class TestContract:
         layer, x = build(name, kw), noise(B, L, D)
         close(layer(x)[0][:1], layer(x[:1])[0])
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padding_is_invisible(self, name, kw, side):
+    @pytest.mark.parametrize("place", PLACES)
+    def test_padding_is_invisible(self, name, kw, place):
         layer, x = build(name, kw), noise(B, L, D)
-        padded, mask, real = with_padding(x, side)
+        padded, mask = with_padding(x, place)
         y = layer(padded, mask=mask)[0]
-        close(y[:, real], layer(x)[0])
+        close(real(y, mask), layer(x)[0])
         assert torch.isfinite(y).all()
+
+    @pytest.mark.parametrize("filling", [math.nan, math.inf])
+    def test_padding_has_no_gradients(self, name, kw, filling):
+        layer, x = build(name, kw), noise(B, L, D).requires_grad_()
+        padded, mask = with_padding(x.detach(), "inside", filling)
+        padded.requires_grad_()
+        y = layer(x)[0]
+        close(parameter_gradients(layer, real(layer(padded, mask=mask)[0], mask)), parameter_gradients(layer, y))
+        (of_padded,) = torch.autograd.grad(real(layer(padded, mask=mask)[0], mask).square().sum(), padded)
+        (of_x,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
+        close(real(of_padded, mask), of_x)
+        assert not of_padded[~mask].any()
+
+    def test_a_mask_of_integers_is_a_mask(self, name, kw):
+        layer = build(name, kw)
+        padded, mask = with_padding(noise(B, L, D), "inside")
+        assert torch.equal(layer(padded, mask=mask.long())[0], layer(padded, mask=mask)[0])
+        assert torch.equal(layer(padded, mask=mask.to(torch.uint8))[0], layer(padded, mask=mask)[0])
+
+    def test_refuses_what_does_not_fit(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        takes = rf"^{name} takes x \(B, L, 8\), floating, B >= 1 and L >= 1; got "
+        for wrong in (noise(B, L, D + 1), noise(B, L, 1), noise(L, D), noise(0, L, D), noise(B, 0, D), x.long()):
+            with pytest.raises(ValueError, match=takes + re.escape(f"{tuple(wrong.shape)} {wrong.dtype}")):
+                layer(wrong)
+        on = torch.ones(B, L, dtype=torch.bool)
+        for wrong in (on[:1], on[:, :1], on[:, :, None], on[0], on.double(), on.to(torch.complex64)):
+            with pytest.raises(
+                ValueError, match=r"^a mask is \(B, L\) = \(2, 13\) on cpu, bool or integers 0 and 1.* got"
+            ):
+                layer(x, mask=wrong)
+        with pytest.raises(ValueError, match=r"0 at padding and 1 at real tokens; got values 2..2"):
+            layer(x, mask=on + on.long())
 
     def test_gradients(self, name, kw):
         layer, x = build(name, kw), noise(1, 5, D).requires_grad_()
@@ -104,8 +158,12 @@ class TestContract:
 
     def test_compiles_whole(self, name, kw):
         torch._dynamo.reset()
-        layer, x = build(name, kw), noise(B, L, D)
-        close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0])
+        layer, (x, mask) = build(name, kw), with_padding(noise(B, L, D), "inside", 0.0)
+        mask = None if layer.causal else mask  # masks of the others are compiled with a state
+        compiled = torch.compile(layer, fullgraph=True, backend=INDUCTOR)
+        y, exact = compiled(x, mask=mask)[0], layer(x, mask=mask)[0]
+        close(y, exact)
+        close(parameter_gradients(layer, y), parameter_gradients(layer, exact))
 
     def test_builds_on_meta_bit_for_bit(self, name, kw):
         torch.manual_seed(0)
@@ -178,12 +236,104 @@ class TestStates:
         x = noise(3, 4, D, seed=2)
         close(layer(x[1:2], rows)[0], layer(x, state)[0][1:2])
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("sizes", [[17], [3, 14], [6, 11]], ids=["17", "3-14", "6-11"])
-    def test_padding_is_invisible_in_chunks(self, name, kw, side, sizes):
+    @pytest.mark.parametrize("place", PLACES)
+    @pytest.mark.parametrize("sizes", [[17], [3, 14], [6, 9, 2], [1] * 17], ids=["17", "3-14", "6-9-2", "steps"])
+    def test_padding_takes_no_time(self, name, kw, place, sizes):
+        """Outputs, the state, and what comes after it, in chunks too, some of which are padding alone in a row."""
+        layer, x, more = build(name, kw), noise(B, L, D), noise(B, 2, D, seed=3)
+        padded, mask = with_padding(x, place)
+        y, after = run_in_chunks(layer, padded, sizes, mask)
+        exact, state = layer(x, layer.init_state(B))
+        close(real(y, mask), exact)
+        for t, unpadded in zip(tree_leaves(after), tree_leaves(state), strict=True):
+            if t.shape == unpadded.shape:  # it does not grow
+                close(t, unpadded)
+        y, after = layer(more, after)
+        exact, state = layer(more, state)
+        close(y, exact)
+        close(layer(more[:, :1], after)[0], layer(more[:, :1], state)[0])
+
+    def test_a_chunk_of_padding_leaves_the_state(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)
-        padded, mask, real = with_padding(x, side)
-        close(run_in_chunks(layer, padded, sizes, mask)[0][:, real], layer(x)[0])
+        _, state = layer(x, layer.init_state(B))
+        off = torch.zeros(B, 2, dtype=torch.bool)
+        y, after = layer(torch.full((B, 2, D), math.nan, dtype=x.dtype), state, mask=off)
+        assert torch.isfinite(y).all()
+        close(layer(x[:, :3], after)[0], layer(x[:, :3], state)[0])
+
+    @pytest.mark.parametrize("sizes", [[5, 1, 7], [1] * L], ids=["5-1-7", "steps"])
+    def test_gradients_in_chunks_are_parallel(self, name, kw, sizes):
+        """Of parameters too, though the x of training needs none; through states, to the first chunk."""
+        layer, x = build(name, kw), noise(B, L, D)
+        close(parameter_gradients(layer, run_in_chunks(layer, x, sizes)[0]), parameter_gradients(layer, layer(x)[0]))
+
+    def test_gradients_are_finite_where_modes_underflow(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        for part in layer.modules():
+            if isinstance(part, StateSpaceFilter):
+                part.rate = 1e6  # exp(dt A) is 0 then
+        in_chunks = parameter_gradients(layer, run_in_chunks(layer, x, [5, 1, 7])[0])
+        assert all(torch.isfinite(gradient).all() for gradient in in_chunks.values())
+        close(in_chunks, parameter_gradients(layer, layer(x)[0]))
+
+    def test_what_autograd_saved_survives_a_branch(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        ys, state = [], layer.init_state(B)
+        for chunk in x.split([5, 1, 7], dim=1):
+            y, state = layer(chunk, state)
+            ys.append(y)
+            with torch.no_grad():
+                _, branch = layer(chunk[:, :1], state)
+                layer(chunk[:, :1], branch)
+        close(parameter_gradients(layer, torch.cat(ys, dim=1)), parameter_gradients(layer, layer(x)[0]))
+
+    def test_a_state_of_inference_mode_can_be_trained_on(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        with torch.inference_mode():
+            _, state = layer(x[:, :5], layer.init_state(B))
+        y, after = layer(x[:, 5:], state)
+        close(y, layer(x)[0][:, 5:])
+        parameter_gradients(layer, y)
+        layer(x[:, 5:6], after)
+
+    def test_threads_may_continue_one_state(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        ends = [noise(B, 1, D, seed=10 + i) for i in range(8)]
+        with torch.no_grad(), ThreadPoolExecutor(8) as pool:
+            _, state = layer(x, layer.init_state(B))
+            exact = [layer(x[:, :2], layer(end, state)[1])[0] for end in ends]
+
+            def continued(end):
+                with torch.no_grad():
+                    return layer(x[:, :2], layer(end, state)[1])[0]
+
+            for _ in range(5):
+                _, state = layer(x, layer.init_state(B))  # with room behind it that nobody has claimed
+                for y, wanted in zip(pool.map(continued, ends), exact):
+                    close(y, wanted)
+
+    def test_refuses_a_state_that_does_not_fit(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        _, state = layer(x, layer.init_state(B))
+        kind = type(state).__name__
+        with pytest.raises(ValueError, match=rf"^{name}: the state is of 2 sequences, x of 3$"):
+            layer(noise(3, L, D), state)
+        with pytest.raises(ValueError, match=rf"^{name}: the state is of 1 sequences, x of 2$"):
+            layer(x, tree_map(lambda t: t[:1], state))
+        for wrong in ((), tuple(state), [*state], x):
+            with pytest.raises(ValueError, match=rf"^{name} goes on from a {kind}, .*; got a {type(wrong).__name__}"):
+                layer(x, wrong)
+        wider = tree_map(lambda t: torch.cat([t, t], dim=-1), state)
+        with pytest.raises(ValueError, match=rf"^{name} of d_model = 8 has a state of .* a sequence; got one of .*"):
+            layer(x, wider)
+
+    def test_refuses_the_state_of_another_mixer(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        for case in CAUSAL:
+            other, options = case.values
+            if other != name:
+                with pytest.raises(ValueError, match=rf"^{name} goes on from a "):
+                    layer(x, MIXERS[other](D, **options).double().init_state(B))
 
     def test_gradients_of_a_carried_state(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)
@@ -203,8 +353,11 @@ class TestStates:
         torch._dynamo.reset()
         layer, x = build(name, kw), noise(B, L, D)
         state = layer(x, layer.init_state(B))[1]
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        close(compiled(x[:, :2], state)[0], layer(x[:, :2], state)[0])
+        compiled = torch.compile(layer, fullgraph=True, backend=INDUCTOR)
+        mask = torch.tensor([[True, False], [False, False]])
+        (y, after), (exact, state) = compiled(x[:, :2], state, mask=mask), layer(x[:, :2], state, mask=mask)
+        close(y, exact)
+        close(tree_leaves(after), tree_leaves(state))
 
     def test_bfloat16_resumes_as_well_as_bfloat16_allows(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)
@@ -256,13 +409,22 @@ class TestBackends:
             self.close(run_in_chunks(layer.float(), x.float(), [5, 1, 7])[0], exact)
 
     @every
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padding(self, name, kw, backend, side):
+    def test_padding(self, name, kw, backend):
         layer, x = build(name, kw), noise(B, L, D)
         exact = layer(x)[0]
-        padded, mask, real = with_padding(x, side)
+        padded, mask = with_padding(x, "inside")
         with use_backend(backend):
-            self.close(layer.float()(padded.float(), mask=mask)[0][:, real], exact)
+            self.close(real(layer.float()(padded.float(), mask=mask)[0], mask), exact)
+
+    @resumable
+    def test_padding_in_chunks(self, name, kw, backend):
+        layer, x = build(name, kw), noise(B, L, D)
+        exact = layer(x)[0]
+        padded, mask = with_padding(x, "inside")
+        with use_backend(backend):
+            y, state = run_in_chunks(layer.float(), padded[:, :14].float(), [6, 1, 7], mask[:, :14])
+            y = torch.cat([y, layer(padded[:, 14:].float(), state, mask=mask[:, 14:])[0]], dim=1)
+        self.close(real(y, mask), exact)
 
     @every
     def test_gradients(self, name, kw, backend):

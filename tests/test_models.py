@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longwave.mixers import MIXERS, mixer
-from longwave.models import LM, Backbone, Classifier, ClassifierSpec, LMSpec, MaskedLMSpec, load, save
+from longwave.models import LM, Backbone, Classifier, ClassifierSpec, LMSpec, MaskedLMSpec, SashimiSpec, load, save
 from longwave.models import lm as lm_module
 
 HYBRID = ["s4d", {"kind": "attention", "heads": 2}, {"kind": "hyena", "max_len": 64, "width": 8}, "mamba", "h3", "lstm"]
@@ -134,6 +134,42 @@ def test_classifier_ignores_padding(pooling):
     mask = torch.cat([torch.zeros(2, 4), torch.ones(2, 9)], dim=1).bool()
     close(model(left, mask=mask), model(x))
     assert model.score(x, torch.tensor([1, -100])).total == 1
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
+@pytest.mark.parametrize("pool", [None, [2]], ids=["backbone", "sashimi"])
+def test_not_a_number_at_padding_reaches_neither_labels_nor_gradients(pooling, pool):
+    torch.manual_seed(0)
+    backbone = (
+        LMSpec(vocab=1, d_model=8, pattern=["s4d", "mamba"])
+        if pool is None
+        else SashimiSpec(vocab=1, d_model=8, pattern=["s4d"], pool=pool)
+    )
+    model = Classifier(backbone.build_backbone(), 3, features=2, pooling=pooling).double()
+    x, mask = torch.randn(2, 13, 2, dtype=torch.float64), torch.tensor([[1] * 9 + [0] * 4, [0] * 4 + [1] * 9])
+    x[mask == 0] = torch.nan
+    alone = torch.cat([model(row[on == 1][None]) for row, on in zip(x, mask)])
+    close(model(x, mask=mask), alone)
+    parameters = list(model.parameters())
+    ours, exact = (torch.autograd.grad(y.square().sum(), parameters) for y in (model(x, mask=mask), alone))
+    for a, b in zip(ours, exact):
+        close(a, b)
+
+
+def test_padded_prompts_go_on():
+    """Right, left and inner padding, other rows other lengths: what comes after is as behind each prompt alone."""
+    model, ids = hybrid(), torch.randint(1, 20, (3, 13))
+    mask = torch.tensor([[1] * 9 + [0] * 4, [0] * 6 + [1] * 7, [1, 0] * 6 + [1]])
+    logits, state = model(ids[:, :11], model.init_state(3), mask=mask[:, :11])
+    last, state = model(ids[:, 11:], state, mask=mask[:, 11:], last=True)
+    after, _ = model(torch.tensor([[7, 3], [1, 1], [4, 2]]), state)
+    for row, prompt, more in zip(range(3), ids, ([7, 3], [1, 1], [4, 2])):
+        alone = prompt[mask[row] == 1]
+        exact = model(torch.cat([alone, torch.tensor(more)])[None])[0][0]
+        close(after[row], exact[-2:])
+        close(logits[row][mask[row, :11] == 1], exact[: mask[row, :11].sum()])
+        if mask[row, 11:].any():
+            close(last[row, 0], exact[-3])
 
 
 def test_classifier_poolings_differ():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
 from longwave.nn import append_time, rotate
+from longwave.nn.padding import is_real
 from longwave.ops import attention
 
 
@@ -54,8 +55,9 @@ class Attention(Mixer, name="attention"):
         empty = weight.new_zeros(batch, 0, self.heads, self.d_model // self.heads)
         return AttentionState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=weight.device))
 
-    def forward(self, x: Tensor, state: AttentionState | None = None, *, mask: Tensor | None = None):
-        start = 0 if state is None else state.k.shape[1]
+    def mix(self, x: Tensor, state: AttentionState | None, padding: Tensor | None):
+        start = 0 if state is None else state.seen.sum(1)  # by row: padding takes no position
+        mask = None if padding is None else is_real(x.shape[1], padding)
         q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, P) each
         if self.rotary_base is not None:
             q, k = rotate(q, start, self.rotary_base), rotate(k, start, self.rotary_base)

@@ -1,14 +1,16 @@
 """What a mixer is: the only thing in a network that moves information along time."""
 
 import abc
-from typing import Annotated, Any, ClassVar, NoReturn
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from longwave.nn.module import Hint
+from longwave.nn.padding import real_first, take_steps
 from longwave.spec import Parts, PartSpec
 
 State = tuple[Any, ...]  # in each mixer a NamedTuple of tensors, batch first
@@ -35,12 +37,13 @@ class Mixer(nn.Module, abc.ABC):
         y, s = mixer(x[:, :n], mixer.init_state(B))    # any n >= 1
         y, s = mixer(x[:, n:], s)                      # goes on exactly
 
-    A state is a NamedTuple of tensors, batch first, and is never modified. ``class Foo(Mixer, name="foo")`` registers;
-    the contract in tests/test_mixers.py then covers every entry of ``examples``. Without a name a class is abstract:
-    what a mixer and its two-sided twin have in common.
+    A state is a NamedTuple of tensors, batch first, and is never modified. ``forward`` is the same for all mixers: it
+    checks what it is given and brings the real tokens of every row to the front; what a mixer says is :meth:`mix`.
+    ``class Foo(Mixer, name="foo")`` registers; the contract in tests/test_mixers.py then covers every entry of
+    ``examples``. Without a name a class is abstract: what a mixer and its two-sided twin have in common.
 
     Attributes:
-        causal: whether y[:, t] depends on x[:, :t+1] alone. A mixer that is not causal has no state.
+        causal: whether y[:, t] depends on x[:, :t+1] alone. A mixer that is not causal is a :class:`WholeMixer`.
         examples: small configurations, each put through the contract.
         optim_hints: what parameters ask of the optimiser, by glob pattern.
         d_model: D.
@@ -51,9 +54,12 @@ class Mixer(nn.Module, abc.ABC):
     examples: ClassVar[tuple[dict[str, Any], ...]]
     optim_hints: ClassVar[dict[str, Hint]] = {}
     d_model: int
+    _layout: tuple[type, list[torch.Size]] | None = None
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            raise TypeError(f"{cls.__name__} defines forward, which is final: define mix(x, state, padding)")
         if name is None:
             return
         if name in MIXERS:
@@ -63,33 +69,163 @@ class Mixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def init_state(self, batch: int) -> State:
-        """The state before the first token of ``batch`` sequences."""
+        """The state before the first token of ``batch`` sequences: of its own NamedTuple type, and of the sizes that it
+        keeps; an axis of size 0 is time, which grows."""
 
     @abc.abstractmethod
+    def mix(self, x: Tensor, state: Any, padding: Tensor | None) -> tuple[Tensor, Any]:
+        """Mix along time; what ``forward`` calls.
+
+        Args:
+            x: (B, L, D), B and L >= 1, zero at padding.
+            state: None, or one that fits.
+            padding: (B,) how many steps at the end of each row are padding, or None. They take no time: they change
+                neither y at real tokens nor the state. See longwave/nn/padding.py; silence what has had a bias.
+        Returns:
+            y: (B, L, D), finite and of no meaning at padding.
+            state: after the last real token, or None where none came in.
+        """
+
+    @final  # type: ignore[misc]  # to mypy a module's forward is an attribute
     def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Mix along time.
 
         Args:
-            x: (B, L, D), L >= 1.
+            x: (B, L, D), B and L >= 1.
             state: None, or what ``init_state`` or an earlier call returned.
-            mask: (B, L) bool, True = real token. Padding on either side changes nothing for the real tokens; the
+            mask: (B, L) bool, or integers 0 and 1: True = real token. Padding takes no time: wherever it stands, the
+                output at real tokens and the state are as if it were not there, whatever it holds, NaN included; the
                 output at padding is finite and means nothing.
         Returns:
             y: (B, L, D).
-            state: after the last token, or None where none came in.
+            state: after the last real token, or None where none came in.
         Raises:
-            ValueError: where a filter is not defined at the length.
+            ValueError: where x, the state or the mask does not fit, or a filter is not defined at the length.
         """
+        check_steps(self.name, x, self.d_model)
+        if state is not None:
+            state = self._checked(state, x)
+        if mask is None:
+            return self.mix(x, state, None)
+        mask = as_mask(mask, x)
+        order, back, padding = real_first(mask)
+        y, state = self.mix(take_steps(zero_padding(x, mask), order), state, padding)
+        return take_steps(y, back), state
+
+    def _checked(self, state: Any, x: Tensor) -> Any:
+        """The state, where it is of this layer and of the rows of x; one of inference mode as autograd needs it."""
+        kind, sizes = self._layout or self._lay_out()
+        if type(state) is not kind:
+            raise ValueError(
+                f"{self.name} goes on from a {kind.__name__}, of its init_state or an earlier call; "
+                f"got a {type(state).__name__}"
+            )
+        tensors = list(_tensors(state))
+        if len(tensors) != len(sizes) or not all(map(_fits, tensors, sizes)):
+            raise ValueError(
+                f"{self.name} of d_model = {self.d_model} has a state of {_described(self.init_state(1))} a sequence; "
+                f"got one of {_described(state)}, from a layer of other sizes"
+            )
+        if any(len(t) != len(x) for t in tensors):
+            raise ValueError(f"{self.name}: the state is of {len(tensors[0])} sequences, x of {len(x)}")
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.is_inference() for t in tensors):
+            return tree_map(torch.clone, state)  # autograd cannot save what inference mode has made
+        return state
+
+    def _lay_out(self) -> tuple[type, list[torch.Size]]:
+        with torch.no_grad():
+            state = self.init_state(1)
+        layout = type(state), [t.shape for t in _tensors(state)]
+        if not torch.compiler.is_compiling():
+            self._layout = layout
+        return layout
+
+
+class WholeMixer(Mixer):
+    """A mixer that looks ahead: it mixes whole sequences, so it has no state."""
+
+    causal = False
+
+    @abc.abstractmethod
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """x (B, L, D) -> y (B, L, D); see :meth:`Mixer.mix`."""
+
+    @final
+    def init_state(self, batch: int) -> State:
+        """Raises ValueError."""
+        raise ValueError(f"{self.name} looks ahead, so it has no state; call it on whole sequences, without one")
+
+    @final
+    def mix(self, x: Tensor, state: Any, padding: Tensor | None) -> tuple[Tensor, None]:
+        """See :class:`Mixer`."""
+        return self.mix_whole(x, padding), None
+
+
+def check_steps(what: str, x: Tensor, d_model: int) -> None:
+    """Refuse what is not (B, L, d_model), floating, with B and L >= 1.
+
+    Raises:
+        ValueError: saying what ``what`` takes and what it got.
+    """
+    if x.ndim != 3 or x.shape[2] != d_model or x.shape[0] < 1 or x.shape[1] < 1 or not x.is_floating_point():
+        raise ValueError(
+            f"{what} takes x (B, L, {d_model}), floating, B >= 1 and L >= 1; got {tuple(x.shape)} {x.dtype}"
+        )
+
+
+def as_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask of the steps of x (B, L, ...) as bool.
+
+    Raises:
+        ValueError: unless it is (B, L), bool or integers 0 and 1, and on the device of x.
+    """
+    whole = mask.dtype is torch.bool or not (mask.is_floating_point() or mask.is_complex())
+    if mask.shape != x.shape[:2] or not whole or mask.device != x.device:
+        raise ValueError(
+            f"a mask is (B, L) = {tuple(x.shape[:2])} on {x.device}, bool or integers 0 and 1, True = real token; "
+            f"got {tuple(mask.shape)} {mask.dtype} on {mask.device}"
+        )
+    if mask.dtype is torch.bool:
+        return mask
+    if not torch.compiler.is_compiling() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"a mask is 0 at padding and 1 at real tokens; got values {mask.min()}..{mask.max()}")
+    return mask != 0
+
+
+def without_padding(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x (B, L, C) with zeros at padding, and the mask as bool: what a model does first, since its norms and maps would
+    make gradients of NaN of what they are not asked about."""
+    if mask is None:
+        return x, None
+    mask = as_mask(mask, x)
+    return zero_padding(x, mask), mask
+
+
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (B, L, C) with zeros where mask (B, L) is False, by selection: NaN at padding goes nowhere."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    for part in state:
+        if isinstance(part, torch.Tensor):
+            yield part
+        else:
+            yield from _tensors(part)
+
+
+def _fits(tensor: Tensor, sizes: torch.Size) -> bool:
+    return tensor.ndim == len(sizes) and all(n in (size, 0) for n, size in zip(sizes[1:], tensor.shape[1:]))
+
+
+def _described(state: Any) -> str:
+    leaves = tree_flatten_with_path(state)[0]
+    return ", ".join(f"{keystr(path)[1:]} {tuple(t.shape[1:])}" for path, t in leaves)
 
 
 def state_bytes(state: Any) -> int:
     """How many bytes a state takes, by the elements that its tensors show."""
     return sum(t.numel() * t.element_size() for t in tree_leaves(state) if isinstance(t, torch.Tensor))
-
-
-def no_state(mixer: Mixer) -> NoReturn:
-    """What a mixer that is not causal answers to ``init_state`` and to a state."""
-    raise ValueError(f"{mixer.name} looks ahead, so it has no state; call it on whole sequences, without one")
 
 
 def mixer(name: str, **options: Any) -> MixerSpec:
@@ -100,8 +236,3 @@ def mixer(name: str, **options: Any) -> MixerSpec:
             of another type.
     """
     return MIXERS.make(name, **options)
-
-
-def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (B, L, C) with zeros where mask (B, L) is False: padding is silenced after every bias, before every mixing."""
-    return x if mask is None else x * mask[..., None].to(x.dtype)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import MIXERS, AnyMixer, Mixer, no_state, zero_padding
+from longwave.mixers.base import MIXERS, AnyMixer, WholeMixer
+from longwave.nn.padding import is_real
 
 
-class Bidirectional(Mixer, name="bidirectional"):
+class Bidirectional(WholeMixer, name="bidirectional"):
     """y = W [f(x) | reverse(g(reverse(x)))].
 
     Args:
@@ -23,7 +24,6 @@ class Bidirectional(Mixer, name="bidirectional"):
         ValueError: for an unknown mixer or option, or a mixer that looks ahead already.
     """
 
-    causal = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"inner": {"kind": "s4d", "d_state": 4}},
         {"inner": {"kind": "mamba", "d_state": 4}},
@@ -38,13 +38,8 @@ class Bidirectional(Mixer, name="bidirectional"):
             raise ValueError(f"bidirectional takes a causal mixer; {spec.kind!r} looks ahead already: use it as it is")
         self.output_linear = nn.Linear(2 * d_model, d_model)
 
-    def init_state(self, batch: int):
-        no_state(self)
-
-    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
-        if state is not None:
-            no_state(self)
-        x = zero_padding(x, mask)
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        mask = None if padding is None else is_real(x.shape[1], padding)
         past, _ = self.forwards(x, mask=mask)
         future, _ = self.backwards(x.flip(1), mask=None if mask is None else mask.flip(1))
-        return self.output_linear(torch.cat([past, future.flip(1)], dim=-1)), None
+        return self.output_linear(torch.cat([past, future.flip(1)], dim=-1))

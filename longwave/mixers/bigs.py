@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, no_state, zero_padding
+from longwave.mixers.base import WholeMixer
 from longwave.nn import LongConv, S4DFilter
+from longwave.nn.padding import silence
 from longwave.ops import causal_conv
 
 
@@ -20,7 +21,7 @@ def shared_conv(u: Tensor, conv: LongConv) -> Tensor:
     return causal_conv(u, conv.filter(u.shape[1]).expand(width, -1), skip=conv.D.expand(width))
 
 
-class BiGS(Mixer, name="bigs"):
+class BiGS(WholeMixer, name="bigs"):
     """y = W_o(gelu(W (W_f ssm_f(f) . reverse(W_b ssm_b(reverse(b))))) . v),  v, f, b = gelu of linear maps of x.
 
     Both state spaces are S4D's, each one filter for all channels.
@@ -32,7 +33,6 @@ class BiGS(Mixer, name="bigs"):
         dt_min, dt_max, rate: of the filters, see :class:`longwave.nn.S4DFilter`.
     """
 
-    causal = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({"d_state": 8}, {"d_state": 4, "expand": 1.75, "dt_max": 0.1})
 
     def __init__(
@@ -58,14 +58,9 @@ class BiGS(Mixer, name="bigs"):
         self.dol = nn.Linear(d_model, E)
         self.do = nn.Linear(E, d_model)
 
-    def init_state(self, batch: int):
-        no_state(self)
-
-    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
-        if state is not None:
-            no_state(self)
-        past = zero_padding(F.gelu(self.du_forward(x)), mask)
-        future = zero_padding(F.gelu(self.du_backward(x)), mask)
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        past = silence(F.gelu(self.du_forward(x)), padding)
+        future = silence(F.gelu(self.du_backward(x)), padding)
         past = self.duc_forward(shared_conv(past, self.fs4))
         future = self.duc_backward(shared_conv(future.flip(1), self.bs4).flip(1))
-        return self.do(F.gelu(self.dol(past * future)) * F.gelu(self.dv(x))), None
+        return self.do(F.gelu(self.dol(past * future)) * F.gelu(self.dv(x)))

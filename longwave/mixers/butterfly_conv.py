@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, no_state, zero_padding
+from longwave.mixers.base import WholeMixer
 from longwave.nn import FreeFilter, Hint, MonarchFFT, OutputGLU, monarch_conv, monarch_sizes
 from longwave.nn.filters.base import require_max_len
 
 
-class ButterflyConv(Mixer, name="butterfly_conv"):
+class ButterflyConv(WholeMixer, name="butterfly_conv"):
     """y = GLU(W gelu(Re F^-1 (U x . K k) + D x)), U and K learned in ``order`` factors, k = squash(free taps).
 
     Args:
@@ -32,7 +32,6 @@ class ButterflyConv(Mixer, name="butterfly_conv"):
         ValueError: for max_len < 1, an order that the length cannot have, or on a sequence longer than max_len.
     """
 
-    causal = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"max_len": 32, "squash": 0.001, "decay": True},
         {"max_len": 17, "order": 3, "shared": True, "noise": 0.05, "squash": 0.0},
@@ -66,22 +65,10 @@ class ButterflyConv(Mixer, name="butterfly_conv"):
     def reset_parameters(self) -> None:
         self.D.normal_()
 
-    def init_state(self, batch: int):
-        no_state(self)
-
-    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
-        if state is not None:
-            no_state(self)
-        L, max_len = x.shape[1], self.kernel.max_len
-        require_max_len("a learned transform", max_len, L)
-        x, steps = zero_padding(x, mask), None
-        if mask is not None:  # every row is turned until its first real token comes first, and back again behind
-            steps = torch.arange(L, device=x.device) + mask.to(torch.uint8).argmax(1, keepdim=True)
-            x = x.take_along_dim((steps % L)[..., None], dim=1)
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        max_len = self.kernel.max_len
+        require_max_len("a learned transform", max_len, x.shape[1])
         y = monarch_conv(
             x, self.kernel(max_len), self.sizes, transform_u=self.block_fft_u, transform_k=self.block_fft_k, skip=self.D
         )
-        if steps is not None:
-            back = 2 * torch.arange(L, device=x.device) - steps
-            y = y.take_along_dim((back % L)[..., None], dim=1)
-        return self.output_linear(y), None
+        return self.output_linear(y)

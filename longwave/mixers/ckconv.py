@@ -12,8 +12,9 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, zero_padding
+from longwave.mixers.base import Mixer
 from longwave.nn import CKConvFilter, Filter, FilterSpec, FlexConvFilter, append_time, dense_conv
+from longwave.nn.padding import last_steps
 from longwave.spec import Parts
 
 KERNELS: Parts[Filter, FilterSpec] = Parts(
@@ -62,10 +63,9 @@ class CKConv(Mixer, name="ckconv"):
     def init_state(self, batch: int) -> CKConvState:
         return CKConvState(self.bias.new_zeros(batch, 0, self.d_model))
 
-    def forward(self, x: Tensor, state: CKConvState | None = None, *, mask: Tensor | None = None):
-        L, past = x.shape[1], zero_padding(x, mask)
-        if state is not None:
-            past = append_time(state.past, past)
+    def mix(self, x: Tensor, state: CKConvState | None, padding: Tensor | None):
+        L, past = x.shape[1], x if state is None else append_time(state.past, x)
         k = self.kernel(past.shape[1]).unflatten(0, (self.d_model, self.d_model))
         y = dense_conv(past, k)[:, past.shape[1] - L :]
-        return torch.relu(self.norm(y.to(x.dtype) + self.bias)), None if state is None else CKConvState(past)
+        y = torch.relu(self.norm(y.to(x.dtype) + self.bias))
+        return y, None if state is None else CKConvState(last_steps(past, padding, past.shape[1]))

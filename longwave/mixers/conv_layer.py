@@ -1,26 +1,27 @@
 """What S4, S4D, DSS and LongConv have in common: one layer around different filters."""
 
-from typing import NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, zero_padding
+from longwave.mixers.base import Mixer
 from longwave.nn import Filter, init_conv_state, long_conv
-
-
-class ConvState(NamedTuple):
-    past: Tensor  # (B, C, N) what a state space knows of the past; (B, t, C) every input so far where there is none
 
 
 class ConvLayer(Mixer):
     """y = output_linear(k * x + D x).
+
+    Attributes:
+        State: the mixer's own NamedTuple of one tensor, the state of :func:`longwave.nn.long_conv`.
 
     Args:
         d_model: D.
         kernel: the filter k, of C channels, C / D of which hear each feature.
         output_linear: from width C to D, with the nonlinearity in between.
     """
+
+    State: ClassVar[Any]
 
     def __init__(self, d_model: int, kernel: Filter, output_linear: nn.Module):
         super().__init__()
@@ -32,11 +33,11 @@ class ConvLayer(Mixer):
     def reset_parameters(self) -> None:
         self.D.normal_()
 
-    def init_state(self, batch: int) -> ConvState:
-        return ConvState(init_conv_state(self.kernel, batch))
+    def init_state(self, batch: int) -> Any:
+        return self.State(init_conv_state(self.kernel, batch))
 
-    def forward(self, x: Tensor, state: ConvState | None = None, *, mask: Tensor | None = None):
-        u, copies = zero_padding(x, mask), self.kernel.channels // self.d_model
-        u = u if copies == 1 else u.repeat(1, 1, copies)
-        y, past = long_conv(u, self.kernel, None if state is None else state.past, skip=self.D)
-        return self.output_linear(y), None if state is None else ConvState(past)
+    def mix(self, x: Tensor, state: Any, padding: Tensor | None):
+        copies = self.kernel.channels // self.d_model
+        u = x if copies == 1 else x.repeat(1, 1, copies)
+        y, past = long_conv(u, self.kernel, None if state is None else state[0], padding, skip=self.D)
+        return self.output_linear(y), None if state is None else self.State(past)

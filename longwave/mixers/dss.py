@@ -4,10 +4,16 @@ Source: Gupta, Gu & Berant (2022) "Diagonal State Spaces are as Effective as Str
 arXiv:2203.14343. Parameter names are those of github.com/ag1988/dss but for the eigenvalues.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from longwave.mixers.conv_layer import ConvLayer
 from longwave.nn import DSSFilter, DSSSoftmaxFilter, OutputLinear
+
+
+class DSSState(NamedTuple):
+    h: Tensor  # (B, D, N) complex
 
 
 class DSS(ConvLayer, name="dss"):
@@ -19,6 +25,7 @@ class DSS(ConvLayer, name="dss"):
         eigenvalues, discretization, dt_min, dt_max, rate: of the filter, see :class:`longwave.nn.DSSFilter`.
     """
 
+    State = DSSState
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"d_state": 6, "dt_max": 0.5},
         {"d_state": 4, "eigenvalues": "exp_re_im", "discretization": "none"},
@@ -47,6 +54,10 @@ class DSS(ConvLayer, name="dss"):
         super().__init__(d_model, kernel, OutputLinear(d_model, d_model))
 
 
+class DSSSoftmaxState(NamedTuple):
+    past: Tensor  # (B, t, D) every input so far
+
+
 class DSSSoftmax(ConvLayer, name="dss_softmax"):
     """DSSSoftmax: DSS whose modes are normalised over ``max_len`` steps by a softmax, so that they may grow.
 
@@ -59,6 +70,7 @@ class DSSSoftmax(ConvLayer, name="dss_softmax"):
         dt_min, dt_max: of the filter, see :class:`longwave.nn.DSSSoftmaxFilter`.
     """
 
+    State = DSSSoftmaxState
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({"max_len": 32, "d_state": 6}, {"max_len": 20, "dt_max": 0.5})
 
     def __init__(self, d_model: int, max_len: int, d_state: int = 64, dt_min: float = 1e-3, dt_max: float = 1e-1):

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, zero_padding
+from longwave.mixers.base import Mixer
 from longwave.nn import GSSFilter, LongConv
+from longwave.nn.padding import silence
 
 
 class GSSState(NamedTuple):
@@ -59,7 +60,7 @@ class GSS(Mixer, name="gss"):
     def init_state(self, batch: int) -> GSSState:
         return GSSState(self.conv.init_state(batch))
 
-    def forward(self, x: Tensor, state: GSSState | None = None, *, mask: Tensor | None = None):
-        v = zero_padding(self.norm(F.gelu(self.to_v(x))), mask)
-        y, h = self.conv(v, None if state is None else state.h)
+    def mix(self, x: Tensor, state: GSSState | None, padding: Tensor | None):
+        v = silence(self.norm(F.gelu(self.to_v(x))), padding)
+        y, h = self.conv(v, None if state is None else state.h, padding)
         return self.to_out(self.to_gate(y) * F.gelu(self.to_u(x))), None if h is None else GSSState(h)

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, zero_padding
+from longwave.mixers.base import Mixer
 from longwave.nn import S4DFilter, ShiftFilter, init_conv_state, long_conv
+from longwave.nn.padding import silence
 
 
 class H3State(NamedTuple):
@@ -70,17 +71,18 @@ class H3(Mixer, name="h3"):
         h = init_conv_state(self.kernel, batch * self.head_dim**2)
         return H3State(init_conv_state(self.ssm_k_kernel, batch), h.unflatten(0, (batch, -1)))
 
-    def forward(self, x: Tensor, state: H3State | None = None, *, mask: Tensor | None = None):
+    def mix(self, x: Tensor, state: H3State | None, padding: Tensor | None):
         B, L, _ = x.shape
         P, H = self.head_dim, self.d_model // self.head_dim
         keys, h = (None, None) if state is None else (state.keys, state.h.flatten(0, 1))
         q, v = self.q_proj(x), self.v_proj(x)
-        k, keys = long_conv(zero_padding(self.k_proj(x), mask), self.ssm_k_kernel, keys, skip=self.ssm_k_D)
+        k, keys = long_conv(silence(self.k_proj(x), padding), self.ssm_k_kernel, keys, padding, skip=self.ssm_k_D)
         # (B P P, L, H): one copy of the diagonal SSM for every pair (key dimension, value dimension) of a head
         q, k = (t.unflatten(2, (H, P)).movedim(3, 1)[:, :, None].expand(B, P, P, L, H) for t in (q, k))
-        v = zero_padding(v, mask).unflatten(2, (H, P)).movedim(3, 1)[:, None].expand(B, P, P, L, H)
+        v = silence(v, padding).unflatten(2, (H, P)).movedim(3, 1)[:, None].expand(B, P, P, L, H)
         q, k, v = (t.reshape(B * P * P, L, H) for t in (q, k, v))
-        y, h = long_conv(v, self.kernel, h, skip=self.D, gate_in=k, gate_out=q)
+        padding = None if padding is None else padding.repeat_interleave(P * P)
+        y, h = long_conv(v, self.kernel, h, padding, skip=self.D, gate_in=k, gate_out=q)
         y = y.view(B, P, P, L, H).sum(1)  # (B, P, L, H)
         y = y.transpose(1, 2).flatten(2)  # value dimension before head, as the authors' output_linear has it
         if state is None:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, no_state, zero_padding
+from longwave.mixers.base import Mixer, WholeMixer
 from longwave.nn import HyenaFilter, conv_with_past
-from longwave.ops import causal_conv, short_conv
+from longwave.nn.padding import padded_short_conv, silence
+from longwave.ops import causal_conv
 
 
 class HyenaState(NamedTuple):
@@ -68,12 +69,13 @@ class HyenaLayer(Mixer):
             self.register_module(name, filter)
 
     def project(
-        self, x: Tensor, short: Tensor | None, mask: Tensor | None
+        self, x: Tensor, short: Tensor | None, padding: Tensor | None
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         """(x_0, the gates in the order of their use, v, the short convolution's state), from x (B, L, D)."""
         conv = self.short_filter
-        u, short = short_conv(zero_padding(self.in_proj(x), mask), conv.weight[:, 0], conv.bias, short)
-        first, *gates, v = zero_padding(u, mask).chunk(self.order + 1, dim=-1)
+        u = silence(self.in_proj(x), padding)
+        u, short = padded_short_conv(u, conv.weight[:, 0], conv.bias, short, padding)
+        first, *gates, v = silence(u, padding).chunk(self.order + 1, dim=-1)
         return first, gates[::-1], v, short
 
     def by_order(self, t: Tensor) -> tuple[Tensor, ...]:
@@ -106,19 +108,19 @@ class Hyena(HyenaLayer, name="hyena"):
         past = weight.new_zeros(batch, 0, self.d_model)
         return HyenaState(weight.new_zeros(batch, K - 1, inner), (past,) * (self.order - 1))
 
-    def forward(self, x: Tensor, state: HyenaState | None = None, *, mask: Tensor | None = None):
+    def mix(self, x: Tensor, state: HyenaState | None, padding: Tensor | None):
         short, pasts = (None, [None] * (self.order - 1)) if state is None else state
-        first, gates, v, short = self.project(x, short, mask)
+        first, gates, v, short = self.project(x, short, padding)
         length = x.shape[1] if state is None else x.shape[1] + state.pasts[0].shape[1]
         taps, biases = self.by_order(self.filter_fn(length)), self.by_order(self.filter_fn.bias)
         kept = []
         for gate, k, bias, past in zip(gates, taps, biases, pasts):
-            v, past = conv_with_past(v, k, past, skip=bias, gate_in=gate)
+            v, past = conv_with_past(v, k, past, padding, skip=bias, gate_in=gate)
             kept.append(past)
         return self.out_proj(v * first), None if state is None else HyenaState(short, tuple(kept))
 
 
-class HyenaTwoSided(HyenaLayer, name="hyena_two_sided"):
+class HyenaTwoSided(WholeMixer, HyenaLayer, name="hyena_two_sided"):
     """HyenaTwoSided: Hyena whose long convolutions look ahead too, as in M2-BERT; the short one looks back alone.
 
     v <- v x_i;  v[t] <- sum_s k_i[s] v[t-s] + sum_s f_i[s] v[t+1+s] + bias_i v[t];  ...;  y = W_o (v x_0).
@@ -133,19 +135,13 @@ class HyenaTwoSided(HyenaLayer, name="hyena_two_sided"):
         ValueError: as :class:`Hyena`.
     """
 
-    causal = False
     filters = ("filter_fn", "filter_ahead")
     filter_ahead: HyenaFilter
     examples = Hyena.examples
 
-    def init_state(self, batch: int):
-        no_state(self)
-
-    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
-        if state is not None:
-            no_state(self)
-        first, gates, v, _ = self.project(x, None, mask)
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        first, gates, v, _ = self.project(x, None, padding)
         k, f = (self.by_order(filter(x.shape[1])) for filter in (self.filter_fn, self.filter_ahead))
         for gate, behind, ahead, bias in zip(gates, k, f, self.by_order(self.filter_fn.bias)):
             v = causal_conv(v, behind, skip=bias, gate_in=gate, k_future=ahead)
-        return self.out_proj(v * first), None
+        return self.out_proj(v * first)

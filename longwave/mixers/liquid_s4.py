@@ -16,10 +16,11 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.errors import choose
-from longwave.mixers.base import Mixer, zero_padding
+from longwave.mixers.base import Mixer
 from longwave.nn import OutputGLU, S4DFilter
 from longwave.nn.filters import DPLRFilter, Filter, FilterSpec
 from longwave.nn.module import at_least_float32
+from longwave.nn.padding import last_steps
 from longwave.ops import causal_conv
 from longwave.spec import Parts
 
@@ -30,7 +31,9 @@ class PB:
     Source: arXiv:2209.12951, sec. 3.2, K_liquid = PB.
     """
 
-    def __call__(self, v: Tensor, system: Any, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, v: Tensor, system: Any, h: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """v (B, L, C), the system with b^q for b -> what v adds to y (B, L, C), and the state, which has no part."""
         return v * system.taps(1)[:, 0], h
 
@@ -41,10 +44,12 @@ class KB:
     Source: arXiv:2209.12951, sec. 3.2, K_liquid = KB.
     """
 
-    def __call__(self, v: Tensor, system: Any, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, v: Tensor, system: Any, h: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """v (B, L, C), the system with b^q for b -> what v adds to y (B, L, C) and to the state, where there is one."""
         y = causal_conv(v, system.taps(v.shape[1]))
-        return y, None if h is None else h + system.advance(system.rest(len(v)), v)
+        return y, None if h is None else h + system.advance(system.rest(len(v)), v, padding)
 
 
 LIQUID: dict[str, Callable[[], Any]] = {"pb": PB, "kb": KB}
@@ -109,27 +114,26 @@ class LiquidS4(Mixer, name="liquid_s4"):
         past = self.D.detach().new_zeros(batch, self.degree - 1, self.d_model)
         return LiquidS4State(self.kernel.realize().rest(batch), past)
 
-    def forward(self, x: Tensor, state: LiquidS4State | None = None, *, mask: Tensor | None = None):
+    def mix(self, x: Tensor, state: LiquidS4State | None, padding: Tensor | None):
         L, system = x.shape[1], self.kernel.realize()
-        u = zero_padding(x, mask)
-        h = None if state is None else system.advance(state.h, u)
-        y = causal_conv(u, system.taps(L), skip=self.D)
+        h = None if state is None else system.advance(state.h, x, padding)
+        y = causal_conv(x, system.taps(L), skip=self.D)
         if state is None:
-            known = F.pad(u, (0, 0, self.degree - 1, 0))
+            known = F.pad(x, (0, 0, self.degree - 1, 0))
         else:
             y = y + system.response(state.h, L).transpose(1, 2)
-            known = torch.cat([state.past, u.to(state.past.dtype)], dim=1)
+            known = torch.cat([state.past, x.to(state.past.dtype)], dim=1)
         (known,) = at_least_float32(known)
         v, power = known[:, self.degree - 1 :], system.b
         for q in range(2, self.degree + 1):
             v = v * known[:, self.degree - q : self.degree - q + L]
             power = _times(power, system.b)
-            more, h = self.liquid(v, system._replace(b=power), h)
+            more, h = self.liquid(v, system._replace(b=power), h, padding)
             y = y + more
         y = self.output_linear(y.to(x.dtype))
         if state is None or h is None:
             return y, None
-        return y, LiquidS4State(h, known[:, L:].to(state.past.dtype))
+        return y, LiquidS4State(h, last_steps(known, padding, self.degree - 1).to(state.past.dtype, copy=True))
 
 
 def _times(b: Tensor, c: Tensor) -> Tensor:

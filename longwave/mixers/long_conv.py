@@ -4,11 +4,17 @@ Source: Fu et al. (2023) "Simple Hardware-Efficient Long Convolutions for Sequen
 Parameter names are those of the authors' LongConv (github.com/HazyResearch/safari).
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from longwave.mixers.conv_layer import ConvLayer
 from longwave.nn import FreeFilter, Hint, OutputGLU
 from longwave.nn.filters import Smooth
+
+
+class LongConvState(NamedTuple):
+    past: Tensor  # (B, t, C) every input so far
 
 
 class LongConvMixer(ConvLayer, name="long_conv"):
@@ -26,6 +32,7 @@ class LongConvMixer(ConvLayer, name="long_conv"):
         ValueError: for channels < 1, an even width of the average, and on a sequence longer than max_len.
     """
 
+    State = LongConvState
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"max_len": 64, "squash": 0.001},
         {"max_len": 32, "channels": 2, "squash": 0.001, "smooth": 5, "decay": True},

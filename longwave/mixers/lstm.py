@@ -7,9 +7,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from longwave.mixers.base import Mixer
+from longwave.nn.module import at_least_float32
+from longwave.nn.padding import is_real, last_steps
+from longwave.ops import without_autocast
+
+SHUT = 1e9  # a gate is sigmoid of that: 1, or 0 of its opposite
 
 
 class LSTMState(NamedTuple):
@@ -42,29 +46,30 @@ class LSTM(Mixer, name="lstm"):
             parameter.uniform_(-(self.d_model**-0.5), self.d_model**-0.5)
 
     def init_state(self, batch: int) -> LSTMState:
-        zero = self.weight_hh_l0.new_zeros(batch, self.d_model)
+        (weight,) = at_least_float32(self.weight_hh_l0)
+        zero = weight.new_zeros(batch, self.d_model)
         return LSTMState(zero, zero)
 
-    def forward(self, x: Tensor, state: LSTMState | None = None, *, mask: Tensor | None = None):
-        start = self.init_state(len(x)) if state is None else state
-        carry = (start.h[None].to(x.dtype), start.c[None].to(x.dtype))
-        weights: list[Tensor] = [self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0]
-        options = (True, 1, 0.0, False, False)  # biases, one layer, no dropout, not training it, one direction
-        if mask is None:
-            y, h, c = torch.lstm(x, carry, weights, *options, True)
-        else:
-            # Padding would drive the gates through the biases: the real tokens run alone, moved to the front.
-            order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
-            lengths = mask.sum(1)
-            packed = pack_padded_sequence(
-                x.gather(1, order), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
-            )
-            by_length = packed.sorted_indices
-            carry = (carry[0][:, by_length], carry[1][:, by_length])
-            data, h, c = torch.lstm(packed.data, packed.batch_sizes, carry, weights, *options)
-            h, c = h[:, packed.unsorted_indices], c[:, packed.unsorted_indices]
-            run, _ = pad_packed_sequence(packed._replace(data=data), batch_first=True, total_length=x.shape[1])
-            y = torch.zeros_like(run).scatter(1, order, run)
-            idle = (lengths == 0)[:, None]  # nothing but padding: the state stays
-            h, c = torch.where(idle, start.h, h), torch.where(idle, start.c, c)
-        return y, None if state is None else LSTMState(h[0], c[0])
+    def mix(self, x: Tensor, state: LSTMState | None, padding: Tensor | None):
+        u, w_ih, w_hh, b_ih, b_hh = at_least_float32(
+            x, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
+        )
+        h, c = (t.to(u.dtype) for t in (self.init_state(len(x)) if state is None else state))
+        if padding is not None:  # one input more says that a step is padding: then c = 1 c + 0 tanh(g), exactly
+            idle = ~is_real(x.shape[1], padding)[..., None]
+            gates = w_ih.new_tensor([-SHUT, SHUT, 0, 0]).repeat_interleave(self.d_model)  # i, f, g, o
+            u, w_ih = torch.cat([u, idle.to(u.dtype)], dim=2), torch.cat([w_ih, gates[:, None]], dim=1)
+        options = (
+            True,
+            1,
+            0.0,
+            False,
+            False,
+            True,
+        )  # biases, one layer, no dropout, not training it, one way, (B, L, D)
+        with without_autocast(x.device):
+            y, _, end = torch.lstm(u, (h[None], c[None]), [w_ih, w_hh, b_ih, b_hh], *options)
+        if state is None:
+            return y.to(x.dtype), None
+        last = last_steps(torch.cat([h[:, None], y], dim=1), padding, 1)[:, 0]
+        return y.to(x.dtype), LSTMState(last, end[0])

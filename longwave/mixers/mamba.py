@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, zero_padding
+from longwave.mixers.base import Mixer
 from longwave.nn import Hint
 from longwave.nn.module import step_range
-from longwave.ops import selective_scan, short_conv
+from longwave.nn.padding import is_real, padded_short_conv, silence
+from longwave.ops import selective_scan
 
 
 class MambaState(NamedTuple):
@@ -85,15 +86,18 @@ class Mamba(Mixer, name="mamba"):
         ssm = torch.zeros(batch, *self.A_log.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
         return MambaState(weight.new_zeros(batch, K - 1, E), ssm.to(weight.device))
 
-    def forward(self, x: Tensor, state: MambaState | None = None, *, mask: Tensor | None = None):
+    def mix(self, x: Tensor, state: MambaState | None, padding: Tensor | None):
         N, R, conv = self.A_log.shape[1], self.dt_proj.in_features, self.conv1d
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         past, ssm = (None, None) if state is None else state
-        u, past = short_conv(zero_padding(u, mask), conv.weight[:, 0], conv.bias, past, silu=True)
+        u = silence(u, padding)
+        u, past = padded_short_conv(u, conv.weight[:, 0], conv.bias, past, padding, silu=True)
         dt, B, C = self.x_proj(u).split([R, N, N], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
-        if mask is not None:
-            dt = dt.masked_fill(~mask[..., None], float("-inf"))  # a step of length 0 leaves the state as it was
+        if padding is not None:
+            dt = dt.masked_fill(
+                ~is_real(x.shape[1], padding)[..., None], float("-inf")
+            )  # a step of length 0 leaves the state as it was
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
         y, ssm = selective_scan(u, dt, A, B, C, self.D, ssm, z=z, dt_bias=self.dt_proj.bias, softplus=True)
         return self.out_proj(y), None if state is None else MambaState(past, ssm)

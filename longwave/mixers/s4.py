@@ -4,10 +4,16 @@ Source: Gu, Goel & Re (2021) "Efficiently Modeling Long Sequences with Structure
 the output layer of github.com/state-spaces/s4.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from longwave.mixers.conv_layer import ConvLayer
 from longwave.nn import DPLRFilter, OutputGLU
+
+
+class S4State(NamedTuple):
+    h: Tensor  # (B, D, N) real
 
 
 class S4(ConvLayer, name="s4"):
@@ -19,6 +25,7 @@ class S4(ConvLayer, name="s4"):
         init, rank, dt_min, dt_max, systems, rate: of the filter, see :class:`longwave.nn.DPLRFilter`.
     """
 
+    State = S4State
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"d_state": 16},
         {"d_state": 8, "init": "legt", "dt_max": 0.5, "systems": 2},

@@ -4,10 +4,16 @@ Source: Gu, Goel, Gupta & Re (2022), arXiv:2206.11893, sec. 4: the layer of S4 w
 are those of the authors' models/s4/s4d.py; B is kept as in their full block.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from longwave.mixers.conv_layer import ConvLayer
 from longwave.nn import OutputGLU, S4DFilter
+
+
+class S4DState(NamedTuple):
+    h: Tensor  # (B, D, N/2) complex
 
 
 class S4D(ConvLayer, name="s4d"):
@@ -19,6 +25,7 @@ class S4D(ConvLayer, name="s4d"):
         init, discretization, dt_min, dt_max, systems, rate: of the filter, see :class:`longwave.nn.S4DFilter`.
     """
 
+    State = S4DState
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
         {"d_state": 8, "dt_max": 0.5, "init": "legs", "discretization": "bilinear", "systems": 2},

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.errors import choose
-from longwave.mixers.base import Mixer, no_state, zero_padding
+from longwave.mixers.base import Mixer, WholeMixer
 from longwave.nn import C_INITS, DrivenStates
+from longwave.nn.padding import last_steps
 
 
 class FullGLU(nn.Module):
@@ -146,14 +147,17 @@ class S5(S5Layer, name="s5"):
     def init_state(self, batch: int) -> S5State:
         return S5State(self.seq.rest(batch))
 
-    def forward(self, x: Tensor, state: S5State | None = None, *, mask: Tensor | None = None):
-        x = zero_padding(x, mask)
+    def mix(self, x: Tensor, state: S5State | None, padding: Tensor | None):
         h = self.seq.scan(*self.seq.inputs(x), None if state is None else state.h)
-        y = self.seq.read(h, self.C).to(x.dtype) + self.D * x
-        return self.activation(y), None if state is None else S5State(h[:, -1].clone())  # without the rest of h
+        y = self.activation(self.seq.read(h, self.C).to(x.dtype) + self.D * x)
+        if state is None:
+            return y, None
+        if padding is not None:
+            h = last_steps(torch.cat([state.h[:, None].to(h.dtype), h], dim=1), padding, 1)
+        return y, S5State(h[:, -1].clone())  # without the rest of h
 
 
-class S5TwoSided(S5Layer, name="s5_two_sided"):
+class S5TwoSided(WholeMixer, S5Layer, name="s5_two_sided"):
     """S5TwoSided: S5 whose one state space is run forwards and backwards, both runs read by one linear map each.
 
     y = activation(2 Re (C1 h + C2 g) + D x),  h[t] = a h[t-1] + b x[t],  g[t] = a g[t+1] + b x[t]: both states have
@@ -165,7 +169,6 @@ class S5TwoSided(S5Layer, name="s5_two_sided"):
         ValueError: as :class:`S5`.
     """
 
-    causal = False
     readouts = ("C1", "C2")
     C1: nn.Parameter
     C2: nn.Parameter
@@ -174,14 +177,8 @@ class S5TwoSided(S5Layer, name="s5_two_sided"):
         {"d_state": 8, "blocks": 2, "discretization": "bilinear", "C_init": "complex_normal", "activation": "gelu"},
     )
 
-    def init_state(self, batch: int):
-        no_state(self)
-
-    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
-        if state is not None:
-            no_state(self)
-        x = zero_padding(x, mask)
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
         a, driven = self.seq.inputs(x)
         past, future = self.seq.scan(a, driven), self.seq.scan(a, driven.flip(1)).flip(1)
         y = self.seq.read(past, self.C1) + self.seq.read(future, self.C2)
-        return self.activation(y.to(x.dtype) + self.D * x), None
+        return self.activation(y.to(x.dtype) + self.D * x)

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import Mixer, no_state, zero_padding
+from longwave.mixers.base import WholeMixer
 from longwave.nn import FILTERS, AnyFilter, OutputGLU, two_sided_conv
 
 
-class TwoSided(Mixer, name="two_sided"):
+class TwoSided(WholeMixer, name="two_sided"):
     """y = GLU(W gelu(sum_s k[s] x[t-s] + sum_s f[s] x[t+1+s] + D x[t])).
 
     Args:
@@ -23,7 +23,6 @@ class TwoSided(Mixer, name="two_sided"):
         ValueError: for an unknown filter or option, or where the filter refuses a value.
     """
 
-    causal = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"filter": {"kind": "s4d", "d_state": 8}},
         {"filter": {"kind": "free", "max_len": 32, "squash": 0.001}},
@@ -42,11 +41,5 @@ class TwoSided(Mixer, name="two_sided"):
     def reset_parameters(self) -> None:
         self.D.normal_()
 
-    def init_state(self, batch: int):
-        no_state(self)
-
-    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None):
-        if state is not None:
-            no_state(self)
-        y = two_sided_conv(zero_padding(x, mask), self.kernel, self.kernel_ahead, skip=self.D)
-        return self.output_linear(y), None
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        return self.output_linear(two_sided_conv(x, self.kernel, self.kernel_ahead, skip=self.D))

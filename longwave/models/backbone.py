@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from longwave.mixers import Mixer
+from longwave.mixers.base import without_padding
 
 
 class Block(nn.Module):
@@ -82,6 +83,7 @@ class Backbone(nn.Module):
         self, x: Tensor, state: BackboneState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, BackboneState | None]:
         """See :class:`longwave.mixers.Mixer`."""
+        x, mask = without_padding(x, mask)
         states = [None] * len(self.layers) if state is None else state.layers
         new = []
         for layer, s in zip(self.layers, states, strict=True):

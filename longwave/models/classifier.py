@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from longwave.mixers.base import as_mask, zero_padding
 from longwave.models.backbone import Backbone
 from longwave.models.sashimi import Sashimi
 from longwave.models.score import Score, score_logits
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
         Args:
             x: (B, L) int64 ids or (B, L, features).
             lengths: (B,) int64 >= 1, how many steps of each row are real, counted from its start.
-            mask: (B, L) bool, True = real, instead of lengths; at least one a row.
+            mask: (B, L) bool or integers 0 and 1, True = real, instead of lengths; at least one a row.
         Returns:
             logits: (B, classes).
         Raises:
@@ -65,6 +66,9 @@ class Classifier(nn.Module):
                     f"lengths must lie in 1..{L}, the padded length; got {lengths.min().item()}..{lengths.max().item()}"
                 )
             mask = torch.arange(L, device=x.device) < lengths[:, None]
+        if mask is not None:
+            mask = as_mask(mask, x)
+            x = zero_padding(x, mask) if x.is_floating_point() else x
         y, _ = self.backbone(self.encoder(x), mask=mask)  # (B, L, D)
         return self.head(self._pool(y, mask))
 

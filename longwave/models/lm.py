@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from longwave.models.backbone import Backbone, BackboneState
 from longwave.models.sashimi import Sashimi, SashimiRows, SashimiState
 from longwave.models.score import Score, score_tokens
+from longwave.nn.padding import last_real, take_steps
 
 ModelState = BackboneState | SashimiState | SashimiRows
 
@@ -64,14 +65,16 @@ class LM(nn.Module):
         Args:
             ids: (B, L) int64, in [0, V).
             state: None, or what ``init_state`` or an earlier call returned.
-            mask: (B, L) bool, True = real token.
-            last: logits of the last token alone, (B, 1, V): all that generation needs of a long prompt.
+            mask: (B, L) bool or integers 0 and 1, True = real token. Padding takes no time, wherever it stands.
+            last: logits of each row's last real token alone, (B, 1, V): all that generation needs of a long prompt.
         Returns:
             logits: (B, L, V).
             state: after the last token, or None where none came in.
         """
         x, state = self.backbone(self.embedding(ids), state, mask=mask)
-        return self.head(x[:, -1:] if last else x), state
+        if last:
+            x = x[:, -1:] if mask is None else take_steps(x, last_real(mask)[:, None])
+        return self.head(x), state
 
     def score(self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the targets that are not -100, with gradient.

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from longwave.mixers import Mixer
+from longwave.mixers.base import without_padding
 from longwave.models.backbone import Block
+from longwave.nn.padding import is_real, real_first, take_steps
 
 
 class PoolState(NamedTuple):
@@ -172,15 +174,15 @@ class Sashimi(nn.Module):
         With a mask, each row's windows are made of its real tokens. A mask together with a state parts the rows: from
         then on they run one by one.
         """
+        x, mask = without_padding(x, mask)
         if isinstance(state, SashimiRows) or (state is not None and mask is not None):
             return self._row_by_row(x, state, mask)
         if mask is None:
             y, levels, pools = self._from(0, x, state, None)
             return self.norm(y), None if state is None else SashimiState(tuple(levels), tuple(pools))
-        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens to the front
-        across = order[..., None].expand_as(x)
-        y, *_ = self._from(0, x.gather(1, across), None, mask.gather(1, order))
-        return self.norm(torch.zeros_like(y).scatter(1, across, y)), None
+        order, back, padding = real_first(mask)
+        y, *_ = self._from(0, take_steps(x, order), None, is_real(x.shape[1], padding))
+        return self.norm(take_steps(y, back)), None
 
     def _from(self, i: int, x: Tensor, state: SashimiState | None, mask: Tensor | None) -> tuple[Tensor, list, list]:
         """Level i and all below it: x (B, L, D) -> (B, L, D), and their next states. Padding is on the right."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longwave.nn.filters import Filter, StateSpaceFilter
 from longwave.nn.module import append_time
+from longwave.nn.padding import last_steps
 from longwave.ops import causal_conv
 
 
@@ -28,6 +29,7 @@ def conv_with_past(
     u: Tensor,
     k: Tensor,
     past: Tensor | None = None,
+    padding: Tensor | None = None,
     *,
     skip: Tensor | None = None,
     gate_in: Tensor | None = None,
@@ -39,22 +41,24 @@ def conv_with_past(
         u: (B, L, C) input.
         k: (C, K) taps: at least t + L of them, or all that are not zero.
         past: (B, t, C) the inputs before u, after their gate; or None.
+        padding: (B,) how many steps at the end of each row of u are padding, and zeros; None is none.
         skip, gate_in, gate_out: as in :func:`longwave.ops.causal_conv`.
     Returns:
         y: (B, L, C).
-        past: (B, t + L, C), or None where none came in.
+        past: (B, t + L, C), or None where none came in. Of rows with padding as many zeros stand in front: silence.
     """
     if past is None:
         return causal_conv(u, k, skip=skip, gate_in=gate_in, gate_out=gate_out), None
     past = append_time(past, u if gate_in is None else u * gate_in)
     y = causal_conv(past, k, skip=skip)[:, past.shape[1] - u.shape[1] :].to(u.dtype)
-    return y if gate_out is None else y * gate_out, past
+    return y if gate_out is None else y * gate_out, last_steps(past, padding, past.shape[1])
 
 
 def long_conv(
     u: Tensor,
     filter: Filter,
     state: Tensor | None = None,
+    padding: Tensor | None = None,
     *,
     skip: Tensor | None = None,
     gate_in: Tensor | None = None,
@@ -67,6 +71,8 @@ def long_conv(
         filter: gives k.
         state: None, or what :func:`init_conv_state` or an earlier call returned: the hidden vector (B, C, N) of a
             state space, the past x (B, t, C) of any other filter.
+        padding: (B,) how many steps at the end of each row are padding, where x is zero; None is none. They take no
+            time: the state is that after the last real step.
         skip: (C,) weight of the present x.
         gate_in, gate_out: (B, L, C) factors.
     Returns:
@@ -80,14 +86,15 @@ def long_conv(
     if state is None:
         return causal_conv(u, filter(L), skip=skip, **gates), None
     if not isinstance(filter, StateSpaceFilter):
-        y, past = conv_with_past(u, filter(state.shape[1] + L), state, skip=skip, **gates)
-        forget = 0 if filter.support is None else max(0, past.shape[1] - (filter.support - 1))
-        return y, past[:, forget:]
+        y, past = conv_with_past(u, filter(state.shape[1] + L), state, padding, skip=skip, **gates)
+        if filter.support is not None:  # a copy: without the rest of the past
+            past = past[:, max(0, past.shape[1] - (filter.support - 1)) :].clone()
+        return y, past
     system = filter.realize()
     x = u if gate_in is None else u * gate_in
     y = causal_conv(x, system.taps(L), skip=skip)
     y = (y + system.response(state, L).transpose(1, 2)).to(u.dtype)
-    return y if gate_out is None else y * gate_out, system.advance(state, x)
+    return y if gate_out is None else y * gate_out, system.advance(state, x, padding)
 
 
 def two_sided_conv(
@@ -137,6 +144,8 @@ class LongConv(nn.Module):
         """See :func:`init_conv_state`."""
         return init_conv_state(self.filter, batch)
 
-    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, u: Tensor, state: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """See :func:`long_conv`: u (B, L, C) -> y (B, L, C) and the state, or None where none came in."""
-        return long_conv(u, self.filter, state, skip=self.D)
+        return long_conv(u, self.filter, state, padding, skip=self.D)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longwave.nn.padding import last_steps
 from longwave.ops import vandermonde, vandermonde_transpose
 from longwave.spec import PartSpec
 
@@ -39,6 +40,23 @@ class FilterSpec(PartSpec):
         return self._built(channels, *more)
 
 
+def power(a: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
+    """a^length of complex a, or a^(length - padding), padding (B,), with an axis B in front.
+
+    By squaring in complex128, so that it is exact and its gradients are finite where a, or a power of it, is zero.
+    """
+    square, result = a.to(torch.complex128), torch.ones_like(a, dtype=torch.complex128)
+    if padding is not None:
+        exponent = (length - padding).view(-1, *[1] * a.ndim)
+    for bit in range(length.bit_length()):
+        square = square * square if bit else square
+        if padding is not None:
+            result = torch.where((exponent >> bit & 1).bool(), result * square, result)
+        elif length >> bit & 1:
+            result = result * square
+    return result.to(a.dtype)
+
+
 class StateSpace(NamedTuple):
     """A diagonal discrete system  h[t] = a h[t-1] + b u[t],  y[t] = 2 Re <c, h[t]>;  each (C, N) complex.
 
@@ -61,11 +79,12 @@ class StateSpace(NamedTuple):
         """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length)."""
         return vandermonde(self.a, self.c * self.a * state, length)
 
-    def advance(self, state: Tensor, x: Tensor) -> Tensor:
-        """The state after the inputs x (B, L, C)."""
-        gathered = vandermonde_transpose(self.a, x.transpose(1, 2).flip(2).to(self.a.real.dtype))
-        decay = torch.exp(x.shape[1] * torch.log(self.a.to(torch.complex128))).to(self.a.dtype)  # a^L
-        return decay * state + self.b * gathered
+    def advance(self, state: Tensor, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The state after the inputs x (B, L, C), of which the last padding (B,) of each row are zeros and take no
+        time."""
+        newest_first = last_steps(x, padding, x.shape[1]).flip(1).transpose(1, 2)
+        gathered = vandermonde_transpose(self.a, newest_first.to(self.a.real.dtype))
+        return power(self.a, x.shape[1], padding) * state + self.b * gathered
 
 
 class StateSpaceFilter(Filter):

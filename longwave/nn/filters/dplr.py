@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longwave.nn.filters.base import StateSpaceFilter, shared_systems
 from longwave.nn.hippo import low_rank, nplr
 from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
+from longwave.nn.padding import last_steps
 from longwave.ops import without_autocast
 
 
@@ -70,27 +71,30 @@ class DenseStateSpace(NamedTuple):
         return y.reshape(B, len(self.c), J * m)[..., :length]
 
     @_exact
-    def advance(self, state: Tensor, x: Tensor) -> Tensor:
-        """The state after the inputs x (B, L, C):  a^L h + sum_s a^s b x[L-1-s]."""
+    def advance(self, state: Tensor, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The state after the inputs x (B, L, C), of which the last padding (B,) of each row are zeros and take no
+        time:  a^L h + sum_s a^s b x[L-1-s]."""
         (B, L, C), G, dtype = x.shape, len(self.a), self.c.dtype
         m, J = _split(L)
         powers = _squares(self.a, m, J)
         fine = _table(powers, self.b[:, :, None], m).squeeze(3).to(dtype)  # (G, N, m)
         powers = [p.to(dtype) for p in powers]
-        newest_first = nn.functional.pad(x.to(dtype).flip(1), (0, 0, 0, m * J - L))
+        newest_first = nn.functional.pad(last_steps(x.to(dtype), padding, L).flip(1), (0, 0, 0, m * J - L))
         blocks = newest_first.reshape(B, J, m, C // G, G).permute(4, 2, 1, 0, 3)  # (G, m, J, B, K)
         sums = (fine @ blocks.flatten(2)).unflatten(2, (J, -1))  # (G, N, J, B K): what each block leaves behind
-        carried = _systems_first(state.to(dtype), G)  # enters as if it were the oldest input, b x replaced by a h
-        for bit, power in enumerate(powers):
-            if (L - m * (J - 1)) >> bit & 1:
-                carried = power @ carried
-        sums = torch.cat([sums[:, :, :-1], sums[:, :, -1:] + carried[:, :, None]], dim=2)
         for power in powers[_log2(m) :]:  # neighbours become one, until one is left
             if sums.shape[2] > 1:
                 newer, older = sums[:, :, ::2], sums[:, :, 1::2]
                 older = (power @ older.flatten(2)).unflatten(2, older.shape[2:])
                 sums = torch.cat([newer[:, :, : older.shape[2]] + older, newer[:, :, older.shape[2] :]], dim=2)
-        return sums.squeeze(2).unflatten(2, (B, -1)).permute(2, 3, 0, 1).reshape(B, C, -1)
+        carried = _systems_first(state.to(dtype), G)
+        steps = None if padding is None else (L - padding).repeat_interleave(C // G)  # (B K,)
+        for bit, power in enumerate(powers):
+            if steps is not None:
+                carried = torch.where((steps >> bit & 1).bool(), power @ carried, carried)
+            elif L >> bit & 1:
+                carried = power @ carried
+        return (sums.squeeze(2) + carried).unflatten(2, (B, -1)).permute(2, 3, 0, 1).reshape(B, C, -1)
 
 
 def _split(length: int) -> tuple[int, int]:
@@ -179,11 +183,12 @@ class DPLRStateSpace(NamedTuple):
         return (self.c * self._step(state)).sum(2, keepdim=True)
 
     @_exact
-    def advance(self, state: Tensor, x: Tensor) -> Tensor:
-        """The state after the inputs x (B, L, C)."""
+    def advance(self, state: Tensor, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The state after the inputs x (B, L, C), see :class:`DenseStateSpace`."""
         if x.shape[1] > 1:
-            return self.dense().advance(state, x)
-        return self._step(state) + self._every_channel(self.b) * x[:, 0, :, None].to(self.c.dtype)
+            return self.dense().advance(state, x, padding)
+        h = self._step(state) + self._every_channel(self.b) * x[:, 0, :, None].to(self.c.dtype)
+        return h if padding is None else torch.where(padding[:, None, None] == 0, h, state.to(h.dtype))
 
     def _every_channel(self, t: Tensor) -> Tensor:
         return t.to(self.c.dtype).repeat(len(self.c) // len(t), 1)

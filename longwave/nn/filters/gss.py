@@ -5,10 +5,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import StateSpaceFilter
+from longwave.nn.filters.base import StateSpaceFilter, power
 from longwave.nn.filters.diagonal import zoh
 from longwave.nn.filters.dss import modes_from
 from longwave.nn.module import Hint, at_least_float32, positive_rate
+from longwave.nn.padding import last_steps
 from longwave.ops import vandermonde, vandermonde_transpose
 
 
@@ -35,12 +36,11 @@ class SharedStateSpace(NamedTuple):
         rows = (self.c * self.a * state / 2).flatten(0, 1)[:, None]
         return vandermonde(self.a[None], rows, length).unflatten(0, state.shape[:2])[:, :, 0]
 
-    def advance(self, state: Tensor, x: Tensor) -> Tensor:
-        """The state after the inputs x (B, L, C)."""
-        rows = x.transpose(1, 2).flip(2).to(self.a.real.dtype)
+    def advance(self, state: Tensor, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The state after the inputs x (B, L, C), see :class:`StateSpace`."""
+        rows = last_steps(x, padding, x.shape[1]).flip(1).transpose(1, 2).to(self.a.real.dtype)
         gathered = vandermonde_transpose(self.a[None], rows.flatten(0, 1)[:, None]).unflatten(0, rows.shape[:2])
-        decay = torch.exp(x.shape[1] * torch.log(self.a.to(torch.complex128))).to(self.a.dtype)  # a^L
-        return decay * state + self.b * gathered[:, :, 0]
+        return power(self.a[None], x.shape[1], padding) * state + self.b * gathered[:, :, 0]
 
 
 class GSSFilter(StateSpaceFilter):
