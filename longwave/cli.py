@@ -4,6 +4,7 @@ import codecs
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from longwave.errors import clipped
 
 if TYPE_CHECKING:
     from longwave.models import LM
@@ -48,11 +51,15 @@ def main() -> None:
     except BrokenPipeError:  # who read our output has enough of it; nothing is left to be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UsageError, ValueError, OSError, FloatingPointError) as error:
+    except (UsageError, ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         message = str(error)
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", message):
+            raise
+        if isinstance(error, MemoryError | RuntimeError):
+            message = f"out of memory: {message.splitlines()[0]}; make batch, lengths or the model smaller"
         if isinstance(error, UsageError):
             path = "longwave" if error.ctx is None else error.ctx.command_path
-            message = f"{error.format_message().rstrip('.')}; see {path} --help"
+            message = f"{clipped(error.format_message().rstrip('.'))}; see {path} --help"
         if debug:
             traceback.print_exc()
         else:
@@ -286,13 +293,16 @@ def bench(
     import torch
 
     from longwave import bench as benches
+    from longwave.errors import shown, unknown
 
     if what not in ("ops", "models", "memory"):
-        raise ValueError(f"{what!r} is no bench; there are ops, models and memory")
+        raise ValueError(unknown("bench", what, ("ops", "models", "memory")))
     threads, columns = sorted({1, torch.get_num_threads()}), benches.COLUMNS
     if what == "ops":
         measured = benches.bench_ops(only or [], threads, repeats)
     elif what == "models":
+        if only:
+            raise ValueError(f"bench models measures them all; leave out --only {shown(only[0])}")
         measured = benches.bench_models(repeats)
     else:
         measured, columns = benches.bench_memory(only or []), benches.MEMORY_COLUMNS

@@ -7,7 +7,11 @@ from typing import Any
 
 def shown(value: Any, most: int = 80) -> str:
     """repr(value), or its two ends where it has more than ``most`` characters."""
-    text = repr(value)
+    return clipped(repr(value), most)
+
+
+def clipped(text: str, most: int = 200) -> str:
+    """A text, or its two ends where it has more than ``most`` characters."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]} ... {text[-most // 4 :]} ({len(text):,} characters)"

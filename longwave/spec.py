@@ -25,9 +25,15 @@ class Spec(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _name_faults(cls, data: Any, handler: Any) -> Any:
-        """Words what is wrong with a field's name here, where the known ones are at hand."""
+        """Words what is wrong with a field's name here, where the known ones are at hand, and bounds whole numbers."""
         try:
-            return handler(data)
+            spec = handler(data)
+            for name, value in spec:
+                if isinstance(value, int) and abs(value) >= 2**63:
+                    wrong = _fault("too_large", f"no size reaches 2^63; got {shown(value)}")
+                    fault: Any = {"type": wrong, "loc": (name,), "input": value}
+                    raise ValidationError.from_exception_data(cls.__name__, [fault])
+            return spec
         except ValidationError as error:
             faults = [cls._named(fault) for fault in error.errors()]
             raise ValidationError.from_exception_data(error.title, faults) from None

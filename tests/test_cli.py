@@ -293,8 +293,39 @@ def test_generate_leaves_quietly_when_nobody_reads(trained):
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature must be >= 0"),
         (["generate", "RUN", "--prompt", "a", "--top-k", "0"], "top_k must lie in 1..256; got 0"),
         (["generate", "RUN", "--prompt", "a", "--top-p", "0"], "top_p must lie in"),
+        (["generate", "RUN", "--prompt", "a", "--temperature", "nan"], "temperature must be >= 0 .*; got nan"),
+        (["generate", "RUN", "--prompt", "a", "--temperature", "inf"], "temperature must be >= 0 .*; got inf"),
+        (["generate", "RUN", "--prompt", "a", "--top-p", "nan"], "top_p must lie in .*; got nan"),
+        (["generate", "RUN", "--prompt", "a", "--seed", str(2**63)], "seed must lie in 0..2"),
+        (["bench", "opps"], "no bench is called 'opps'; there are ops, models, memory; did you mean 'ops'"),
+        (["bench", "ops", "--only", "causal_con"], "no op in the bench is called .*did you mean 'causal_conv'"),
+        (["bench", "memory", "--only", "nosuch"], "no causal mixer is called 'nosuch'"),
+        (["bench", "models", "--only", "s4d"], "bench models measures them all; leave out --only 's4d'"),
+        (
+            ["train", "demo", "model.d_model=200000"],
+            "d_model = 200,000 and layers = 6, .* takes .* GB, and this",
+        ),
+        (["train", "demo", "model.d_model=" + "9" * 20], "model.d_model: no size reaches 2.63"),
+        (["train", "demo", "model.layers=1000000"], "model.layers: .*less than or equal to 4096"),
+        (
+            ["train", "recall_h3", "task.length=1000000000000000000"],
+            "a sequence of 1,0.* tokens takes .* GB, and",
+        ),
+        (["eval", "RUN", "task.length=1000000000000000000"], "the training part has .* needs 10+1"),
+        (["train", "demo", "model.dropout=.nan"], "model.dropout: .*; got nan"),
+        (["train", "demo", "model={kind: classifier, d_model: 8, pattern: [s4d], classes: 2}"], "one label a row"),
+        (
+            ["train", "demo", "model.pattern.0={kind: two_sided, filter: {kind: s4d, d_stat: 4}}"],
+            "did you mean 'd_state'",
+        ),
+        (["train", "demo", "9" * 3000], "no change: write key=value"),
+        (["train", "demo", "steps=" + "9" * 3000], "steps: .*characters"),
+        (["train", "9" * 3000], "recipe '9+ .* cannot be read"),
+        (["generate", "RUN", "--max-new", "x" * 3000], "Invalid value for '--max-new'"),
+        (["train", "demo", "--" + "x" * 3000], "No such option.*characters"),
+        (["inspect", "s4d", "d_state=" + "x" * 3000], "d_state: .*characters"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:80] if isinstance(value, list) else "",
 )
 def test_an_error_is_two_lines_and_code_2(call, trained, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -302,6 +333,7 @@ def test_an_error_is_two_lines_and_code_2(call, trained, tmp_path, monkeypatch, 
     assert (code, out) == (2, "")
     assert re.match("error: .*" + words, err), err
     assert len(err.splitlines()) <= 2
+    assert len(err) < 1000
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,7 @@
 """Generation equals running the whole text again each time, whatever the batch."""
 
+import math
+
 import pytest
 import torch
 
@@ -110,6 +112,10 @@ def test_stream_yields_as_it_goes(model):
         ([[1]], {"temperature": -1.0}, "temperature must be >= 0.*got -1.0"),
         ([[1]], {"top_k": 0}, r"top_k must lie in 1..20; got 0"),
         ([[1]], {"top_p": 1.5}, r"top_p must lie in \(0, 1\]; got 1.5"),
+        ([[1]], {"temperature": math.nan}, r"temperature must be >= 0 .*; got nan"),
+        ([[1]], {"stop": [[1, 2]]}, r"stop takes single token ids in 0\.\.\d+, such as \[10\]; got \[1, 2\]"),
+        ([[1]], {"stop": ["ab"]}, r"stop takes single token ids .*; got 'ab'"),
+        ([[1]], {"stop": [1000]}, r"stop takes single token ids .*; got 1000"),
     ],
 )
 def test_bad_input_is_named(model, prompts, options, message):

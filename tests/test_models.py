@@ -8,6 +8,7 @@ import torch
 from longwave.mixers import MIXERS, mixer
 from longwave.models import LM, Backbone, Classifier, ClassifierSpec, LMSpec, MaskedLMSpec, SashimiSpec, load, save
 from longwave.models import lm as lm_module
+from longwave.models.size import on_meta
 
 HYBRID = ["s4d", {"kind": "attention", "heads": 2}, {"kind": "hyena", "max_len": 64, "width": 8}, "mamba", "h3", "lstm"]
 
@@ -200,3 +201,38 @@ def test_model_errors():
         model(torch.zeros(2, 4, dtype=torch.long), lengths=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"either lengths or mask"):
         model(torch.zeros(2, 4, dtype=torch.long), lengths=torch.tensor([1, 4]), mask=torch.ones(2, 4).bool())
+
+
+HEADS = [
+    LMSpec(vocab=5, d_model=4, pattern=["s4d"]),
+    MaskedLMSpec(vocab=5, d_model=4, pattern=["bigs"]),
+    ClassifierSpec(vocab=5, classes=2, d_model=4, pattern=["s4d"]),
+]
+
+
+@pytest.mark.parametrize("spec", HEADS, ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("wrong", [5, -1, 2**40])
+def test_ids_out_of_range_are_told(spec, wrong):
+    model = spec.build()
+    ids = torch.tensor([[0, 4, 1, wrong]])
+    with pytest.raises(ValueError, match=rf"^token ids lie in 0\.\.4; got {wrong}: "):
+        model(ids)
+    classes = 2 if spec.kind == "classifier" else 5
+    targets = torch.tensor([wrong]) if spec.kind == "classifier" else torch.tensor([[-100, 0, 0, wrong]])
+    with pytest.raises(ValueError, match=rf"^targets lie in 0\.\.{classes - 1}, or are -100 where .*; got {wrong}$"):
+        model.score(ids.clamp(0, 4), targets)
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_made(tmp_path):
+    """By what its weights take, from a recipe and from a stored config alike, and without any of it allocated."""
+    spec = LMSpec(vocab=5, d_model=4, pattern=["s4d"])
+    save(tmp_path, spec.build(), spec)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "d_model": 10**6}))
+    with pytest.raises(ValueError, match=r"d_model = 1,000,000 and layers = 1, its weights, takes .* GB, and this"):
+        load(tmp_path)
+    huge = LMSpec(vocab=5, d_model=4, pattern=[{"kind": "long_conv", "max_len": 10**18, "channels": 9}])
+    with pytest.raises(ValueError, match="too large for any machine"):
+        on_meta(huge)
+    weights = sum(p.numel() for p in on_meta(LMSpec(vocab=5, d_model=10**6, pattern=["s4d"]), None).parameters())
+    assert weights > 1e12

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from longwave.bench.ops import peak, seconds
-from longwave.errors import nearest
+from longwave.errors import choose
 from longwave.mixers import MIXERS, Mixer, state_bytes
 
 MEMORY_COLUMNS = ("op", "L", "chunk", "threads", "state_bytes", "ms", "peak_mb", "parallel_ms", "parallel_mb", "note")
@@ -66,13 +66,14 @@ def bench_memory(names: Sequence[str], lengths: Sequence[int] = LENGTHS, chunk: 
     Raises:
         ValueError: for a name that is not that of a causal mixer.
     """
-    causal = [name for name, cls in MIXERS.items() if cls.causal]
+    causal = {name: cls for name, cls in MIXERS.items() if cls.causal}
     for name in names:
-        if name not in causal:
-            raise ValueError(
-                f"no causal mixer is called {name!r}; there are {', '.join(causal)}{nearest(name, causal)}"
-            )
-    for name in names or causal:
+        choose("causal mixer", name, causal)
+    return _rows(names or list(causal), lengths, chunk)
+
+
+def _rows(names: Sequence[str], lengths: Sequence[int], chunk: int) -> Iterator[dict]:
+    for name in names:
         expected = 0.0
         for length, following in zip(lengths, [*lengths[1:], 0]):
             if expected > PATIENCE:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from longwave.bench.cases import CASES, Case
+from longwave.errors import choose
 from longwave.train.memory import keep_freed_memory
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -132,8 +133,18 @@ def _measure_alone(name: str, against: str, malloc: str, threads: int, repeats: 
 
 
 def bench_ops(names: list[str], threads: list[int], repeats: int) -> Iterator[dict[str, Any]]:
-    """All rows, with malloc as it comes and with freed memory kept, on each number of threads."""
-    chosen = [c for c in CASES if not why_not(c) and (not names or c.name.split()[0] in names)]
+    """All rows, with malloc as it comes and with freed memory kept, on each number of threads.
+
+    Raises:
+        ValueError: for a name that no measured op has.
+    """
+    known = dict.fromkeys(case.name.split()[0] for case in CASES)
+    for name in names:
+        choose("op in the bench", name, known)
+    return _rows([c for c in CASES if not why_not(c) and c.name.split()[0] in (names or known)], threads, repeats)
+
+
+def _rows(chosen: list[Case], threads: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     for malloc, count, case in itertools.product(("default", "tuned"), threads, chosen):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             yield from process.submit(_measure_alone, case.name, case.baseline, malloc, count, repeats).result()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longwave.mixers.base import as_mask, zero_padding
 from longwave.models.backbone import Backbone
+from longwave.models.lm import embed
 from longwave.models.sashimi import Sashimi
 from longwave.models.score import Score, score_logits
 from longwave.tasks.base import IGNORE
@@ -69,7 +70,8 @@ class Classifier(nn.Module):
         if mask is not None:
             mask = as_mask(mask, x)
             x = zero_padding(x, mask) if x.is_floating_point() else x
-        y, _ = self.backbone(self.encoder(x), mask=mask)  # (B, L, D)
+        u = embed(self.encoder, x) if isinstance(self.encoder, nn.Embedding) else self.encoder(x)
+        y, _ = self.backbone(u, mask=mask)  # (B, L, D)
         return self.head(self._pool(y, mask))
 
     def score(self, x: Tensor, targets: Tensor, *, lengths: Tensor | None = None) -> Score:

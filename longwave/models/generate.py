@@ -1,10 +1,13 @@
 """Generation: one prefill, then one token at a time, through the same forward as training."""
 
+import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from longwave.errors import shown
 from longwave.models.lm import LM
 
 PREFILL_CHUNK = 8192  # tokens of a prompt that go through the model at once
@@ -36,10 +39,10 @@ def stream(
         seed: of the draws; None draws anew each time.
         report: a list to which the state after the prompt and after every later step is given, for inspection.
     Raises:
-        ValueError: for an empty prompt, ids outside the vocabulary, or options out of range.
+        ValueError: for an empty prompt, ids outside the vocabulary, options out of range, or a stop of several tokens.
     """
     ids, mask = _batch(prompts, model)
-    _check(model, max_new, temperature, top_k, top_p)
+    _check(model, max_new, temperature, top_k, top_p, stop, seed)
     generator = None
     if temperature > 0:
         generator = torch.Generator(device=ids.device)
@@ -87,11 +90,27 @@ def _batch(prompts: Sequence[Sequence[int]] | Tensor, model: LM) -> tuple[Tensor
     return ids, mask
 
 
-def _check(model: LM, max_new: int, temperature: float, top_k: int | None, top_p: float) -> None:
+def _check(
+    model: LM,
+    max_new: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    stop: Sequence[int],
+    seed: int | None,
+) -> None:
     if max_new < 0:
         raise ValueError(f"max_new must be >= 0; got {max_new}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be >= 0 (0 takes the most probable token); got {temperature}")
+    for token in stop:
+        if not isinstance(token, Integral) or not 0 <= token < model.vocab:
+            raise ValueError(
+                f"stop takes single token ids in 0..{model.vocab - 1}, such as [10]; got {shown(token)} (to stop at "
+                "several tokens in a row, look for them in what stream yields)"
+            )
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in 0..2^63-1; got {shown(seed)}")
     if top_k is not None and not 1 <= top_k <= model.vocab:
         raise ValueError(f"top_k must lie in 1..{model.vocab}; got {top_k}")
     if not 0 < top_p <= 1:

@@ -24,6 +24,20 @@ def draw_tokens(embedding: nn.Embedding, head: nn.Linear, tied: bool) -> None:
     embedding.weight.normal_(std=std if tied else 1.0)
 
 
+def embed(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """embedding(ids), (..., L) -> (..., L, D).
+
+    Raises:
+        ValueError: for an id outside the vocabulary, on a CPU; a GPU would have to be waited for to know.
+    """
+    try:
+        return embedding(ids)
+    except IndexError:
+        V = embedding.num_embeddings
+        wrong = ids[(ids < 0) | (ids >= V)][0].item()
+        raise ValueError(f"token ids lie in 0..{V - 1}; got {wrong}: take a vocab above it, or other ids") from None
+
+
 class LM(nn.Module):
     """embedding -> backbone -> head.
 
@@ -71,7 +85,7 @@ class LM(nn.Module):
             logits: (B, L, V).
             state: after the last token, or None where none came in.
         """
-        x, state = self.backbone(self.embedding(ids), state, mask=mask)
+        x, state = self.backbone(embed(self.embedding, ids), state, mask=mask)
         if last:
             x = x[:, -1:] if mask is None else take_steps(x, last_real(mask)[:, None])
         return self.head(x), state
@@ -86,5 +100,5 @@ class LM(nn.Module):
             ids, targets: (B, L) int64.
             mask: (B, L) bool, True = real token.
         """
-        x, _ = self.backbone(self.embedding(ids), mask=mask)
+        x, _ = self.backbone(embed(self.embedding, ids), mask=mask)
         return score_tokens(x, targets, self.head, LOGITS_AT_ONCE // self.vocab)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.models.backbone import Backbone
-from longwave.models.lm import LOGITS_AT_ONCE, draw_tokens
+from longwave.models.lm import LOGITS_AT_ONCE, draw_tokens, embed
 from longwave.models.sashimi import Sashimi
 from longwave.models.score import Score, score_tokens
 
@@ -74,7 +74,7 @@ class MaskedLM(nn.Module):
         Returns:
             logits: (B, L, V).
         """
-        return self.head(self.backbone(self.embedding(ids), mask=mask)[0])
+        return self.head(self.backbone(embed(self.embedding, ids), mask=mask)[0])
 
     def score(self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the targets that are not -100, with gradient.
@@ -85,5 +85,5 @@ class MaskedLM(nn.Module):
             ids, targets: (B, L) int64.
             mask: (B, L) bool, True = real token.
         """
-        x, _ = self.backbone(self.embedding(ids), mask=mask)
+        x, _ = self.backbone(embed(self.embedding, ids), mask=mask)
         return score_tokens(x, targets, self.head, LOGITS_AT_ONCE // self.vocab)

@@ -20,9 +20,18 @@ class Score(NamedTuple):
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> Score:
-    """Score logits (n, V) against targets (n,), none of them IGNORE; in float32 or better."""
+    """Score logits (n, V) against targets (n,), none of them IGNORE; in float32 or better.
+
+    Raises:
+        ValueError: for a target that is no class, on a CPU; a GPU would have to be waited for to know.
+    """
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    loss = F.cross_entropy(logits, targets, reduction="sum")
+    try:
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+    except IndexError:
+        V = logits.shape[1]
+        wrong = targets[(targets < 0) | (targets >= V)][0].item()
+        raise ValueError(f"targets lie in 0..{V - 1}, or are {IGNORE} where none is scored; got {wrong}") from None
     return Score(loss, (logits.argmax(-1) == targets).sum(), torch.tensor(len(targets), device=logits.device))
 
 

@@ -38,7 +38,7 @@ class BackboneSpec(Spec):
         d_model: D.
         pattern: mixers, cycled over the layers: one for a pure model, several for a hybrid. A name alone takes the
             mixer's defaults.
-        layers: how many; default one turn of the pattern.
+        layers: how many, at most 4,096; default one turn of the pattern.
         channel: channel mixer of every block, or null.
         norm: rms | layer.
         norm_eps: its epsilon.
@@ -47,7 +47,7 @@ class BackboneSpec(Spec):
 
     d_model: int = Field(ge=1)
     pattern: list[AnyMixer] = Field(min_length=1)
-    layers: int | None = Field(None, ge=1)
+    layers: int | None = Field(None, ge=1, le=4096)
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("swiglu")
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = Field(1e-5, gt=0)
@@ -111,7 +111,7 @@ class SashimiSpec(LanguageSpec):
     kind: Literal["sashimi"] = "sashimi"
     d_model: int = Field(64, ge=1)
     pattern: list[AnyMixer] = Field([MIXERS.make("s4d")], min_length=1)
-    layers: int | None = Field(8, ge=1)
+    layers: int | None = Field(8, ge=1, le=4096)
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("mlp", expand=2.0)
     norm: Literal["rms", "layer"] = "layer"
     pool: list[Annotated[int, Field(ge=1)]] = Field([4, 4])

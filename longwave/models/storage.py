@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longwave.models.runs import model_at
+from longwave.models.size import on_meta
 from longwave.models.spec import MODEL_SPEC, ModelSpec
 from longwave.spec import explain
 
@@ -125,6 +126,7 @@ def load(path: str | Path) -> tuple[nn.Module, ModelSpec]:
         spec = MODEL_SPEC.validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {explain(error, 'model')}") from error
+    on_meta(spec, copies=1)
     model, stored = spec.build(), read_tensors(folder / WEIGHTS)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from longwave.machine import require_memory
 from longwave.tasks.base import EPOCH, EVAL, IGNORE, TRAIN, Batch, Task, next_token, random_stream
 
 _MOST_KEYS = 2**16  # every sequence has a table with one value a key
@@ -79,6 +80,15 @@ class Synthetic(Task):
     def longest(self) -> int:
         """Of a sequence of the greater length."""
         return self._draw(random_stream(0, EVAL, 0), 1, max(self.length, self.eval_length or 0)).inputs.shape[1]
+
+    def prepare(self) -> None:
+        """Refuse a sequence that this machine cannot hold, with its inputs and targets.
+
+        Raises:
+            ValueError: with what it takes and what there is.
+        """
+        length = max(self.length, self.eval_length or 0)
+        require_memory(24 * length, f"a sequence of {length:,} tokens", "set length and eval_length lower")
 
     def train_batch(self, size: int, seed: int, index: int) -> Batch:
         """Fresh examples, or the next ones of the training set in the order of the epoch."""

@@ -24,6 +24,7 @@ from longwave.train.evaluate import evaluate
 from longwave.train.memory import keep_freed_memory
 from longwave.train.monitor import Monitor, plot_loss
 from longwave.train.optim import build_optimizer, set_lr
+from longwave.train.size import check_size
 
 if TYPE_CHECKING:  # takes long to import, and only training needs it
     from lightning_fabric import Fabric
@@ -151,8 +152,7 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
     """
     run = Path(run)
     recipe.task.prepare()
-    with torch.device("meta"):  # what the model objects to is said before any process is started
-        recipe.model.build()
+    check_size(recipe)  # what the model objects to is said before any process is started
     fabric = make_fabric(recipe)
     checkpoint = fabric.broadcast(_on_main(fabric, _open_run, recipe, run, resume))
     torch.manual_seed(recipe.seed)
