@@ -139,7 +139,7 @@ def own():
         def init_state(self, batch):
             return ()
 
-        def forward(self, x, state=None, *, mask=None):
+        def mix(self, x, state, padding):
             return self.scale * self.weight * x, state
 
     yield Own
