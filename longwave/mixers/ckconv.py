@@ -13,8 +13,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import CKConvFilter, Filter, FilterSpec, FlexConvFilter, append_time, dense_conv
-from longwave.nn.padding import last_steps
+from longwave.nn import CKConvFilter, Filter, FilterSpec, FlexConvFilter, Taps, conv_with_past, derived, online_length
 from longwave.spec import Parts
 
 KERNELS: Parts[Filter, FilterSpec] = Parts(
@@ -60,12 +59,21 @@ class CKConv(Mixer, name="ckconv"):
     def reset_parameters(self) -> None:
         self.bias.zero_()
 
+    def taps(self, length: int) -> Tensor:
+        """(D, D, length), to each feature from every one."""
+        return self.kernel(length).unflatten(0, (self.d_model, self.d_model))
+
+    @derived
+    def prepared(self, length: int) -> Taps:
+        """The taps, for steps that are to come."""
+        return Taps(self.taps(length))
+
     def init_state(self, batch: int) -> CKConvState:
         return CKConvState(self.bias.new_zeros(batch, 0, self.d_model))
 
     def mix(self, x: Tensor, state: CKConvState | None, padding: Tensor | None):
-        L, past = x.shape[1], x if state is None else append_time(state.past, x)
-        k = self.kernel(past.shape[1]).unflatten(0, (self.d_model, self.d_model))
-        y = dense_conv(past, k)[:, past.shape[1] - L :]
-        y = torch.relu(self.norm(y.to(x.dtype) + self.bias))
-        return y, None if state is None else CKConvState(last_steps(past, padding, past.shape[1]))
+        past = None if state is None else state.past
+        length = x.shape[1] + (0 if past is None else past.shape[1])
+        steps = None if past is None else online_length(self.kernel, length)
+        y, past = conv_with_past(x, self.taps(length) if steps is None else self.prepared(steps), past, padding)
+        return torch.relu(self.norm(y + self.bias)), None if past is None else CKConvState(past)

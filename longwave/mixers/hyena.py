@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, WholeMixer
-from longwave.nn import HyenaFilter, conv_with_past
+from longwave.nn import HyenaFilter, Taps, conv_with_past, derived, online_length
 from longwave.nn.padding import padded_short_conv, silence
 from longwave.ops import causal_conv
 
@@ -103,6 +103,11 @@ class Hyena(HyenaLayer, name="hyena"):
         {"max_len": 32, "order": 3, "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
     )
 
+    @derived
+    def prepared(self, length: int) -> tuple[Taps, ...]:
+        """The taps of every order, for steps that are to come."""
+        return tuple(map(Taps, self.by_order(self.filter_fn(length))))
+
     def init_state(self, batch: int) -> HyenaState:
         weight, (inner, _, K) = self.in_proj.weight, self.short_filter.weight.shape
         past = weight.new_zeros(batch, 0, self.d_model)
@@ -112,7 +117,9 @@ class Hyena(HyenaLayer, name="hyena"):
         short, pasts = (None, [None] * (self.order - 1)) if state is None else state
         first, gates, v, short = self.project(x, short, padding)
         length = x.shape[1] if state is None else x.shape[1] + state.pasts[0].shape[1]
-        taps, biases = self.by_order(self.filter_fn(length)), self.by_order(self.filter_fn.bias)
+        steps = None if state is None else online_length(self.filter_fn, length)
+        taps: Any = self.by_order(self.filter_fn(length)) if steps is None else self.prepared(steps)
+        biases = self.by_order(self.filter_fn.bias)
         kept = []
         for gate, k, bias, past in zip(gates, taps, biases, pasts):
             v, past = conv_with_past(v, k, past, padding, skip=bias, gate_in=gate)

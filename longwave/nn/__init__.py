@@ -27,11 +27,12 @@ from longwave.nn.filters import (
 )
 from longwave.nn.frozen import derived, frozen
 from longwave.nn.hippo import hippo, nplr
-from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv, two_sided_conv
+from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv, online_length, two_sided_conv
 from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, reset, set_rate
 from longwave.nn.monarch import BlockdiagLinear, ButterflyLinear, MonarchLinear
 from longwave.nn.monarch_conv import monarch_conv
 from longwave.nn.mu_law import mu_law_decode, mu_law_encode
+from longwave.nn.online_conv import Taps
 from longwave.nn.rotary import rotate
 from longwave.nn.s4nd import S4ND, SeparableConv
 
@@ -69,6 +70,7 @@ __all__ = [
     "StateSpace",
     "StateSpaceFilter",
     "SwiGLU",
+    "Taps",
     "Truncated",
     "append_time",
     "block_fft",
@@ -86,6 +88,7 @@ __all__ = [
     "mu_law_decode",
     "mu_law_encode",
     "nplr",
+    "online_length",
     "optim_hints",
     "positive_rate",
     "reset",

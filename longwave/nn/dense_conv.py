@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longwave.ops import at_least_float32
+from longwave.ops import at_least_float32, causal_conv
 
 
 def dense_conv(u: Tensor, k: Tensor) -> Tensor:
@@ -24,3 +24,9 @@ def dense_conv(u: Tensor, k: Tensor) -> Tensor:
     n = 1 << (L + k.shape[2] - 2).bit_length()  # a power of two, at least as long as the whole result
     spectrum = torch.einsum("bfd,edf->bfe", torch.fft.rfft(u.to(work), n, dim=1), torch.fft.rfft(k, n))
     return torch.fft.irfft(spectrum, n, dim=1)[:, :L].to(u.dtype)
+
+
+def convolve(u: Tensor, k: Tensor, **fused: Tensor | None) -> Tensor:
+    """A causal convolution: with taps (C, K) by ``causal_conv``, and what that fuses; with a matrix for every lag,
+    (E, D, K), by :func:`dense_conv`."""
+    return causal_conv(u, k, **fused) if k.ndim == 2 else dense_conv(u, k)

@@ -16,6 +16,18 @@ Kept = dict[nn.Module, dict[Any, Any]]
 _kept: ContextVar[Kept | None] = ContextVar("longwave_frozen", default=None)
 
 
+def _kept_of(module: nn.Module) -> dict[Any, Any] | None:
+    """Where results are kept now that are derived from the module."""
+    if torch.compiler.is_compiling() or (kept := _kept.get()) is None or torch.is_grad_enabled():
+        return None
+    return kept.get(module)
+
+
+def stands_still(module: nn.Module) -> bool:
+    """Whether what is derived from the module is kept, so that deriving more than this call needs pays."""
+    return _kept_of(module) is not None
+
+
 def derived(method: Method) -> Method:
     """A method of a module that depends on its parameters and buffers, and on hashable arguments, alone.
 
@@ -25,9 +37,7 @@ def derived(method: Method) -> Method:
 
     @functools.wraps(method)
     def run(self: nn.Module, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or (kept := _kept.get()) is None or torch.is_grad_enabled():
-            return method(self, *args)
-        if (own := kept.get(self)) is None:
+        if (own := _kept_of(self)) is None:
             return method(self, *args)
         key = (method, args)
         if key not in own:

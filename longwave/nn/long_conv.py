@@ -5,10 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longwave.nn.dense_conv import convolve
 from longwave.nn.filters import Filter, StateSpaceFilter
+from longwave.nn.frozen import stands_still
 from longwave.nn.module import append_time
+from longwave.nn.online_conv import Taps, online_conv
 from longwave.nn.padding import last_steps
 from longwave.ops import causal_conv
+
+PREPARED = 1 << 24  # taps of all channels that are prepared first; each time they are not enough, four times as many
 
 
 def init_conv_state(filter: Filter, batch: int) -> Tensor:
@@ -25,9 +30,23 @@ def init_conv_state(filter: Filter, batch: int) -> Tensor:
     return torch.zeros(batch, steps, filter.channels, dtype=like.dtype, device=like.device)
 
 
+def online_length(filter: Filter, length: int) -> int | None:
+    """How many taps to prepare for a convolution that goes on, where they are kept; None where they are not.
+
+    A filter of finite support needs few of them, and one that is defined at any length has no end.
+    """
+    longest = filter.longest()
+    if longest is None or length > longest or filter.support is not None or not stands_still(filter):
+        return None
+    steps = max(256, PREPARED // filter.channels)
+    while steps <= length:
+        steps *= 4
+    return min(steps, longest)
+
+
 def conv_with_past(
     u: Tensor,
-    k: Tensor,
+    k: Tensor | Taps,
     past: Tensor | None = None,
     padding: Tensor | None = None,
     *,
@@ -39,7 +58,8 @@ def conv_with_past(
 
     Args:
         u: (B, L, C) input.
-        k: (C, K) taps: at least t + L of them, or all that are not zero.
+        k: (C, K) taps, at least t + L of them, or all that are not zero; (E, D, K), a matrix for every lag, without
+            skip and gates; or either prepared, where no gradient is recorded.
         past: (B, t, C) the inputs before u, after their gate; or None.
         padding: (B,) how many steps at the end of each row of u are padding, and zeros; None is none.
         skip, gate_in, gate_out: as in :func:`longwave.ops.causal_conv`.
@@ -48,9 +68,15 @@ def conv_with_past(
         past: (B, t + L, C), or None where none came in. Of rows with padding as many zeros stand in front: silence.
     """
     if past is None:
-        return causal_conv(u, k, skip=skip, gate_in=gate_in, gate_out=gate_out), None
-    past = append_time(past, u if gate_in is None else u * gate_in)
-    y = causal_conv(past, k, skip=skip)[:, past.shape[1] - u.shape[1] :].to(u.dtype)
+        assert isinstance(k, Tensor)
+        return convolve(u, k, skip=skip, gate_in=gate_in, gate_out=gate_out), None
+    x = u if gate_in is None else u * gate_in
+    if isinstance(k, Taps):
+        y, past = online_conv(x, past, k)
+        y = y if skip is None else torch.addcmul(y, x, skip.to(y.dtype))
+    else:
+        past = append_time(past, x)
+        y = convolve(past, k, skip=skip)[:, past.shape[1] - u.shape[1] :].to(u.dtype)
     return y if gate_out is None else y * gate_out, last_steps(past, padding, past.shape[1])
 
 
@@ -80,13 +106,18 @@ def long_conv(
         state: after the last step, or None where none came in.
     Raises:
         ValueError: where the filter is not defined at the length.
-    Cost: O(L log L) time, O(L) memory; a state space adds O(N) a step, a filter without one O(t) for its past.
+    Cost: O(L log L) time, O(L) memory; a state space adds O(N) a step. A filter without one starts over with all of the
+        past, in O((t + L) log (t + L)), but within :class:`longwave.nn.frozen`, where no gradient is recorded, goes on
+        in O(log^2 t) a step: longwave/nn/online_conv.py.
     """
     L, gates = u.shape[1], {"gate_in": gate_in, "gate_out": gate_out}
     if state is None:
         return causal_conv(u, filter(L), skip=skip, **gates), None
     if not isinstance(filter, StateSpaceFilter):
-        y, past = conv_with_past(u, filter(state.shape[1] + L), state, padding, skip=skip, **gates)
+        length = state.shape[1] + L
+        steps = online_length(filter, length)
+        k = filter(length) if steps is None else filter.prepared(steps)
+        y, past = conv_with_past(u, k, state, padding, skip=skip, **gates)
         if filter.support is not None:  # a copy: without the rest of the past
             past = past[:, max(0, past.shape[1] - (filter.support - 1)) :].clone()
         return y, past

@@ -93,30 +93,33 @@ def at_least_float32(*tensors: Tensor) -> list[Tensor]:
 _claims = threading.Lock()
 
 
-def append_time(past: Tensor, new: Tensor) -> Tensor:
+def append_time(past: Tensor, new: Tensor, room: int = 0) -> Tensor:
     """past (B, t, ...) and new (B, L, ...) joined along time, in amortised O(L) where no gradient is recorded.
 
     The result then is a view of an allocation with room to grow, and the next append writes behind it. No element that
     any tensor shows is ever changed: the allocation remembers how many steps of it are taken, and who appends to an
     earlier state, or comes second of two threads, gets a copy. What autograd has saved stays valid, since its version
     is not that of the alias through which the room is written.
+
+    Args:
+        room: how many steps an allocation has at least; who knows how many there can be never waits for a copy.
     """
     new, t, total = new.to(past.dtype), past.shape[1], past.shape[1] + new.shape[1]
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (past.requires_grad or new.requires_grad)):
         return torch.cat([past, new], dim=1)
     storage: Any = past.untyped_storage()
     row = past.stride(1)
-    room = past.stride(0) // row if row and past.numel() else 0  # steps that fit
-    fits = room >= total and past[0, 0].is_contiguous()
+    fit = past.stride(0) // row if row and past.numel() else 0  # steps that fit
+    fits = fit >= total and past[0, 0].is_contiguous()
     with _claims:
         claimed = fits and getattr(storage, "longwave_taken", None) == t
         if claimed:
             storage.longwave_taken = total
     if claimed:
-        size, stride = (past.shape[0], room, *past.shape[2:]), past.stride()
+        size, stride = (past.shape[0], fit, *past.shape[2:]), past.stride()
         whole = past.new_empty(0).set_(storage, past.storage_offset(), size, stride)
     else:
-        whole = past.new_empty(past.shape[0], max(2 * total, 64), *past.shape[2:])
+        whole = past.new_empty(past.shape[0], max(2 * total, 64, room), *past.shape[2:])
         whole[:, :t] = past
         claim: Any = whole.untyped_storage()
         claim.longwave_taken = total

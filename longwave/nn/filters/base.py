@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longwave.nn.frozen import derived
+from longwave.nn.online_conv import Taps
 from longwave.nn.padding import last_steps
 from longwave.ops import vandermonde, vandermonde_transpose
 from longwave.spec import PartSpec
@@ -30,6 +32,15 @@ class Filter(nn.Module, abc.ABC):
         Raises:
             ValueError: where the filter is not defined at that length.
         """
+
+    def longest(self) -> int | None:
+        """The greatest length at which the filter is defined; None where there is none, or it is not known."""
+        return None
+
+    @derived
+    def prepared(self, length: int) -> Taps:
+        """The first taps, for steps that are to come."""
+        return Taps(self(length))
 
 
 class FilterSpec(PartSpec):

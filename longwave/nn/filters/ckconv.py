@@ -152,6 +152,12 @@ class Magnet(nn.Module):
         return self.output_linear(h)
 
 
+def longest_at(max_len: int, rate: float) -> int:
+    """The greatest length that :func:`lag_positions` takes."""
+    length = 1 + int((max_len - 1) / rate)
+    return length if rate * (length - 1) <= max_len - 1 else length - 1
+
+
 def lag_positions(length: int, max_len: int, rate: float, device: torch.device | None = None) -> Tensor:
     """Where the lags 0 .. length - 1 lie: 1 - 2 rate s / (max_len - 1), (length, 1) in float64.
 
@@ -205,6 +211,9 @@ class CKConvFilter(Filter):
         require_max_len("a continuous kernel", max_len)
         self.channels, self.max_len, self.rate = channels, max_len, positive_rate(rate)
         self.kernel_net = Siren(1, width, channels, layers, omega)
+
+    def longest(self) -> int:
+        return longest_at(self.max_len, self.rate)
 
     def forward(self, length: int) -> Tensor:
         device = next(self.kernel_net.parameters()).device
@@ -261,6 +270,9 @@ class FlexConvFilter(Filter):
     def reset_parameters(self) -> None:
         self.mask_params[:, 0] = 1
         self.mask_params[:, 1] = self.mask_width
+
+    def longest(self) -> int:
+        return longest_at(self.max_len, self.rate)
 
     def forward(self, length: int) -> Tensor:
         (mask_params,) = at_least_float32(self.mask_params)

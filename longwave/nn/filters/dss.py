@@ -251,6 +251,9 @@ class DSSSoftmaxFilter(Filter):
         self.Lambda.copy_(torch.view_as_real(init_skew(len(self.Lambda))))
         _draw(self.log_dt, self.W, self.log_dt_range)
 
+    def longest(self) -> int:
+        return self.max_len
+
     def forward(self, length: int) -> Tensor:
         require_max_len("a softmax filter", self.max_len, length)
         log_dt, Lambda, W = at_least_float32(self.log_dt, self.Lambda, self.W)

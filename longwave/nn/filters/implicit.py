@@ -162,6 +162,9 @@ class HyenaFilter(Filter):
         if self.bias is not None:
             self.bias.normal_()
 
+    def longest(self) -> int:
+        return self.max_len
+
     def forward(self, length: int) -> Tensor:
         require_max_len("an implicit filter", self.max_len, length)
         z, t = at_least_float32(self.pos_emb.z[:, :length], self.pos_emb.t[:, :length])

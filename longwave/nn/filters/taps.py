@@ -97,6 +97,9 @@ class FreeFilter(Filter):
         rate = float(self.channels // 2) ** (torch.arange(self.channels, device=self.kernel.device) / self.channels)
         self.kernel.normal_(std=0.02).mul_(torch.exp(-t * rate[:, None]))
 
+    def longest(self) -> int:
+        return self.max_len
+
     def forward(self, length: int) -> Tensor:
         require_max_len("a free filter", self.max_len, length)
         (k,) = at_least_float32(self.kernel)

@@ -66,7 +66,7 @@ def plan(L: int, K: int, F: int) -> tuple[int, int]:
     return min((radix << max(0, (-(-least // radix) - 1).bit_length()), radix) for radix in (4, 3, 5))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def tables(M: int, radix: int) -> tuple[np.ndarray, np.ndarray]:
     """Twiddles g, g^2, ... of full block as (cos, sin) pairs, and where those of blocks of 2^e points begin, by e."""
     angle = np.full(1, np.pi / 2)  # the blocks' moduli are z^n - exp(i angle), in the order of the blocks
@@ -490,11 +490,11 @@ def clear(w, tile, o, start, stop):
 
 
 @kernel
-def bring_in(w, x, tile, u, gate, first, L, C, channels, M, radix, tw):
+def bring_in(w, x, tile, u, gate, first, L, C, channels, M, radix, tw, begin, end):
     """u times gate, (L, channels) from ``first`` on, as polynomials modulo z^M - i, after the first division.
 
-    Several vectors of channels at a time, one array of M points after the other in x, so that of each cache line
-    and each page of u all is used that there is.
+    Of the M // radix columns of the division, those from ``begin`` to ``end``. Several vectors of channels at a time,
+    one array of M points after the other in x, so that of each cache line and each page of u all is used that there is.
     """
     full = lanes_of(w)
     line = WIDTH * 2 * full
@@ -502,8 +502,8 @@ def bring_in(w, x, tile, u, gate, first, L, C, channels, M, radix, tw):
     parts = 2 if L > M else 1
     for i in range(0, 5 * line, full):
         store(tile, i, zero(w))
-    for j in range(0, m, WIDTH):
-        width = min(WIDTH, m - j)
+    for j in range(begin, end, WIDTH):
+        width = min(WIDTH, end - j)
         for c in range(0, channels, full):
             lanes = min(full, channels - c)
             for q in range(radix):
@@ -641,7 +641,7 @@ def convolve(
         begin = task // spans * rows
         for row in range(begin, min(B, begin + rows)):
             first = row * L * C + channel
-            bring_in(w, points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
+            bring_in(w, points, tile, u, gate_in, first, L, C, channels, M, radix, tw, 0, m)
             for c in range(0, channels, full):
                 k_f, x = spectra[c * 2 * M : c * 2 * M + size], points[c * 2 * M : c * 2 * M + size]
                 for leaf in range(M // n):
@@ -706,8 +706,8 @@ def gradients(
             taps_in(w, k_f, tile, k, k_stride, K, future, F, skip, channel + c, lanes, M, radix, tw)
         for row in range(B):
             first = row * L * C + channel
-            bring_in(w, points, tile, u, gate_in, first, L, C, channels, M, radix, tw)
-            bring_in(w, gs, tile, dy, gate_out, first, L, C, channels, M, radix, tw)
+            bring_in(w, points, tile, u, gate_in, first, L, C, channels, M, radix, tw, 0, m)
+            bring_in(w, gs, tile, dy, gate_out, first, L, C, channels, M, radix, tw, 0, m)
             for c in range(0, channels, full):
                 k_f, x = spectra[c * 2 * M : c * 2 * M + size], points[c * 2 * M : c * 2 * M + size]
                 g, total = gs[c * 2 * M : c * 2 * M + size], totals[c * 2 * M : c * 2 * M + size]

@@ -16,6 +16,7 @@ from numba.core import cgutils, types
 from numba.core.imputils import lower_constant
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, typeof_impl, unbox
+from numba.np.arrayobj import make_array, populate_array
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _REASSOCIATE = ("fast",)  # on single operations: for whole functions it would fold the rounding trick of exp away
@@ -172,6 +173,21 @@ def _(context: Any, builder: Any, kind: _WidthType, value: Any) -> Any:
 
 eight, sixteen = map(Width, _WIDTHS)
 widest = sixteen if llvmlite.binding.get_host_cpu_features().get("avx512f") else eight
+
+
+@intrinsic
+def floats(context, address):
+    """The float32 memory at an address as a flat array; who passes the address keeps its owner alive."""
+    kind = types.Array(types.float32, 1, "C")
+
+    def emit(ctx, builder, sig, args):
+        array = make_array(kind)(ctx, builder)
+        size, four = ctx.get_constant(types.intp, 2**60), ctx.get_constant(types.intp, 4)
+        pointer = builder.inttoptr(args[0], _FLOAT.as_pointer())
+        populate_array(array, data=pointer, shape=[size], strides=[four], itemsize=four, meminfo=None)
+        return array._getvalue()
+
+    return kind(types.intp), emit
 
 
 @intrinsic
