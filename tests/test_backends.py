@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -186,6 +187,13 @@ def test_after_a_fork():
 def run_python(code, **environment):
     given = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, timeout=240)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 CPU")
+def test_lanes_are_those_that_numba_compiles_for():
+    code = "from longwave.ops._numba import simd; print(simd.widest.lanes)"
+    assert run_python(code, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx2,+fma").stdout == "8\n"
+    assert run_python(code, NUMBA_CPU_NAME="skylake-avx512", NUMBA_CPU_FEATURES="+avx2,+avx512f").stdout == "16\n"
 
 
 def test_without_numba_the_portable_forms_serve_and_say_why():

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,6 +218,30 @@ class TestAppendTime:
         assert other.flatten().tolist() == [0, 1, 2, 7, 3, 4, 5, 7]
         later = append_time(whole[:, 1:], torch.full((2, 1, 1), 8.0))
         assert later.flatten().tolist() == [1, 2, 8, 4, 5, 8]
+
+    def test_what_autograd_saved_is_not_touched(self):
+        weight = torch.ones(3, requires_grad=True)
+        state, loss = append_time(torch.zeros(2, 0, 3), torch.randn(2, 5, 3)), 0.0
+        states = []
+        for _ in range(4):
+            loss = loss + (state * weight).sum()
+            states.append(state)
+            state = append_time(state, torch.randn(2, 1, 3))
+        loss.backward()
+        close(weight.grad, sum(s.sum((0, 1)) for s in states), 1e-5)
+
+    def test_threads_that_append_to_one_state(self):
+        gate = threading.Barrier(8)
+
+        def append(i, state):
+            gate.wait()
+            return append_time(state, torch.full((1, 1, 2), float(i)))
+
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(250):
+                state = append_time(torch.zeros(1, 0, 2), torch.full((1, 3, 2), -1.0))
+                for i, after in enumerate(pool.map(append, range(8), [state] * 8)):
+                    assert after[0, :, 0].tolist() == [-1, -1, -1, i]
 
     def test_inference_tensors_outside_inference_mode(self):
         with torch.inference_mode():

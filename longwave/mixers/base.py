@@ -126,8 +126,8 @@ class Mixer(nn.Module, abc.ABC):
                 f"{self.name} of d_model = {self.d_model} has a state of {_described(self.init_state(1))} a sequence; "
                 f"got one of {_described(state)}, from a layer of other sizes"
             )
-        if any(len(t) != len(x) for t in tensors):
-            raise ValueError(f"{self.name}: the state is of {len(tensors[0])} sequences, x of {len(x)}")
+        if any(t.shape[0] != x.shape[0] for t in tensors):
+            raise ValueError(f"{self.name}: the state is of {tensors[0].shape[0]} sequences, x of {x.shape[0]}")
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.is_inference() for t in tensors):
             return tree_map(torch.clone, state)  # autograd cannot save what inference mode has made
         return state

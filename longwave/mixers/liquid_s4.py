@@ -49,7 +49,7 @@ class KB:
     ) -> tuple[Tensor, Tensor | None]:
         """v (B, L, C), the system with b^q for b -> what v adds to y (B, L, C) and to the state, where there is one."""
         y = causal_conv(v, system.taps(v.shape[1]))
-        return y, None if h is None else h + system.advance(system.rest(len(v)), v, padding)
+        return y, None if h is None else h + system.advance(system.rest(v.shape[0]), v, padding)
 
 
 LIQUID: dict[str, Callable[[], Any]] = {"pb": PB, "kb": KB}

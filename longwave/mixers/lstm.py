@@ -54,7 +54,7 @@ class LSTM(Mixer, name="lstm"):
         u, w_ih, w_hh, b_ih, b_hh = at_least_float32(
             x, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
         )
-        h, c = (t.to(u.dtype) for t in (self.init_state(len(x)) if state is None else state))
+        h, c = (t.to(u.dtype) for t in (self.init_state(x.shape[0]) if state is None else state))
         if padding is not None:  # one input more says that a step is padding: then c = 1 c + 0 tanh(g), exactly
             idle = ~is_real(x.shape[1], padding)[..., None]
             gates = w_ih.new_tensor([-SHUT, SHUT, 0, 0]).repeat_interleave(self.d_model)  # i, f, g, o

@@ -143,7 +143,7 @@ class DrivenStates(nn.Module):
 
     def scan(self, a: Tensor, driven: Tensor, h0: Tensor | None = None) -> Tensor:
         """The states h (B, L, P) behind h0 (B, P), or behind rest, of what :meth:`inputs` returns."""
-        h0 = self.rest(len(driven)) if h0 is None else h0.to(driven.dtype)
+        h0 = self.rest(driven.shape[0]) if h0 is None else h0.to(driven.dtype)
         return linear_scan(a.expand_as(driven), driven, h0)
 
     def read(self, h: Tensor, C: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class DenseStateSpace(NamedTuple):
     def response(self, state: Tensor, length: int) -> Tensor:
         """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length):  c a^(l+1) h."""
         m, J = _split(length)
-        B, G = len(state), len(self.a)
+        B, G = state.shape[0], len(self.a)
         powers = _squares(self.a, m, J)
         rows = self.c.unflatten(0, (-1, G)).permute(1, 2, 0).to(self.a.dtype)
         fine = _table([p.mT for p in powers], self.a.mT @ rows, m).to(self.c.dtype)  # (G, N, m, K): c a^(i+1)

@@ -10,10 +10,10 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.imputils import lower_constant
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, typeof_impl, unbox
 from numba.np.arrayobj import make_array, populate_array
@@ -172,7 +172,8 @@ def _(context: Any, builder: Any, kind: _WidthType, value: Any) -> Any:
 
 
 eight, sixteen = map(Width, _WIDTHS)
-widest = sixteen if llvmlite.binding.get_host_cpu_features().get("avx512f") else eight
+_features = cpu_target.target_context.codegen().magic_tuple()[2]  # those that numba compiles for
+widest = sixteen if "+avx512f" in _features.split(",") else eight
 
 
 @intrinsic
