@@ -17,20 +17,22 @@ def _malloc_as_it_is(monkeypatch):
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """A context in which torch.empty and numpy.empty return NaN, so a kernel that forgets an element is seen."""
+    """A context in which memory from torch and numpy is NaN at first, so a kernel that forgets an element is seen."""
 
     @contextlib.contextmanager
     def poison():
         with monkeypatch.context() as patch:
-            for name in ("empty", "empty_like"):
-                original = getattr(torch, name)
+            places = [(torch, ("empty", "empty_like", "empty_strided"))]
+            places.append((torch.Tensor, ("new_empty", "new_empty_strided")))
+            for place, name in ((place, name) for place, names in places for name in names):
+                original = getattr(place, name)
 
                 def filled(*args, _original=original, **kwargs):
                     tensor = _original(*args, **kwargs)
                     floating = tensor.is_floating_point() or tensor.is_complex()
                     return tensor.fill_(float("nan")) if floating and tensor.device.type != "meta" else tensor
 
-                patch.setattr(torch, name, filled)
+                patch.setattr(place, name, filled)
             empty = np.empty
 
             def filled_array(shape, dtype=float, *args, **kwargs):

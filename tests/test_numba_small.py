@@ -162,23 +162,6 @@ def test_kernels_compile_whole_with_their_gradients(op):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_custom_ops_are_registered_right():
-    u, weight, bias, past = short_inputs(2, 9, 5, 3)
-    k, v, w, first, state = (x.detach().requires_grad_() for x in wkv_inputs(2, 9, 5))
-    q = draw(2, 9, 2, 3)
-    ops = torch.ops.longwave
-    cases = [
-        (ops.short_conv, (u, weight, bias, past, True)),
-        (ops.short_conv, (u, weight, None, None, False)),
-        (ops.wkv, (k, v, w, first, state, True)),
-        (ops.linear_attention, (q, q, q, -torch.rand(2, 9, 2), torch.zeros(2, 2, 3, 3))),
-        (ops.vandermonde, (torch.rand(3, 4, dtype=torch.complex64), torch.rand(2, 3, 4, dtype=torch.complex64), 9)),
-        (ops.vandermonde_transpose, (torch.rand(3, 4, dtype=torch.complex64), torch.rand(2, 3, 9))),
-    ]
-    for op, args in cases:
-        torch.library.opcheck(op.default, args)
-
-
 def test_linear_attention_is_the_quadratic_form():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 150, 3, 4, dtype=torch.float64) for _ in "qkv")

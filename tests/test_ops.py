@@ -1,11 +1,16 @@
 """The contract every op keeps: each backend is the reference, forward and backward, at every awkward size."""
 
+import inspect
+import itertools
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from longwave.ops import OPS, causal_conv, linear_scan, selective_scan
 from longwave.ops import attention as attention_op
+from longwave.ops.kernel import Kernel
 
 LENGTHS = [1, 2, 7, 63, 64, 65, 1000]
 
@@ -307,12 +312,218 @@ def test_compiles_whole(op, name, make):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_custom_ops_are_registered_right():
-    for make, name in ((conv_fused, "causal_conv"), (scan, "linear_scan")):
-        args, kwargs = make(2, 5, torch.float64)
-        if name == "causal_conv":
-            args = [*args, kwargs["skip"], kwargs["gate_in"], kwargs["gate_out"], None]
-        torch.library.opcheck(getattr(torch.ops.longwave, name).default, tuple(args))
+def flat(op, args, kwargs):
+    """All arguments of a call, in the order of the signature, without their histories."""
+    bound = op.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in bound.arguments.values()]
+
+
+KERNELS = [case for case in CASES if isinstance(case.values[0].backends[case.values[1]], Kernel)]
+
+
+def kernel_case(op, name, make, L=9):
+    """The kernel and its arguments, in the widest dtype that it takes."""
+    torch.manual_seed(0)
+    for dtype in (torch.float64, torch.float32):
+        args, kwargs = make(2, L, dtype)
+        if not (reason := op.why_not(name, *args, **kwargs)):
+            return op.backends[name], flat(op, args, kwargs)
+    return pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("op", "name", "make"), KERNELS)
+def test_custom_ops_are_registered_right(op, name, make):
+    kernel, inputs = kernel_case(op, name, make)
+    differentiable = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+    torch.library.opcheck(kernel.op, (*differentiable, True))
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    *results, saved = kernel.op(*inputs, True)
+    given = dict(zip(op.arguments, inputs))
+    tensors = [given.pop(tensor) for tensor in op.declaration.arguments]
+    first = [i == 0 for i in range(len(tensors))]
+    for needed in ([x is not None for x in tensors], first):
+        grads = [torch.randn_like(result) for result in results]
+        torch.library.opcheck(kernel.backward_op, (grads, tensors, results, saved, needed, *given.values()))
+
+
+@pytest.mark.parametrize(("op", "name", "make"), CASES)
+def test_results_are_as_declared(op, name, make):
+    torch.manual_seed(0)
+    for dtypes in ([torch.float64], [torch.float32], [torch.float32, torch.bfloat16], [torch.float16, torch.float32]):
+        kinds = itertools.cycle(dtypes)
+
+        def cast(t, kinds=kinds):
+            real = isinstance(t, torch.Tensor) and t.is_floating_point()
+            return t.detach().to(next(kinds)) if real else t
+
+        args, kwargs = make(2, 9, torch.promote_types(dtypes[0], torch.float32))
+        args, kwargs = tree_map(cast, (args, kwargs))
+        if op.why_not(name, *args, **kwargs):
+            continue
+        declared = op.declaration.results(dict(zip(op.arguments, flat(op, args, kwargs))))
+        for result in (op(*args, backend=name, **kwargs), op(*args, backend="reference", **kwargs)):
+            for ours, wanted in zip(outputs(result), declared, strict=True):
+                assert (ours.shape, ours.dtype) == (wanted.shape, wanted.dtype)
+
+
+@pytest.mark.parametrize(("op", "name", "make"), KERNELS)
+def test_only_the_gradients_that_are_needed_are_asked_for(op, name, make, monkeypatch):
+    """Each alone is what it is among all, and the kernel is told so."""
+    kernel, inputs = kernel_case(op, name, make)
+    asked = []
+    signature, backward = inspect.signature(kernel.module.backward), kernel.module.backward
+
+    def watch(**known):
+        asked.append(known["needed"])
+        return backward(**known)
+
+    watch.__signature__ = signature
+    monkeypatch.setattr(kernel.module, "backward", watch)
+    tensors = {n: x for n, x in zip(op.arguments, inputs) if isinstance(x, torch.Tensor)}
+
+    def grads(names):
+        given = {n: x.requires_grad_(n in names) if n in tensors else x for n, x in zip(op.arguments, inputs)}
+        result = kernel(*given.values())
+        torch.manual_seed(1)
+        return dict(
+            zip(names, gradients(result, [given[n] for n in names], [torch.randn_like(t) for t in outputs(result)]))
+        )
+
+    together = grads(list(tensors))
+    for tensor in tensors:
+        alone = grads([tensor])[tensor]
+        torch.testing.assert_close(alone, together[tensor], rtol=1e-5, atol=1e-6)
+    assert asked == [set(tensors), *({tensor} for tensor in tensors)]
+
+
+@pytest.mark.parametrize(("op", "name", "make"), KERNELS)
+def test_each_result_alone_has_its_gradients(op, name, make):
+    """A kernel is told of results that nothing depends on by None."""
+    kernel, inputs = kernel_case(op, name, make)
+    tensors = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
+    for i in range(len(op.declaration.returns)):
+        ours, theirs = (
+            torch.autograd.grad(outputs(backend(*inputs))[i].abs().sum(), tensors, allow_unused=True)
+            for backend in (kernel, op.backends["reference"])
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert_near(a, b, 1e-9 if tensors[0].real.dtype == torch.float64 else 2e-4)
+
+
+@pytest.mark.parametrize(("op", "name", "make"), KERNELS)
+def test_storages_of_inputs_may_be_resized_afterwards(op, name, make):
+    """As FSDP2 does with the parameters that it has gathered."""
+    kernel, inputs = kernel_case(op, name, make)
+    tensors = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
+    for t in outputs(kernel(*inputs)):
+        (t.abs().sum()).backward(retain_graph=True)
+    with torch.no_grad():
+        kernel.direct(*inputs)
+    for t in tensors:
+        t.untyped_storage().resize_(0)
+
+
+def differentiable(args, kwargs):
+    """A function of the leaves, and these."""
+    tensors = leaves(args, kwargs)
+
+    def swapped(values):
+        given = dict(zip(map(id, tensors), values))
+        return tree_map(lambda t: given.get(id(t), t), (args, kwargs))
+
+    return swapped, [t.detach() for t in tensors]
+
+
+@pytest.mark.parametrize(("op", "make"), [(op, make) for op in OPS.values() for make in INPUTS[op.__name__]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tangents_are_those_of_the_reference(op, make, dtype):
+    """By differences in float64; torch.func.jvp, and forward mode with inputs that also want a gradient."""
+    torch.manual_seed(0)
+    swapped, values = differentiable(*make(2, 7, torch.float64))
+    directions = [0.1 * torch.randn_like(t) for t in values]
+
+    def run(*values):
+        args, kwargs = swapped(values)
+        return tuple(outputs(op(*args, **kwargs)))
+
+    step = 1e-6
+    ahead, behind = (run(*(t + s * d for t, d in zip(values, directions))) for s in (step, -step))
+    exact = [(a - b) / (2 * step) for a, b in zip(ahead, behind)]
+    if dtype == torch.float32:
+        values, directions = (
+            [t.to(torch.complex64 if t.is_complex() else dtype) for t in tensors] for tensors in (values, directions)
+        )
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-3
+    found = [torch.func.jvp(run, tuple(values), tuple(directions))[1]]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t.clone().requires_grad_(), d) for t, d in zip(values, directions)]
+        found.append([forward_ad.unpack_dual(t).tangent for t in run(*duals)])
+    for tangents in found:
+        for ours, e in zip(tangents, exact, strict=True):
+            assert ours.shape == e.shape
+            assert ((ours.to(e.dtype) - e).abs() <= tolerance * (1 + e.abs())).all()
+
+
+@pytest.mark.parametrize(("op", "make"), [(op, make) for op in OPS.values() for make in INPUTS[op.__name__]])
+def test_transforms_of_torch_func_are_right(op, make):
+    """grad, vmap, vmap of grad, and gradients through vmap."""
+    torch.manual_seed(0)
+    swapped, values = differentiable(*make(2, 5, torch.float32))
+
+    def loss(*values):
+        args, kwargs = swapped(values)
+        return sum(t.abs().square().sum() for t in outputs(op(*args, **kwargs)))
+
+    def by_autograd(values):
+        values = [t.clone().requires_grad_() for t in values]
+        return torch.autograd.grad(loss(*values), values)
+
+    def assert_same(ours, theirs):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4 * float(b.abs().max()))
+
+    every = tuple(range(len(values)))
+    other = [t * 0.9 for t in values]
+    both = [torch.stack(pair) for pair in zip(values, other)]
+    wanted = [torch.stack(pair) for pair in zip(by_autograd(values), by_autograd(other))]
+    assert_same(torch.func.grad(loss, every)(*values), by_autograd(values))
+    assert_same([torch.func.vmap(loss)(*both)], [torch.stack([loss(*values), loss(*other)])])
+    assert_same(torch.func.vmap(torch.func.grad(loss, every))(*both), wanted)
+    both = [t.requires_grad_() for t in both]
+    assert_same(torch.autograd.grad(torch.func.vmap(loss)(*both).sum(), both), wanted)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.__name__)
+def test_complex_numbers_are_refused_or_computed(op):
+    """Never half of them: every tensor argument in turn is made complex."""
+    for make in INPUTS[op.__name__]:
+        torch.manual_seed(0)
+        args, kwargs = make(2, 6, torch.float32)
+        plain = flat(op, args, kwargs)
+        for i, (argument, x) in enumerate(zip(op.arguments, plain)):
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+                continue
+            inputs = [*plain[:i], torch.complex(x, torch.randn_like(x)), *plain[i + 1 :]]
+            given = dict(zip(op.arguments, inputs))
+            if op.declaration.arguments[argument][1] == "real":
+                with pytest.raises(ValueError, match=rf"{op.__name__}: {argument} must be floating point; got torch.c"):
+                    op(**given)
+                continue
+            exact = outputs(op(**given, backend="reference"))
+            for name in op.backends:
+                if not op.why_not(name, **given):
+                    for ours, e in zip(outputs(op(**given, backend=name)), exact, strict=True):
+                        assert_near(ours, e, 2e-5)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.__name__)
+def test_a_batch_of_none_is_refused(op):
+    for make in INPUTS[op.__name__]:
+        args, kwargs = make(0, 5, torch.float32)
+        for name in op.backends:
+            with pytest.raises(ValueError, match=rf"{op.__name__}: \w+ has .* = 0; at least 1 is needed"):
+                op(*args, backend=name, **kwargs)
 
 
 def test_an_unknown_backend_is_named():

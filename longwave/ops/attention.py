@@ -1,5 +1,7 @@
 """Softmax attention through torch's scaled_dot_product_attention: FlashAttention where torch has it."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,16 @@ from longwave.ops.dispatch import Op
 QUERY_CHUNK = 512  # rows of a mask that exist at once
 
 
-@Op(q="B L H P", k="B T J P", v="B T J V", mask="B T")
+def _check_heads(q: Tensor, k: Tensor, *others: object) -> None:
+    if k.shape[1] < q.shape[1]:
+        raise ValueError(f"attention: T = {k.shape[1]} keys for L = {q.shape[1]} queries; T >= L is needed")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: J = {k.shape[2]} key heads do not divide H = {q.shape[2]} query heads")
+
+
+@Op(
+    q="B L H P", k="B T J P", v="B T J V", mask="B T : bool", check=_check_heads, returns={"y": "B L H V : q"}
+)  # fmt: skip
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
@@ -38,15 +49,13 @@ def attention(
     k_, v_ = k_.repeat_interleave(groups, 1), v_.repeat_interleave(groups, 1)
     logits = q_ @ k_.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)  # (B, H, L, T)
     logits = logits.masked_fill(~_allowed(0, L, L, T, causal, mask, q.device), float("-inf"))
-    return (logits.softmax(-1) @ v_).transpose(1, 2)
+    return (logits.softmax(-1) @ v_).transpose(1, 2).to(q.dtype)
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if k.shape[1] < q.shape[1]:
-        raise ValueError(f"attention: T = {k.shape[1]} keys for L = {q.shape[1]} queries; T >= L is needed")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: J = {k.shape[2]} key heads do not divide H = {q.shape[2]} query heads")
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+def _heads(*tensors: Tensor) -> list[Tensor]:
+    """(B, H, L, P), in one dtype."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    return [x.transpose(1, 2).to(dtype) for x in tensors]
 
 
 def _allowed(start: int, stop: int, L: int, T: int, causal: bool, mask: Tensor | None, device) -> Tensor:
@@ -63,13 +72,13 @@ def _allowed(start: int, stop: int, L: int, T: int, causal: bool, mask: Tensor |
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    q, k, v = _heads(q, k, v)
+    dtype, (q, k, v) = q.dtype, _heads(q, k, v)
     L, T = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if mask is None and (not causal or L == T or L == 1):
         is_causal = causal and L > 1
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-        return y.transpose(1, 2)
+        return y.transpose(1, 2).to(dtype)
 
     def rows(q: Tensor, start: int) -> Tensor:
         stop = start + q.shape[2]
@@ -83,4 +92,4 @@ def _sdpa(
     chunks = list(zip(q.split(QUERY_CHUNK, dim=2), range(0, L, QUERY_CHUNK)))
     keep = len(chunks) == 1 or not torch.is_grad_enabled()
     ys = [rows(*chunk) if keep else checkpoint(rows, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.cat(ys, dim=2).transpose(1, 2)
+    return torch.cat(ys, dim=2).transpose(1, 2).to(dtype)

@@ -8,7 +8,25 @@ from torch import Tensor
 from longwave.ops.dispatch import Op, at_least_float32
 
 
-@Op(x="B S N", twiddle="S D F G I J | S D F G I J Q P")
+def _check(x: Tensor, twiddle: Tensor, increasing: bool) -> None:
+    levels, half, *pair = twiddle.shape[2:6]
+    blocks = list(twiddle.shape[6:]) or [1, 1]
+    if pair != [2, 2] or half != 2**levels // 2 or blocks[0] != blocks[1]:
+        raise ValueError(
+            f"butterfly: twiddle must be (S, D, log2 n, n/2, 2, 2) or (S, D, log2 n, n/2, 2, 2, b, b); "
+            f"got shape {tuple(twiddle.shape)}"
+        )
+    if x.shape[2] != 2**levels * blocks[0]:
+        raise ValueError(
+            f"butterfly: x has {x.shape[2]} features; {levels} factors with blocks of {blocks[0]} take "
+            f"{2**levels * blocks[0]}"
+        )
+
+
+@Op(
+    x="B S N : any", twiddle="S D F G I J | S D F G I J Q P : any", check=_check,
+    returns={"y": "B S N : x+twiddle"},
+)  # fmt: skip
 def butterfly(x: Tensor, twiddle: Tensor, *, increasing: bool = True) -> Tensor:
     """Multiply by D butterfly matrices in turn, whose factors take strides 1, 2, 4, ..., n/2 and back again.
 
@@ -29,7 +47,8 @@ def butterfly(x: Tensor, twiddle: Tensor, *, increasing: bool = True) -> Tensor:
         ValueError: where shapes are not as above, or devices disagree.
     Cost: O(D n log(n) b^2) multiply-adds a vector.
     """
-    dtype, work = _check(x, twiddle)
+    dtype = torch.promote_types(x.dtype, twiddle.dtype)
+    work = at_least_float32(dtype)
     y = x.to(work)
     for factor, stride in _factors(twiddle.to(work), increasing):
         y = torch.einsum("sij,bsj->bsi", _dense(factor, stride), y)
@@ -38,30 +57,13 @@ def butterfly(x: Tensor, twiddle: Tensor, *, increasing: bool = True) -> Tensor:
 
 @butterfly.backend("torch")
 def _(x: Tensor, twiddle: Tensor, *, increasing: bool = True) -> Tensor:
-    dtype, work = _check(x, twiddle)
+    dtype = torch.promote_types(x.dtype, twiddle.dtype)
+    work = at_least_float32(dtype)
     y = x.to(work)
     for factor, stride in _factors(twiddle.to(work), increasing):
         pairs = y.unflatten(-1, (-1, 2, stride, factor.shape[-1]))  # (B, S, n / 2 s, 2, s, b)
         y = torch.einsum("sdtijkl,bsdjtl->bsditk", factor.unflatten(1, (-1, stride)), pairs).flatten(2)
     return y.to(dtype)
-
-
-def _check(x: Tensor, twiddle: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the result and of the work."""
-    levels, half, *pair = twiddle.shape[2:6]
-    blocks = list(twiddle.shape[6:]) or [1, 1]
-    if pair != [2, 2] or half != 2**levels // 2 or blocks[0] != blocks[1]:
-        raise ValueError(
-            f"butterfly: twiddle must be (S, D, log2 n, n/2, 2, 2) or (S, D, log2 n, n/2, 2, 2, b, b); "
-            f"got shape {tuple(twiddle.shape)}"
-        )
-    if x.shape[2] != 2**levels * blocks[0]:
-        raise ValueError(
-            f"butterfly: x has {x.shape[2]} features; {levels} factors with blocks of {blocks[0]} take "
-            f"{2**levels * blocks[0]}"
-        )
-    dtype = torch.promote_types(x.dtype, twiddle.dtype)
-    return dtype, at_least_float32(dtype)
 
 
 def _factors(twiddle: Tensor, increasing: bool) -> Iterator[tuple[Tensor, int]]:

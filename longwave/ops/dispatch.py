@@ -1,22 +1,28 @@
 """One rule for choosing an implementation: the first backend that has nothing against these inputs."""
 
 import contextlib
+import difflib
 import functools
-import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longwave.ops.declaration import Declaration
+from longwave.ops.kernel import Kernel, is_plain, transformed, watched, without_autocast
+
 OPS: dict[str, "Op"] = {}  # every op by name; the op contract tests walk this table
 
 WhyNot = Callable[..., str | None]
 
+FOLDERS = ("triton", "numba", "torch")  # of kernels, as _triton and so on, in the order in which they are tried
+CACHED = 1024  # kinds of calls that an op remembers
+
 _FORCED = os.environ.get("LONGWAVE_BACKEND", "auto")
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 @contextlib.contextmanager
@@ -30,129 +36,179 @@ def use_backend(name: str) -> Iterator[None]:
         _FORCED = before
 
 
-def without_autocast(device: torch.device | None) -> contextlib.AbstractContextManager:
-    """Within it autocast changes no dtype on the device: powers, filters and scans in bfloat16 would be noise."""
-    if device is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def _forced() -> str:
+    """The backend that LONGWAVE_BACKEND or use_backend names, or auto."""
+    known = ["auto", *dict.fromkeys(name for op in OPS.values() for name in op.backends)]
+    if _FORCED not in known:
+        nearest = difflib.get_close_matches(_FORCED, known, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"LONGWAVE_BACKEND: no op has a backend {_FORCED!r}; there are {', '.join(known)}{hint}")
+    return _FORCED
+
+
+class Composed:
+    """A backend that is a function of torch's own differentiable operations."""
+
+    def __init__(self, run: Callable[..., Any], why_not: WhyNot, keywords: Sequence[str]):
+        self.run, self._why_not, self._keywords = run, why_not, keywords
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._call(self.run, inputs)
+
+    def why_not(self, *inputs: Any) -> str | None:
+        """The reason why it cannot run these inputs, or None."""
+        return self._call(self._why_not, inputs)
+
+    def _call(self, function: Callable[..., Any], inputs: tuple) -> Any:
+        if not self._keywords:
+            return function(*inputs)
+        count = len(inputs) - len(self._keywords)
+        return function(*inputs[:count], **dict(zip(self._keywords, inputs[count:])))
 
 
 class Op:
-    """A pure tensor function: a reference that defines it, and faster twins with the same signature.
+    """A pure tensor function: a reference that defines it, and faster twins with the same arguments.
 
-    Used as a decorator on the reference. ``shapes`` names the axes of each tensor argument; a letter that occurs
-    twice must have one size, so every backend may rely on the shapes and the caller gets his own numbers in the error:
+    Used as a decorator on the reference. It names the axes of every tensor that goes in, and in ``returns`` of those
+    that come out (see :class:`longwave.ops.declaration.Declaration`), so every backend may rely on the shapes and the
+    caller gets his own numbers in the error:
 
-        @Op(u="B L C", k="C K")
+        @Op(u="B L C", k="C K", returns={"y": "B L C : u"})
         def causal_conv(u, k): ...
 
-    Calling the op takes the first backend whose ``why_not`` is None, in the order of registration, latest first, and
-    the reference last. ``backend="name"`` takes that one, or raises ValueError with the reason why it cannot run.
-    The environment variable LONGWAVE_BACKEND names a backend for every op that has it. An op computes in the dtypes of
-    its inputs, or wider ones: autocast does not reach into it.
+    A file of the op's name in ``_triton``, ``_numba`` or ``_torch`` is a backend (see
+    :class:`longwave.ops.kernel.Kernel`). ``@causal_conv.backend("torch")`` makes one of a function of torch operations.
+
+    What sizes must be beside that, ``check(*inputs)`` says by raising ValueError.
+
+    Calling the op takes the first backend whose ``why_not`` is None, in this order, and the reference last.
+    ``backend="name"`` takes that one, or raises ValueError with the reason why it cannot run. The environment variable
+    LONGWAVE_BACKEND names a backend for every op that has it. Where torch.func or forward mode differentiates, the
+    reference is taken. An op computes in the dtypes of its inputs, or wider ones: autocast does not reach into it.
     """
 
     __name__: str
 
-    def __init__(self, **shapes: str):
-        self.shapes = {
-            argument: [layout.split() for layout in layouts.split("|")] for argument, layouts in shapes.items()
-        }
-        self.backends: dict[str, tuple[Callable[..., Any], WhyNot]] = {}
-        self.arguments: list[str] = []
+    def __init__(self, *, returns: Mapping[str, str], check: Callable[..., None] | None = None, **tensors: str):
+        self._declared = tensors, returns
+        self._check = check
+        self.backends: dict[str, Composed | Kernel] = {}
 
-    def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, backend: str = "auto", **options: Any) -> Any:
         if not self.backends:
             return self._define(args[0])
-        with without_autocast(self._check(args, kwargs)):
-            return self._run(backend, args, kwargs)
+        inputs = self._bound(args, options)
+        run: Callable[..., Any]
+        key = None if torch.compiler.is_compiling() else _key(inputs)
+        if key is None:
+            run, device = self._choose(backend, inputs)
+        else:
+            key = backend, _FORCED, torch.is_grad_enabled(), *key
+            run, device = self._known.get(key) or self._remember(key, inputs)
+        with without_autocast(device):
+            return run(*inputs)
 
-    def _run(self, backend: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if backend == "auto" and _FORCED in self.backends:
-            backend = _FORCED
-        if backend == "auto":
-            run = next(run for run, why_not in self.backends.values() if why_not(*args, **kwargs) is None)
-            return run(*args, **kwargs)
-        if backend not in self.backends:
-            raise ValueError(f"{self.__name__} has no backend {backend!r}; it has {', '.join(self.backends)}")
-        run, why_not = self.backends[backend]
-        if reason := why_not(*args, **kwargs):
-            raise ValueError(f"{self.__name__}: backend {backend!r} cannot run this call: {reason}")
-        return run(*args, **kwargs)
+    def kernel(self, name: str, module: str) -> None:
+        """Take the module of that name as a backend, the first to be tried."""
+        self.backends = {name: Kernel(self.declaration, self.signature, name, module), **self.backends}
+        self._known.clear()
 
-    def backend(self, name: str, why_not: WhyNot = lambda *args, **kwargs: None) -> Callable:
-        """Register a twin. ``why_not(*inputs)`` returns the reason why it cannot run them, or None."""
+    def backend(self, name: str, why_not: WhyNot = lambda *args, **options: None) -> Callable:
+        """Take a function of torch operations as a backend, tried after the kernels; ``why_not`` as theirs."""
 
         def register(run: Callable) -> Callable:
-            self.backends = {name: (run, why_not), **self.backends}
+            others = dict(self.backends)
+            reference = others.pop("reference")
+            composed = Composed(run, why_not, self._keywords)
+            self.backends = {**others, name: composed, "reference": reference}
+            self._known.clear()
             return run
 
         return register
 
-    def why_not(self, name: str, *args: Any, **kwargs: Any) -> str | None:
+    def why_not(self, name: str, *args: Any, **options: Any) -> str | None:
         """The reason why backend ``name`` cannot run these inputs, or None if it can."""
-        return self.backends[name][1](*args, **kwargs)
+        return self.backends[name].why_not(*self._bound(args, options))
 
     def _define(self, reference: Callable) -> "Op":
         functools.update_wrapper(self, reference)
-        self.arguments = list(inspect.signature(reference).parameters)
-        self.backends["reference"] = (reference, lambda *args, **kwargs: None)
+        self.signature = inspect.signature(reference)
+        parameters = self.signature.parameters.values()
+        self.arguments = [parameter.name for parameter in parameters]
+        self._keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        self._defaults = [parameter.default for parameter in parameters]
+        self._required = [p.name for p in parameters if p.default is p.empty]
+        self.declaration = Declaration(self.__name__, *self._declared)
+        self._known: dict[tuple, tuple[Callable[..., Any], torch.device]] = {}
+        self.backends = {"reference": Composed(reference, lambda *args, **options: None, self._keywords)}
+        here = Path(__file__).parent
+        for folder in reversed(FOLDERS):
+            if (here / f"_{folder}" / f"{self.__name__}.py").exists():
+                self.kernel(folder, f"longwave.ops._{folder}.{self.__name__}")
         OPS[self.__name__] = self
         return self
 
-    def _check(self, args: tuple, kwargs: dict[str, Any]) -> torch.device | None:
-        """The device of the tensors, where they are as ``shapes`` says."""
-        if len(args) > len(self.arguments):
-            raise TypeError(f"{self.__name__} takes {', '.join(self.arguments)}; got {len(args)} positional arguments")
-        given = {**dict(zip(self.arguments, args)), **kwargs}
-        sizes: dict[str, tuple[int, str]] = {}
-        first = None
-        for argument, layouts in self.shapes.items():
-            tensor = given.get(argument)
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"{self.__name__}: {argument} must be a tensor; got {type(tensor).__name__}")
-            if not (tensor.is_floating_point() or tensor.is_complex() or argument == "mask"):
-                raise ValueError(
-                    f"{self.__name__}: {argument} must be floating point or complex; got {tensor.dtype}; convert it"
-                )
-            first = first or (tensor.device, argument)
-            if tensor.device != first[0]:
-                raise ValueError(
-                    f"{self.__name__}: {argument} is on {tensor.device} and {first[1]} on {first[0]}; move one of them"
-                )
-            axes = next((layout for layout in layouts if len(layout) == tensor.ndim), None)
-            wanted = " or ".join(f"({', '.join(layout)})" for layout in layouts)
-            if axes is None:
-                raise ValueError(f"{self.__name__}: {argument} must be {wanted}; got shape {tuple(tensor.shape)}")
-            for axis, size in zip(axes, tensor.shape):
-                letter, _, less = axis.partition("-")
-                size += int(less or 0)
-                known, owner = sizes.setdefault(letter, (size, argument))
-                if known != size:
-                    raise ValueError(
-                        f"{self.__name__}: {argument} must be {wanted} with {letter} = {known} as in {owner}; "
-                        f"got shape {tuple(tensor.shape)}"
-                    )
-        for letter, (size, owner) in sizes.items():
-            if size == 0 and letter != "M":  # there may be no taps that look ahead
-                raise ValueError(f"{self.__name__}: {owner} has {letter} = 0; at least 1 is needed")
-        return None if first is None else first[0]
+    def _bound(self, args: tuple, options: dict[str, Any]) -> list[Any]:
+        """All arguments in the order of the signature."""
+        inputs = [*args, *self._defaults[len(args) :]]
+        fits = len(args) <= len(self.arguments) - len(self._keywords)
+        for name in self._required[len(args) :]:
+            fits = fits and name in options
+        for name, value in options.items():
+            fits = fits and name in self.arguments[len(args) :]
+            if fits:
+                inputs[self.arguments.index(name)] = value
+        if not fits:
+            try:
+                self.signature.bind(*args, **options)
+            except TypeError as error:
+                raise TypeError(f"{self.__name__}: {error}") from None
+        return inputs
+
+    def _choose(self, name: str, inputs: list[Any]) -> tuple[Composed | Kernel, torch.device]:
+        """The backend that is to run, and the device it runs on."""
+        _, device = self.declaration.check(dict(zip(self.arguments, inputs)))
+        if self._check is not None:
+            self._check(*inputs)
+        if name == "auto":
+            forced = _forced()
+            name = "reference" if transformed() else forced if forced in self.backends else name
+        if name == "auto":
+            return next(backend for backend in self.backends.values() if backend.why_not(*inputs) is None), device
+        if name not in self.backends:
+            raise ValueError(f"{self.__name__} has no backend {name!r}; it has {', '.join(self.backends)}")
+        if reason := self.backends[name].why_not(*inputs):
+            raise ValueError(f"{self.__name__}: backend {name!r} cannot run this call: {reason}")
+        return self.backends[name], device
+
+    def _remember(self, key: tuple, inputs: list[Any]) -> tuple[Callable[..., Any], torch.device]:
+        """What a call of this kind is to run; of a kernel, the shortest way that its gradient allows."""
+        backend, device = self._choose(key[0], inputs)
+        run: Callable[..., Any] = backend
+        if isinstance(backend, Kernel) and device.type != "meta":
+            wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+            run = backend.recorded if wanted else backend.direct
+        if len(self._known) >= CACHED:
+            self._known.clear()
+        self._known[key] = run, device
+        return run, device
+
+
+def _key(inputs: list[Any]) -> tuple | None:
+    """All that checks and choice depend on, or None for inputs that are more than what their shapes say."""
+    if watched():
+        return None
+    key: list[Any] = []
+    for x in inputs:
+        if not is_plain(x):
+            return None
+        if isinstance(x, Tensor):
+            key += x.shape, x.dtype, x.device, x.requires_grad
+        else:
+            key.append(x)
+    return tuple(key)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which filters, FFTs and scans are computed: bf16 and fp16 are widened, float64 is kept."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def numba_why_not(*tensors: Tensor | None) -> str | None:
-    """Why the CPU kernels cannot take these tensors: the part of ``why_not`` that every numba backend shares."""
-    if not _HAS_NUMBA:
-        return "numba is not installed; pip install numba"
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"a tensor is on {tensor.device}, not on the CPU"
-        if tensor is not None and tensor.dtype in (torch.float64, torch.complex128):
-            return f"a tensor is {tensor.dtype}; the kernels compute in float32"
-    return None

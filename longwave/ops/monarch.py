@@ -8,7 +8,11 @@ from torch import Tensor
 from longwave.ops.dispatch import Op, at_least_float32
 
 
-@Op(x="N | B N | B L N", weight="K Q P")
+def _check_blocks(x: Tensor, weight: Tensor) -> None:
+    _check_width("blockdiag_multiply", x, weight)
+
+
+@Op(x="... N : any", weight="K Q P : any", check=_check_blocks, returns={"y": "... K*Q : x+weight"})
 def blockdiag_multiply(x: Tensor, weight: Tensor) -> Tensor:
     """y = diag(W_1, ..., W_K) x: every block of x by a matrix of its own.
 
@@ -16,7 +20,7 @@ def blockdiag_multiply(x: Tensor, weight: Tensor) -> Tensor:
     arXiv:2204.00595, sec. 3.1.
 
     Args:
-        x: (..., K P) real or complex, with up to two axes in front.
+        x: (..., K P) real or complex, with any axes in front.
         weight: (K, Q, P), one block a row.
     Returns:
         y: (..., K Q) in the wider dtype of the two.
@@ -24,7 +28,6 @@ def blockdiag_multiply(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: where x is not as wide as the blocks together, or devices disagree.
     Cost: O(K Q P) multiply-adds for every row of x.
     """
-    _check_width("blockdiag_multiply", x, weight)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     work = at_least_float32(dtype)
     return (x.to(work) @ torch.block_diag(*weight.to(work)).T).to(dtype)
@@ -32,12 +35,23 @@ def blockdiag_multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 @blockdiag_multiply.backend("torch")
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    _check_width("blockdiag_multiply", x, weight)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return _blocks(x.to(dtype), weight.to(dtype)).flatten(-2)
 
 
-@Op(x="N | B N | B L N", w1="K Q P", w2="J S R")
+def _check_chain(x: Tensor, w1: Tensor, w2: Tensor) -> None:
+    M, _, R = w2.shape
+    if len(w1) * w1.shape[1] != M * R:
+        raise ValueError(
+            f"monarch: the blocks of w1 {tuple(w1.shape)} give {len(w1) * w1.shape[1]} features; those of "
+            f"w2 {tuple(w2.shape)} take {M * R}"
+        )
+    _check_width("monarch", x, w1)
+
+
+@Op(
+    x="... N : any", w1="K Q P : any", w2="M S R : any", check=_check_chain, returns={"y": "... S*M : x+w1+w2"}
+)  # fmt: skip
 def monarch(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """y = P_2 diag(w2) P_1 diag(w1) x, the permutations being transpositions of the vector seen as a matrix.
 
@@ -46,7 +60,7 @@ def monarch(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     y[s M + m] = sum_r w2[m, s, r] h[r M + m].
 
     Args:
-        x: (..., K P) real or complex, with up to two axes in front.
+        x: (..., K P) real or complex, with any axes in front.
         w1: (K, Q, P), the blocks that come first.
         w2: (M, S, R), with M R = K Q. Q = M is the Monarch matrix of the paper, Q = M rank has blocks of higher rank.
     Returns:
@@ -116,12 +130,6 @@ def _blocks(x: Tensor, weight: Tensor) -> Tensor:
 def _middle(x: Tensor, w1: Tensor, w2: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """diag(w1) x, permuted for w2, and w2, in one dtype."""
     M, _, R = w2.shape
-    if len(w1) * w1.shape[1] != M * R:
-        raise ValueError(
-            f"monarch: the blocks of w1 {tuple(w1.shape)} give {len(w1) * w1.shape[1]} features; those of "
-            f"w2 {tuple(w2.shape)} take {M * R}"
-        )
-    _check_width("monarch", x, w1)
     dtype = torch.promote_types(torch.promote_types(x.dtype, w1.dtype), w2.dtype)
     h = blockdiag_multiply(x.to(dtype), w1.to(dtype), backend=backend)
     return h.unflatten(-1, (R, M)).transpose(-1, -2).flatten(-2), w2.to(dtype)

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longwave.ops.dispatch import Op, numba_why_not
+from longwave.ops.dispatch import Op
 
 
-@Op(u="B L C", weight="C K", bias="C", state="B K-1 C")
+@Op(
+    u="B L C", weight="C K", bias="C", state="B K-1 C", returns={"y": "B L C : u", "last": "B K-1 C : u"}
+)  # fmt: skip
 def short_conv(
     u: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, *, silu: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -33,7 +35,7 @@ def short_conv(
     full = _with_past(u, state, K)
     windows = full.unfold(1, K, 1)  # (B, L, C, K)
     y = torch.einsum("blck,ck->blc", windows, weight.to(u.dtype))
-    return _finish(y, bias, silu), _last(u, state, K)
+    return _finish(y, bias, silu), last_inputs(u, state, K)
 
 
 def _finish(y: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
@@ -41,7 +43,7 @@ def _finish(y: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     return F.silu(y) if silu else y
 
 
-def _last(u: Tensor, state: Tensor | None, K: int) -> Tensor:
+def last_inputs(u: Tensor, state: Tensor | None, K: int) -> Tensor:
     """The last K-1 inputs."""
     L = u.shape[1]
     return u[:, L - (K - 1) :].clone() if L >= K - 1 else _with_past(u, state, K)[:, L:].clone()
@@ -63,55 +65,4 @@ def _shifted_sum(
     y = full[:, K - 1 :] * taps[:, K - 1]
     for j in range(K - 1):
         y = torch.addcmul(y, full[:, j : j + L], taps[:, j])
-    return _finish(y, bias, silu), _last(u, state, K)
-
-
-@torch.library.custom_op("longwave::short_conv", mutates_args=())
-def _fused(u: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
-    from longwave.ops._numba import short_conv as kernels
-
-    return kernels.forward(u, weight, bias, past, silu).to(u.dtype)
-
-
-@_fused.register_fake
-def _(u, weight, bias, past, silu):
-    return u.new_empty(u.shape)
-
-
-@torch.library.custom_op("longwave::short_conv_backward", mutates_args=())
-def _fused_backward(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, weight, bias and past, also of those that are None."""
-    from longwave.ops._numba import short_conv as kernels
-
-    du, *grads = kernels.backward(dy, u, weight, bias, past, silu)
-    dtypes = [(weight if t is None else t).dtype for t in (weight, bias, past)]
-    dweight, dbias, dpast = (grad.to(dtype) for grad, dtype in zip(grads, dtypes))
-    return du.to(u.dtype), dweight, dbias, dpast
-
-
-@_fused_backward.register_fake
-def _(dy, u, weight, bias, past, silu):
-    (B, _, C), K = u.shape, weight.shape[1]
-    dbias, dpast = (weight.new_empty(()) if t is None else t for t in (bias, past))
-    return u.new_empty(u.shape), weight.new_empty(C, K), dbias.new_empty(C), dpast.new_empty(B, K - 1, C)
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy):
-    u, weight, bias, past = ctx.saved_tensors
-    du, dweight, dbias, dpast = _fused_backward(dy, u, weight, bias, past, ctx.silu)
-    return du, dweight, None if bias is None else dbias, None if past is None else dpast, None
-
-
-torch.library.register_autograd("longwave::short_conv", _backward, setup_context=_save)
-
-
-@short_conv.backend("numba", why_not=lambda *args, silu=False, **kwargs: numba_why_not(*args, *kwargs.values()))
-def _(u, weight, bias=None, state=None, *, silu=False):
-    return _fused(u, weight, bias, state, silu), _last(u, state, weight.shape[1])
+    return _finish(y, bias, silu), last_inputs(u, state, K)

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from longwave.ops.dispatch import Op, at_least_float32, numba_why_not
+from longwave.ops.dispatch import Op, at_least_float32
 from longwave.ops.linear_scan import linear_scan
 
-CHUNK = 32  # steps from one kept state to the next
 EMPTY = -1e38  # exponent of a state that has seen nothing; finite, as -inf - -inf is NaN
 
 
-@Op(k="B L C", v="B L C", w="C", u="C", state="B 3 C")
+@Op(
+    k="B L C", v="B L C", w="C", u="C", state="B 3 C", returns={"y": "B L C : v", "last": "B 3 C : float32+k+v"}
+)  # fmt: skip
 def wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y[t] = (sum_{s<t} e^((t-1-s) w + k[s]) v[s] + e^(u + k[t]) v[t]) / (the same without v),  for every channel.
 
@@ -45,11 +46,11 @@ def _prepare(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     work = at_least_float32(torch.promote_types(k.dtype, v.dtype))
-    state = _nothing(k, work) if state is None else state.to(work)
+    state = nothing(k, work) if state is None else state.to(work)
     return k.to(work), v.to(work), w.to(work), u.to(work), state.unbind(1)
 
 
-def _nothing(k: Tensor, work: torch.dtype) -> Tensor:
+def nothing(k: Tensor, work: torch.dtype) -> Tensor:
     B, _, C = k.shape
     state = k.new_zeros(B, 3, C, dtype=work)
     state[:, 2] = EMPTY
@@ -82,54 +83,3 @@ def _exponents(k: Tensor, w: Tensor, p: Tensor) -> Tensor:
     decays = torch.arange(1, k.shape[1] + 1, device=k.device)[:, None] * w.to(torch.float64)
     largest = torch.cummax(k - decays, dim=1).values
     return (torch.maximum(largest, p[:, None]) + decays).to(k.dtype)
-
-
-@torch.library.custom_op("longwave::wkv", mutates_args=())
-def _fused(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, the state after the last step, with ``keep`` those before each CHUNK steps)."""
-    from longwave.ops._numba import wkv as kernels
-
-    y, end, starts = kernels.forward(k, v, w, u, state, CHUNK, keep)
-    return y.to(v.dtype), end, starts
-
-
-@_fused.register_fake
-def _(k, v, w, u, state, keep):
-    B, L, C = k.shape
-    starts = state.new_empty(B, -(-L // CHUNK) if keep else 0, 3, C)
-    return v.new_empty(v.shape), state.new_empty(state.shape), starts
-
-
-@torch.library.custom_op("longwave::wkv_backward", mutates_args=())
-def _fused_backward(
-    dy: Tensor, dend: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from longwave.ops._numba import wkv as kernels
-
-    *grads, dstate = kernels.backward(dy, dend, k, v, w, u, starts, CHUNK)
-    dk, dv, dw, du = (grad.to(x.dtype) for grad, x in zip(grads, (k, v, w, u)))
-    return dk, dv, dw, du, dstate
-
-
-@_fused_backward.register_fake
-def _(dy, dend, k, v, w, u, starts):
-    return *(x.new_empty(x.shape) for x in (k, v, w, u)), torch.empty_like(dend)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], output[2])
-
-
-def _backward(ctx, dy, dend, _):
-    return *_fused_backward(dy, dend, *ctx.saved_tensors), None
-
-
-torch.library.register_autograd("longwave::wkv", _backward, setup_context=_save)
-
-
-@wkv.backend("numba", why_not=lambda *args, **kwargs: numba_why_not(*args, *kwargs.values()))
-def _(k, v, w, u, state=None):
-    state = _nothing(k, torch.float32) if state is None else state.to(torch.float32)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, w, u, state))
-    y, end, _ = _fused(k, v, w, u, state, keep)
-    return y, end

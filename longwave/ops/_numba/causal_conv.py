@@ -737,10 +737,10 @@ def gradients(
             taps_out(w, total, tile, dk, k_stride, K, dfuture, F, channel + c, lanes, M, radix, tw)
 
 
-def _plan(u: Tensor, k: Tensor, future: Tensor | None) -> tuple[int, int, int, int]:
+def _plan(u: Tensor, k: Tensor, k_future: Tensor | None) -> tuple[int, int, int, int]:
     """(causal taps that matter, future taps that matter, M, its radix)."""
     L = u.shape[1]
-    K, F = min(k.shape[1], L), 0 if future is None else min(future.shape[1], L - 1)
+    K, F = min(k.shape[1], L), 0 if k_future is None else min(k_future.shape[1], L - 1)
     return K, F, *plan(L, K, F)
 
 
@@ -752,22 +752,17 @@ def _span(C: int, M: int, rows: int) -> tuple[Width, int]:
 
 
 def forward(
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None,
-    gate_in: Tensor | None,
-    gate_out: Tensor | None,
-    future: Tensor | None,
+    u: Tensor, k: Tensor, skip: Tensor | None, gate_in: Tensor | None, gate_out: Tensor | None, k_future: Tensor | None
 ) -> Tensor:
-    """y (B, L, C), float32."""
+    """y (B, L, C)."""
     B, L, C = u.shape
-    K, F, M, radix = _plan(u, k, future)
+    K, F, M, radix = _plan(u, k, k_future)
     y = pool.empty(B, L, C)
     w, span = _span(C, M, B)
     spans = -(-C // span)
     tasks = 1 if torch.get_num_threads() == 1 else -(-4 * torch.get_num_threads() // spans)  # of the same channels
     rows = max(1, B // tasks)
-    taps = pool.flat(k), k.shape[1], K, pool.flat(None if future is None else future[:, :F]), F, pool.flat(skip)
+    taps = pool.flat(k), k.shape[1], K, pool.flat(None if k_future is None else k_future[:, :F]), F, pool.flat(skip)
     inputs = (pool.flat(t) for t in (u, gate_in, gate_out))
     pool.run(
         convolve,
@@ -775,37 +770,36 @@ def forward(
         *(w, pool.flat(y), *taps, *inputs, B, L, C, span, rows, M, radix, *tables(M, radix)),
         scratch_size=(TILE + 2) * w.lanes + 2 * span * 2 * M,
     )
-    return y
+    return y.to(u.dtype)
 
 
 def backward(
+    needed: set[str],
     dy: Tensor,
     u: Tensor,
     k: Tensor,
     skip: Tensor | None,
     gate_in: Tensor | None,
     gate_out: Tensor | None,
-    future: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the tensors that are there, in the order of the arguments, float32."""
+    k_future: Tensor | None,
+) -> dict[str, Tensor]:
+    """Float32 gradients; those of the gates only where they are needed."""
     B, L, C = u.shape
-    K, F, M, radix = _plan(u, k, future)
-    du = pool.empty(B, L, C)
-    dgate_in, dgate_out = (None if gate is None else pool.empty(B, L, C) for gate in (gate_in, gate_out))
+    K, F, M, radix = _plan(u, k, k_future)
+    grads = {name: pool.empty(B, L, C) for name in needed & {"gate_in", "gate_out"} | {"u"}}
     dk = torch.zeros(C, k.shape[1]) if k.shape[1] > K else pool.empty(C, K)
     dfuture = torch.zeros(C, F)
     w, span = _span(C, M, 1)
-    outputs = (pool.flat(t) for t in (du, dgate_in, dgate_out, dk, dfuture))
-    taps = pool.flat(k), k.shape[1], K, pool.flat(None if future is None else future[:, :F]), F, pool.flat(skip)
+    outputs = (pool.flat(t) for t in (grads["u"], grads.get("gate_in"), grads.get("gate_out"), dk, dfuture))
+    taps = pool.flat(k), k.shape[1], K, pool.flat(None if k_future is None else k_future[:, :F]), F, pool.flat(skip)
     inputs = (pool.flat(t) for t in (u, gate_in, gate_out))
-    arrays = 4 if B > 1 or gate_out is not None else 3
+    arrays = 4 if B > 1 or "gate_out" in needed else 3
     pool.run(
         gradients,
         -(-C // span),
         *(w, *outputs, pool.flat(dy), *taps, *inputs, B, L, C, span, M, radix, *tables(M, radix)),
         scratch_size=(TILE + 2) * w.lanes + arrays * span * 2 * M,
     )
-    if future is not None and future.shape[1] > F:
-        dfuture = torch.cat([dfuture, dfuture.new_zeros(C, future.shape[1] - F)], dim=1)
-    dskip = None if skip is None else dk[:, 0].clone()
-    return du, dk, dskip, dgate_in, dgate_out, None if future is None else dfuture
+    if k_future is not None:
+        grads["k_future"] = torch.nn.functional.pad(dfuture, (0, k_future.shape[1] - F))
+    return {**grads, "k": dk, "skip": dk[:, 0].clone()}

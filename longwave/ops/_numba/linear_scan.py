@@ -1,5 +1,5 @@
 # mypy: no-check-untyped-defs
-"""The linear recurrence along time, either way, and its gradient, in one pass over memory each.
+"""The linear recurrence along time and its gradient, in one pass over memory each.
 
 A row of time is W floats: W = C, or 2 C of complex numbers as (real, imaginary) pairs, of which a vector holds four. A
 task is a strip of neighbouring vectors in one sequence; their states stay in the L1 cache. W is at least LANES, and the
@@ -49,7 +49,7 @@ def _vectors(strip, strips, W):
 
 
 @kernel
-def _forward(start, stop, states, a, b, h0, h, L, W, strips, pairs, reverse):
+def _forward(start, stop, states, a, b, h0, h, L, W, strips, pairs):
     signs = _signs(states, ONE)
     for task in range(start, stop):
         batch = task // strips
@@ -57,7 +57,7 @@ def _forward(start, stop, states, a, b, h0, h, L, W, strips, pairs, reverse):
         for k in range(count):
             store(states, k * LANES, load(R, h0, batch * W + min((first + k) * LANES, W - LANES)))
         for step in range(L):
-            row = (batch * L + (L - 1 - step if reverse else step)) * W
+            row = (batch * L + step) * W
             for k in range(count):
                 i = row + min((first + k) * LANES, W - LANES)
                 x = _times_plus(load(R, a, i), load(R, states, k * LANES), load(R, b, i), pairs, signs)
@@ -66,7 +66,7 @@ def _forward(start, stop, states, a, b, h0, h, L, W, strips, pairs, reverse):
 
 
 @kernel
-def _backward(start, stop, carries, a, h0, h, dh, da, db, dh0, L, W, strips, pairs, reverse):
+def _backward(start, stop, carries, a, h0, h, dh, da, db, dh0, L, W, strips, pairs):
     """db[t] = dh[t] + conj(a[t+1]) db[t+1],  da[t] = conj(h[t-1]) db[t],  dh0 = conj(a[0]) db[0]."""
     conjugate = _signs(carries, -ONE)
     for task in range(start, stop):
@@ -74,14 +74,12 @@ def _backward(start, stop, carries, a, h0, h, dh, da, db, dh0, L, W, strips, pai
         first, count = _vectors(task % strips, strips, W)
         for k in range(count):
             store(carries, k * LANES, zero(R))
-        for step in range(L):
-            t = step if reverse else L - 1 - step
+        for t in range(L - 1, -1, -1):
             row = (batch * L + t) * W
-            before = row + (W if reverse else -W)
             for k in range(count):
                 place = min((first + k) * LANES, W - LANES)
                 grad = load(R, dh, row + place) + load(R, carries, k * LANES)
-                past = load(R, h0, batch * W + place) if step == L - 1 else load(R, h, before + place)
+                past = load(R, h, row - W + place) if t > 0 else load(R, h0, batch * W + place)
                 store(db, row + place, grad)
                 store(da, row + place, _times_plus(past, grad, zero(R), pairs, conjugate))
                 store(
@@ -99,12 +97,9 @@ def _floats(x: Tensor) -> Tensor:
     return F.pad(x, (0, LANES - x.shape[-1])) if x.shape[-1] < LANES else x
 
 
-def _numbers(x: Tensor, like: Tensor) -> Tensor:
-    """The way back, in the dtype of ``like`` (..., C)."""
-    C = like.shape[-1]
-    if like.is_complex():
-        x = torch.view_as_complex(x[..., : 2 * C].unflatten(-1, (C, 2)))
-    return x[..., :C].to(like.dtype).contiguous()
+def _numbers(x: Tensor, C: int, pairs: bool) -> Tensor:
+    """The way back, to (..., C)."""
+    return torch.view_as_complex(x[..., : 2 * C].unflatten(-1, (C, 2))) if pairs else x[..., :C]
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int, int]:
@@ -115,35 +110,30 @@ def _sizes(x: Tensor) -> tuple[int, int, int, int]:
     return L, W, strips, -(-vectors // strips) * LANES
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
-    """h (B, L, C) in the dtype that the three promote to; all real or all complex."""
-    like = b.new_empty(
-        b.shape, dtype=torch.promote_types(torch.promote_types(a.dtype, b.dtype), h0.dtype), device="meta"
-    )
+def why_not(a: Tensor, b: Tensor, h0: Tensor) -> str | None:
+    """One kernel does not mix real and complex numbers."""
+    if len({x.is_complex() for x in (a, b, h0)}) == 2:
+        return "some tensors are real and some complex; the kernel takes one kind"
+    return None
+
+
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    """h (B, L, C)."""
     inputs = [_floats(x) for x in (a, b, h0)]
     h = empty(*inputs[1].shape)
     L, W, strips, states = _sizes(h)
-    run(
-        _forward,
-        len(b) * strips,
-        *map(flat, inputs),
-        flat(h),
-        L,
-        W,
-        strips,
-        b.is_complex(),
-        reverse,
-        scratch_size=states,
-    )
-    return _numbers(h, like)
+    arrays = map(flat, (*inputs, h))
+    run(_forward, len(b) * strips, *arrays, L, W, strips, b.is_complex(), scratch_size=states)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), h0.dtype)
+    return _numbers(h, b.shape[2], b.is_complex()).to(dtype).contiguous()
 
 
-def backward(a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a, b and h0, in the dtypes of a, h and h0."""
+def backward(needed: set[str], dh: Tensor, a: Tensor, h0: Tensor, h: Tensor) -> dict[str, Tensor]:
+    """All gradients in one pass."""
     inputs = [_floats(x) for x in (a, h0, h, dh)]
     da, db = (empty(*inputs[0].shape) for _ in "ab")
     dh0 = empty(*inputs[1].shape)
     L, W, strips, states = _sizes(da)
     arrays = map(flat, (*inputs, da, db, dh0))
-    run(_backward, len(a) * strips, *arrays, L, W, strips, a.is_complex(), reverse, scratch_size=states)
-    return _numbers(da, a), _numbers(db, h), _numbers(dh0, h0)
+    run(_backward, len(a) * strips, *arrays, L, W, strips, a.is_complex(), scratch_size=states)
+    return {name: _numbers(x, a.shape[2], a.is_complex()) for name, x in (("a", da), ("b", db), ("h0", dh0))}

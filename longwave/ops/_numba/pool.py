@@ -41,17 +41,22 @@ class _Memory:
     """A tensor's memory to numpy, which keeps the tensor alive. Tensor.numpy() would forbid its storage to be resized,
     as FSDP2 does with the parameters it gathers."""
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Tensor, size: int):
         self.tensor = tensor
-        place, size = (tensor.data_ptr(), False), (tensor.numel(),)
-        self.__array_interface__ = {"data": place, "shape": size, "typestr": "<f4", "version": 3}
+        kind = f"<f{tensor.dtype.itemsize}"
+        self.__array_interface__ = {"data": (tensor.data_ptr(), False), "shape": (size,), "typestr": kind, "version": 3}
+
+
+def memory(tensor: Tensor, size: int) -> np.ndarray:
+    """The ``size`` numbers in memory from the first element of a real tensor on, whatever its strides."""
+    return np.asarray(_Memory(tensor.detach(), size))
 
 
 def flat(tensor: Tensor | None) -> np.ndarray:
     """A tensor as a flat float32 array: the memory of a contiguous float32 tensor, else a copy; None is empty."""
     if tensor is None or tensor.numel() == 0:
         return np.empty(0, np.float32)
-    return np.asarray(_Memory(tensor.detach().to(torch.float32).contiguous()))
+    return memory(tensor.to(torch.float32).contiguous(), tensor.numel())
 
 
 class _Results:

@@ -9,10 +9,11 @@ four) and stay in registers for the whole chunk. States and A come with the chan
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longwave.ops._numba.jit import kernel
-from longwave.ops._numba.pool import empty, flat, run
+from longwave.ops._numba.pool import empty, flat, memory, run
 from longwave.ops._numba.simd import (
     exp2,
     fma,
@@ -348,7 +349,7 @@ def _rows(x: Tensor | None) -> tuple[np.ndarray, int]:
     stride = x.stride(1)
     regular = x.numel() > 0 and x.stride(2) == 1 and stride >= E and (B == 1 or x.stride(0) == L * stride)
     if regular and x.dtype == torch.float32:
-        return x.detach().as_strided(((B * L - 1) * stride + E,), (1,)).numpy(), stride
+        return memory(x, (B * L - 1) * stride + E), stride
     return flat(x), E
 
 
@@ -359,11 +360,22 @@ def _sizes(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, int, int, int, int]:
     return u.shape[1], E, N, G, -(-E // (G * STRIP * LANES))
 
 
-def forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, softplus: bool, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (B, L, E), the last state (B, E, N), and the state before each chunk (B, chunks, N, E) or nothing."""
+def _fours(N: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    """States up to a multiple of four, as the kernel takes them four at a time."""
+    return [x if x is None or N % 4 == 0 else F.pad(x, (0, -N % 4)) for x in tensors]
+
+
+def why_not(*inputs):
+    """The kernel is one of real numbers."""
+    if any(isinstance(x, Tensor) and x.is_complex() for x in inputs):
+        return "a tensor is complex; the kernel computes in real numbers"
+    return None
+
+
+def forward(u, dt, A, B, C, D, state, z, dt_bias, softplus, keep):
+    """(y (B, L, E), the last state (B, E, N)), and the state before each T steps (B, chunks, N, E)."""
+    states = A.shape[1]
+    A, B, C, state = _fours(states, A, B, C, state)
     L, E, N, G, parts = _sizes(u, A, B)
     batch = len(u)
     y = empty(*u.shape)
@@ -376,14 +388,20 @@ def forward(
     sizes = (L, E, N, G, parts, z_stride, softplus, z is not None, keep)
     space = 2 * STRIP * N * LANES + 6 * ROW
     run(_forward, batch * G * parts, *inputs, *map(flat, (y, last, kept)), *sizes, scratch_size=space)
-    return y.to(u.dtype), last.transpose(1, 2).contiguous(), kept
+    return (y.to(u.dtype), last[:, :states].transpose(1, 2).contiguous()), kept
 
 
-def backward(
-    dy: Tensor, dlast: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, dt_bias: Tensor | None, kept: Tensor, softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of u, dt, A, B, C, D, state, z, dt_bias in float32; of z an empty one if there is none."""
+def saved(u, dt, A, *others):
+    """Like the states before each T steps."""
+    return u.new_empty(len(u), -(-u.shape[1] // T), A.shape[1] + -A.shape[1] % 4, len(A), dtype=torch.float32)
+
+
+def backward(needed, dy, dlast, u, dt, A, B, C, D, z, dt_bias, softplus, saved):
+    """All gradients in one pass, float32."""
+    states = A.shape[1]
+    dy = torch.zeros_like(u) if dy is None else dy
+    dlast = torch.zeros(len(u), *A.shape) if dlast is None else dlast
+    A, B, C, dlast = _fours(states, A, B, C, dlast)
     L, E, N, G, parts = _sizes(u, A, B)
     batch = len(u)
     du, ddt = (empty(*u.shape) for _ in "ud")
@@ -393,12 +411,20 @@ def backward(
     dstate = empty(batch, N, E)
     D, bias = (torch.zeros(E) if x is None else x for x in (D, dt_bias))
     z_rows, z_stride = _rows(z)
-    inputs = (*map(flat, (u, dt)), _channel_last(A), *map(flat, (B, C, D)), z_rows, *map(flat, (bias, kept, dy)))
+    inputs = (*map(flat, (u, dt)), _channel_last(A), *map(flat, (B, C, D)), z_rows, *map(flat, (bias, saved, dy)))
     grads = (du, ddt, dA, dB, dC, dD, dstate, dz, ddt_bias)
-    arrays = (grad.view(-1).numpy() for grad in grads)
+    arrays = (memory(grad, grad.numel()) for grad in grads)
     sizes = (L, E, N, G, parts, z_stride, softplus, z is not None)
     space = 2 * (STRIP + T) * N * LANES + 20 * ROW
     run(_backward, batch * G * parts, *inputs, _channel_last(dlast), *arrays, *sizes, scratch_size=space)
-    dB, dC = (x[0] if parts == 1 else x.sum(0) for x in (dB, dC))
-    dA, dD, ddt_bias = (x.sum(0).to(torch.float32) for x in (dA, dD, ddt_bias))
-    return du, ddt, dA.T.contiguous(), dB, dC, dD, dstate.transpose(1, 2).contiguous(), dz, ddt_bias
+    return {
+        "u": du,
+        "dt": ddt,
+        "A": dA.sum(0).T[:, :states],
+        "B": (dB[0] if parts == 1 else dB.sum(0))[..., :states],
+        "C": (dC[0] if parts == 1 else dC.sum(0))[..., :states],
+        "D": dD.sum(0),
+        "state": dstate[:, :states].transpose(1, 2),
+        "z": dz,
+        "dt_bias": ddt_bias.sum(0),
+    }

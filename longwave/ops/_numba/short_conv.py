@@ -24,6 +24,7 @@ from longwave.ops._numba.simd import (
     widest,
     zero,
 )
+from longwave.ops.short_conv import last_inputs
 
 R = widest  # lanes of a register
 LANES = R.lanes
@@ -37,33 +38,41 @@ LINE = 16  # floats of a cache line
 _ONE = np.float32(1.0)
 
 
-def forward(u: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
-    """y (B, L, C) float32."""
+def forward(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """y (B, L, C) and the last inputs."""
     (B, L, C), K = u.shape, weight.shape[1]
     y = pool.empty(B, L, C)
     segment = _segment(K)
     tasks = B * -(-L // segment) * -(-C // WIDTH)
-    arrays = (*_strided(u), pool.flat(past), pool.flat(weight), pool.flat(bias), pool.flat(y))
+    arrays = (*_strided(u), pool.flat(state), pool.flat(weight), pool.flat(bias), pool.flat(y))
     pool.run(_forward, tasks, *arrays, L, C, K, segment, silu, scratch_size=_tile_rows(K) * 4 * WIDTH)
-    return y
+    return y.to(u.dtype), last_inputs(u, state, K)
 
 
 def backward(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(du (B, L, C), dweight (C, K), dbias (C,), dpast (B, K-1, C)) float32, for the gradient dy of y alone."""
+    needed: set[str],
+    dy: Tensor | None,
+    dlast: Tensor | None,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    silu: bool,
+) -> dict[str, Tensor]:
+    """All gradients in one pass, float32."""
     (B, L, C), K = u.shape, weight.shape[1]
-    du, dpast = pool.empty(B, L, C), pool.empty(B, K - 1, C)
+    du, dstate = pool.empty(B, L, C), pool.empty(B, K - 1, C)
     segment = _segment(K)
     segments = -(-L // segment)
     sums = np.zeros((B * segments, K + 1, C))  # of weight and bias; float64, and as many whatever the threads
-    arrays = (*_strided(u), pool.flat(past), pool.flat(weight), pool.flat(bias), *_strided(dy))
+    dy = torch.zeros_like(u) if dy is None else dy
+    arrays = (*_strided(u), pool.flat(state), pool.flat(weight), pool.flat(bias), *_strided(dy))
     pool.run(
         _backward,
         B * segments * -(-C // WIDTH),
         *arrays,
         pool.flat(du),
-        pool.flat(dpast),
+        pool.flat(dstate),
         sums.reshape(-1),
         L,
         C,
@@ -72,8 +81,12 @@ def backward(
         silu,
         scratch_size=_tile_rows(K) * 6 * WIDTH,
     )
+    if dlast is not None:
+        fresh = min(L, K - 1)  # of the last K - 1 inputs, the others are the state's
+        du[:, L - fresh :] += dlast[:, K - 1 - fresh :]
+        dstate[:, L:] += dlast[:, : max(0, K - 1 - L)]
     total = torch.from_numpy(sums.sum(0)).float()
-    return du, total[:K].T.clone(memory_format=torch.contiguous_format), total[K].clone(), dpast
+    return {"u": du, "weight": total[:K].T, "bias": total[K].clone(), "state": dstate}
 
 
 def _segment(K: int) -> int:
@@ -91,7 +104,7 @@ def _strided(x: Tensor) -> tuple[np.ndarray, int, int]:
     B, L, C = x.shape
     if x.dtype == torch.float32 and x.stride(2) == 1 and x.numel() and min(x.stride()) > 0:
         batch, step, _ = x.stride()
-        return x.detach().as_strided(((B - 1) * batch + (L - 1) * step + C,), (1,)).numpy(), batch, step
+        return pool.memory(x, (B - 1) * batch + (L - 1) * step + C), batch, step
     return pool.flat(x), L * C, C
 
 

@@ -25,39 +25,58 @@ from longwave.ops._numba.simd import (
     widest,
     zero,
 )
+from longwave.ops.wkv import nothing
 
 R = widest  # lanes of a register
 LANES = R.lanes
 
+CHUNK = 32  # steps from one kept state to the next
 WIDTH = 32  # channels of a task
 STATE = 3 * LANES  # floats of the state of eight channels: numerator, denominator, exponent
 
 _ONE, _HALF = np.float32(1.0), np.float32(0.5)
 
 
-def forward(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, chunk: int, keep: bool) -> tuple[Tensor, ...]:
-    """(y (B, L, C), the state after the last step, those before each chunk (B, chunks, 3, C) if ``keep``) float32."""
+def forward(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, keep: bool
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(y (B, L, C), the last state (B, 3, C)), and the state before each CHUNK steps (B, chunks, 3, C)."""
     B, L, C = k.shape
-    y, end, chunks = pool.empty(B, L, C), pool.empty(B, 3, C), -(-L // chunk)
-    starts = pool.empty(B, chunks if keep else 0, 3, C)
-    arrays = [pool.flat(x) for x in (k, v, w, u, state, y, end, starts)]
-    scratch_size = WIDTH * 5 + 3 * chunk * LANES
-    pool.run(_forward, B * -(-C // WIDTH), *arrays, L, C, chunk, scratch_size=scratch_size)
-    return y, end, starts
+    state = nothing(k, torch.float32) if state is None else state
+    y, last, starts = pool.empty(B, L, C), pool.empty(B, 3, C), pool.empty(B, -(-L // CHUNK) if keep else 0, 3, C)
+    arrays = [pool.flat(x) for x in (k, v, w, u, state, y, last, starts)]
+    scratch_size = WIDTH * 5 + 3 * CHUNK * LANES
+    pool.run(_forward, B * -(-C // WIDTH), *arrays, L, C, CHUNK, scratch_size=scratch_size)
+    return (y.to(v.dtype), last), starts
+
+
+def saved(k: Tensor, *others: Tensor | None) -> Tensor:
+    """Like the states before each CHUNK steps."""
+    B, L, C = k.shape
+    return k.new_empty(B, -(-L // CHUNK), 3, C, dtype=torch.float32)
 
 
 def backward(
-    dy: Tensor, dend: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, starts: Tensor, chunk: int
-) -> tuple[Tensor, ...]:
-    """Gradients of k, v (B, L, C), w, u (C,) and of the state (B, 3, C), float32."""
+    needed: set[str],
+    dy: Tensor | None,
+    dlast: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    saved: Tensor,
+) -> dict[str, Tensor]:
+    """All gradients in one pass, float32."""
     B, L, C = k.shape
+    dy = torch.zeros(B, L, C) if dy is None else dy
+    dlast = torch.zeros(B, 3, C) if dlast is None else dlast
     dk, dv, dstate = pool.empty(B, L, C), pool.empty(B, L, C), pool.empty(B, 3, C)
     sums = np.zeros((B, 2, C))  # of w and u, float64
-    arrays = [pool.flat(x) for x in (k, v, w, u, starts, dy, dend, dk, dv, dstate)]
-    scratch_size = WIDTH * 5 + 2 * STATE + 10 * chunk * LANES
-    pool.run(_backward, B * -(-C // WIDTH), *arrays, sums.reshape(-1), L, C, chunk, scratch_size=scratch_size)
-    dw, du = torch.from_numpy(sums.sum(0)).float().unbind()
-    return dk, dv, dw.clone(), du.clone(), dstate
+    arrays = [pool.flat(x) for x in (k, v, w, u, saved, dy, dlast, dk, dv, dstate)]
+    scratch_size = WIDTH * 5 + 2 * STATE + 10 * CHUNK * LANES
+    pool.run(_backward, B * -(-C // WIDTH), *arrays, sums.reshape(-1), L, C, CHUNK, scratch_size=scratch_size)
+    dw, du = torch.from_numpy(sums.sum(0)).float()
+    return {"k": dk, "v": dv, "w": dw.clone(), "u": du.clone(), "state": dstate}
 
 
 @kernel
