@@ -84,6 +84,7 @@ def prepare(u, dt, A, B, C, state, dt_bias, softplus):
 
 
 def finish(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """y of sum_n C h (B, L, E): the real part of both halves, the skip and the gate."""
     y = 2 * y.real if y.is_complex() else y
     y = y if D is None else y + D.to(y.dtype) * u.to(y.dtype)
     y = y if z is None else y * F.silu(z.to(y.dtype))

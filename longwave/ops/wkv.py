@@ -51,6 +51,7 @@ def _prepare(
 
 
 def nothing(k: Tensor, work: torch.dtype) -> Tensor:
+    """The state (B, 3, C) before anything is seen."""
     B, _, C = k.shape
     state = k.new_zeros(B, 3, C, dtype=work)
     state[:, 2] = EMPTY
