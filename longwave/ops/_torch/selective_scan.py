@@ -57,7 +57,7 @@ def backward(needed, dy, dlast, u, dt, A, B, C, D, z, dt_bias, softplus, saved):
             du[:, t], ddt[:, t] = d_input * dt_t, d_input * u_t
         if needed & {"A", "dt", "dt_bias"}:
             before = torch.cat([saved[:, i : i + 1], h[:, :-1]], dim=1)
-            d_exponent = g * (before * decay).conj_physical()
+            d_exponent = g * before.conj_physical() * decay.conj_physical()
             dA += (d_exponent * dt_t[..., None]).sum((0, 1))
             ddt[:, t] += _real((d_exponent * A.conj_physical()).sum(-1))
         carry = decay[:, 0].conj_physical() * g[:, 0]
