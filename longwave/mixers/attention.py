@@ -1,4 +1,4 @@
-"""Causal softmax attention with rotary positions or none.
+"""Causal softmax attention with rotary positions or none, and a short convolution before it or none.
 
 Sources: Vaswani et al. (2017), arXiv:1706.03762, eq. 1; Su et al. (2021), arXiv:2104.09864, eq. 34. Parameter names are
 those of flash_attn's MHA, which the H3 and Hyena hybrids use.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
 from longwave.nn import append_time, rotate
-from longwave.nn.padding import is_real
+from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import attention
 
 
@@ -19,51 +19,87 @@ class AttentionState(NamedTuple):
     k: Tensor  # (B, t, H, P) every key so far
     v: Tensor  # (B, t, H, P)
     seen: Tensor  # (B, t) bool: False at padding
+    short: Tensor  # (B, K-1, 3 D) the short convolution's past, or (B, 0, 3 D) where there is none
 
 
 class Attention(Mixer, name="attention"):
-    """y = W_o softmax(q k^T / sqrt(P)) v, causal.
+    """y = W_o softmax(scale q k^T) v, causal.
 
     Args:
         d_model: D.
         heads: H, divides D.
         rotary_base: base of the rotary frequencies; None gives no positions at all.
         bias: on the projections.
+        rotary_dim: how many dimensions of each head are turned; None is all.
+        d_conv: K, taps of a depthwise convolution on queries, keys and values; 0 for none.
+        scale: of the logits; None is P^-0.5.
     Raises:
-        ValueError: where heads does not divide d_model, or leaves odd heads for rotary pairs.
+        ValueError: where heads does not divide d_model, or the dimensions to turn are no pairs within a head.
     """
 
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"heads": 2}, {"heads": 4, "rotary_base": None, "bias": False})
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"heads": 2},
+        {"heads": 4, "rotary_base": None, "bias": False},
+        {"heads": 2, "rotary_dim": 2, "d_conv": 3, "scale": 0.3},
+    )
 
-    def __init__(self, d_model: int, heads: int = 8, rotary_base: float | None = 10_000.0, bias: bool = True):
+    def __init__(
+        self,
+        d_model: int,
+        heads: int = 8,
+        rotary_base: float | None = 10_000.0,
+        bias: bool = True,
+        rotary_dim: int | None = None,
+        d_conv: int = 0,
+        scale: float | None = None,
+    ):
         super().__init__()
         if heads < 1 or d_model % heads:
             raise ValueError(f"attention: heads = {heads} does not divide d_model = {d_model}")
-        if rotary_base is not None and d_model // heads % 2:
+        if d_conv < 0:
+            raise ValueError(f"attention: d_conv >= 1 taps, or 0 for no convolution; got {d_conv}")
+        width = d_model // heads
+        turned = width if rotary_dim is None else rotary_dim
+        if rotary_base is not None and rotary_dim is None and width % 2:
             raise ValueError(
                 f"attention: rotary positions need an even head width; d_model = {d_model} over heads = {heads} "
-                f"gives {d_model // heads}"
+                f"gives {width}"
             )
+        if rotary_base is not None and (turned % 2 or not 2 <= turned <= width):
+            raise ValueError(f"attention: rotary_dim must be even, 2 to {width}, the width of a head; got {rotary_dim}")
         if rotary_base is not None and not rotary_base > 0:
             raise ValueError(f"attention: rotary_base > 0, or None for no positions; got {rotary_base}")
-        self.d_model, self.heads, self.rotary_base = d_model, heads, rotary_base
+        self.d_model, self.heads, self.rotary_base, self.rotary_dim = d_model, heads, rotary_base, turned
+        self.d_conv, self.scale = d_conv, scale
         self.Wqkv = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.dwconv_qkv = nn.Conv1d(3 * d_model, 3 * d_model, d_conv, groups=3 * d_model) if d_conv else None
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def init_state(self, batch: int) -> AttentionState:
         weight = self.Wqkv.weight
         empty = weight.new_zeros(batch, 0, self.heads, self.d_model // self.heads)
-        return AttentionState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=weight.device))
+        short = weight.new_zeros(batch, max(0, self.d_conv - 1), 3 * self.d_model)
+        return AttentionState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=weight.device), short)
 
     def mix(self, x: Tensor, state: AttentionState | None, padding: Tensor | None):
         start = 0 if state is None else state.seen.sum(1)  # by row: padding takes no position
         mask = None if padding is None else is_real(x.shape[1], padding)
-        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, P) each
-        if self.rotary_base is not None:
-            q, k = rotate(q, start, self.rotary_base), rotate(k, start, self.rotary_base)
+        qkv, short = self.Wqkv(x), None if state is None else state.short
+        if self.dwconv_qkv is not None:
+            conv = self.dwconv_qkv
+            qkv, short = padded_short_conv(silence(qkv, padding), conv.weight[:, 0], conv.bias, short, padding)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, P) each
+        q, k = self._turned(q, start), self._turned(k, start)
         if state is not None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-            state = AttentionState(append_time(state.k, k), append_time(state.v, v), append_time(state.seen, real))
+            past, seen = (append_time(state.k, k), append_time(state.v, v)), append_time(state.seen, real)
+            state = AttentionState(*past, seen, state.short if short is None else short)
             k, v, mask = state.k.to(q.dtype), state.v.to(q.dtype), state.seen
-        y = attention(q, k, v, mask=mask)
+        y = attention(q, k, v, mask=mask, scale=self.scale)
         return self.out_proj(y.flatten(2)), state
+
+    def _turned(self, x: Tensor, start: int | Tensor) -> Tensor:
+        if self.rotary_base is None:
+            return x
+        turned, kept = x.tensor_split([self.rotary_dim], dim=-1)
+        return torch.cat([rotate(turned, start, self.rotary_base), kept], dim=-1)

@@ -30,7 +30,7 @@ from longwave.official import (
 )
 from longwave.official.system import Choice, Family, Options, System, mapping
 
-SYSTEMS: dict[str, System | Family] = {
+SYSTEMS: dict[str, Any] = {
     **s4.SYSTEMS,
     **s4v3.SYSTEMS,
     **s4model.SYSTEMS,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from longwave.nn import Filter
 from longwave.official.system import Shapes
 
+Elementwise = Literal[
+    "gelu", None, "id", "identity", "linear", "relu", "elu", "tanh", "sigmoid", "softplus", "silu", "swish"
+]
+Activation = Literal["glu"] | Elementwise
 ELEMENTWISE: dict[str | None, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     None: nn.Identity,
@@ -272,3 +276,58 @@ class ConvBlock(nn.Module):
         y = self.out(y)
         y = y.movedim(-1, 1) if self.transposed else y
         return y if state is None else {"y": y, "next_state": state}
+
+
+class Call(nn.Module):
+    """A module of ours behind the call of an official one:  call(*inputs) = run(model, *inputs).
+
+    Args:
+        model: ours, with its own call and state.
+        run: what the official call does with it.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[..., Any]):
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Official inputs -> official outputs, a dict where there are several."""
+        return self.run(self.model, *inputs, **named)
+
+
+def mixed(mixer: nn.Module, x: Tensor) -> Tensor:
+    """A mixer without state, x (B, L, D) -> y (B, L, D)."""
+    return mixer(x)[0]
+
+
+def mixed_transposed(mixer: nn.Module, x: Tensor) -> Tensor:
+    """A mixer without state, x (B, D, L) -> y (B, D, L)."""
+    return mixer(x.transpose(1, 2))[0].transpose(1, 2)
+
+
+def logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """A language model without state: input_ids (B, L) -> logits (B, L, V); it does not look at positions."""
+    return model(input_ids)[0]
+
+
+def kernel_rows(filter: nn.Module, features: int, length: int) -> Tensor:
+    """The taps of a filter whose K rows are of as many features each, one after another: k (K, features, length)."""
+    return filter(length).unflatten(0, (-1, features))
+
+
+class Formula(nn.Module):
+    """Weights by their official names, and a function of them:  y = run(weights, *inputs).
+
+    Args:
+        run: takes this module, whose attributes the weights are, and the inputs.
+        shapes: of the weights, by name.
+    """
+
+    def __init__(self, run: Callable[..., Any], **shapes: tuple[int, ...]):
+        super().__init__()
+        self.run = run
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.run(self, *inputs, **named)

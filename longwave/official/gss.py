@@ -1,5 +1,7 @@
 """Modules of lucidrains' gated-state-spaces-pytorch 0.1.0: DSS, GSS and GatedStateSpacesLM."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -7,129 +9,72 @@ from longwave.mixers import GSS
 from longwave.models.backbone import Backbone, Block
 from longwave.models.lm import LM
 from longwave.nn import GSSFilter, LongConv
-from longwave.official.blocks import LMFace, MixerFace
-from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
+from longwave.official.blocks import Call, logits, mixed
+from longwave.official.source import Flag, Name, Names, Positive, Size, Source, System, Turn, inside
+
+PAIRS = Turn(lambda re, im: torch.stack([re, im], dim=-1), lambda pairs: pairs.unbind(-1))
+DSS = [
+    Name("param_D", "conv.D"),
+    Name("Lambda_real", "conv.filter.Lambda.log_neg_re"),
+    Name("Lambda_imag", "conv.filter.Lambda.im"),
+    Name("Lambda_imag", "conv.filter.Lambda.log_im"),
+    Name(("C_real", "C_imag"), "conv.filter.C", PAIRS),
+]
+BLOCK = [
+    Name("norm.", "norm1."),
+    Name("to_u.0.", "mixer.to_u."),
+    Name("to_v.0.", "mixer.to_v."),
+    *inside("dss.", "mixer.", [*DSS, Name("norm.", "norm.")]),
+    Name("", "mixer."),
+]
 
 
-class NormedConv(nn.Module):
-    """y = k * v + D v,  v = norm(x).
-
-    Args:
-        filter: gives k.
-    """
-
-    def __init__(self, filter: GSSFilter):
-        super().__init__()
-        self.norm, self.conv = nn.LayerNorm(filter.channels), LongConv(filter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, C) -> y (B, L, C)."""
-        return self.conv(self.norm(x))[0]
+def _from_the_end(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x.flip(1))[0].flip(1)
 
 
-def _dss_keys(C: int, N: int) -> Shapes:
-    keys: Shapes = {"norm.weight": (C,), "norm.bias": (C,), "param_D": (C,), "Lambda_real": (N,), "Lambda_imag": (N,)}
-    return keys | {"C_real": (C, N), "C_imag": (C, N)}
+class GSSLucidrains(Source):
+    """One of the three classes, ``cls``; options of the others do not matter."""
+
+    cls: Literal["DSS", "GSS", "GatedStateSpacesLM"] = "GSS"
+    dim: Size | None = None
+    kernel_N: Size = 512
+    dim_expansion_factor: Positive = 4.0
+    dss_kernel_N: Size = 512
+    dss_kernel_H: Size = 256
+    reverse_seq: Flag = False
+    dss_kernel_lambda_imag_exp: Flag = True
+    num_tokens: Size | None = None
+    depth: Size | None = None
+
+    def build(self) -> nn.Module:
+        for name in ("dim", "num_tokens", "depth") if self.cls == "GatedStateSpacesLM" else ("dim",):
+            if getattr(self, name) is None:
+                raise ValueError(f"the option {name!r} is missing")
+        assert self.dim is not None
+        eigenvalues = "exp_re_im" if self.dss_kernel_lambda_imag_exp else "exp"
+        if self.cls == "DSS":
+            conv = LongConv(GSSFilter(self.dim, self.kernel_N, eigenvalues=eigenvalues))
+            parts = nn.ModuleDict({"norm": nn.LayerNorm(self.dim), "conv": conv})
+            return Call(parts, lambda m, x: m["conv"](m["norm"](x))[0])
+        sizes = (self.dim, self.dss_kernel_N, self.dss_kernel_H, self.dim_expansion_factor)
+        if self.cls == "GSS":
+            return Call(Block(GSS(*sizes, eigenvalues), nn.LayerNorm), _from_the_end if self.reverse_seq else mixed)
+        assert self.depth is not None
+        assert self.num_tokens is not None
+        backbone = Backbone([GSS(*sizes, eigenvalues) for _ in range(self.depth)], nn.LayerNorm)
+        backbone.norm = nn.Identity()  # the official model ends without one
+        return Call(LM(backbone, self.num_tokens, tied=False), logits)
+
+    def names(self) -> Names:
+        if self.cls != "GatedStateSpacesLM":
+            return inside("", "model.", [*DSS, Name("norm.", "norm.")] if self.cls == "DSS" else BLOCK)
+        blocks = [
+            name
+            for i in range(self.depth or 0)
+            for name in inside(f"layers.{i}.", f"model.backbone.layers.{i}.", BLOCK)
+        ]
+        return [Name("token_emb.", "model.embedding."), Name("to_logits.", "model.head."), *blocks]
 
 
-def _gss_keys(o: Options) -> Shapes:
-    D, E, C = o.dim, int(o.dim_expansion_factor * o.dim), o.dss_kernel_H
-    return {
-        "norm.weight": (D,),
-        "norm.bias": (D,),
-        "to_u.0.weight": (E, D),
-        "to_v.0.weight": (C, D),
-        **prefixed("dss.", _dss_keys(C, o.dss_kernel_N)),
-        "to_gate.weight": (E, C),
-        "to_out.weight": (D, E),
-        "to_out.bias": (D,),
-    }
-
-
-def _keys(o: Options) -> Shapes:
-    if o.cls == "DSS":
-        return _dss_keys(o.dim, o.kernel_N)
-    if o.cls == "GSS":
-        return _gss_keys(o)
-    return {
-        "token_emb.weight": (o.num_tokens, o.dim),
-        **{f"layers.{i}.{key}": shape for i in range(o.depth) for key, shape in _gss_keys(o).items()},
-        "to_logits.weight": (o.num_tokens, o.dim),
-    }
-
-
-def _eigenvalues(o: Options) -> str:
-    return "exp_re_im" if o.dss_kernel_lambda_imag_exp else "exp"
-
-
-def _mixer(o: Options) -> GSS:
-    return GSS(o.dim, o.dss_kernel_N, o.dss_kernel_H, o.dim_expansion_factor, _eigenvalues(o))
-
-
-def _build(o: Options) -> nn.Module:
-    needed = {"DSS": ("dim",), "GSS": ("dim",), "GatedStateSpacesLM": ("dim", "num_tokens", "depth")}[o.cls]
-    for name in needed:
-        if getattr(o, name) is None:
-            raise ValueError(f"the option {name!r} is missing")
-    if o.cls == "DSS":
-        return NormedConv(GSSFilter(o.dim, o.kernel_N, eigenvalues=_eigenvalues(o)))
-    if o.cls == "GSS":
-        return MixerFace(Block(_mixer(o), nn.LayerNorm), reverse=o.reverse_seq)
-    backbone = Backbone([_mixer(o) for _ in range(o.depth)], nn.LayerNorm)
-    backbone.norm = nn.Identity()  # the official model ends without one
-    return LMFace(LM(backbone, o.num_tokens, tied=False))
-
-
-def _convert_dss(state: State, o: Options) -> State:
-    return {
-        "norm.weight": state["norm.weight"],
-        "norm.bias": state["norm.bias"],
-        "conv.D": state["param_D"],
-        "conv.filter.Lambda.log_neg_re": state["Lambda_real"],
-        f"conv.filter.Lambda.{'log_im' if o.dss_kernel_lambda_imag_exp else 'im'}": state["Lambda_imag"],
-        "conv.filter.C": torch.stack([state["C_real"], state["C_imag"]], dim=-1),
-    }
-
-
-def _convert_block(state: State, o: Options) -> State:
-    return {
-        "norm1.weight": state["norm.weight"],
-        "norm1.bias": state["norm.bias"],
-        "mixer.to_u.weight": state["to_u.0.weight"],
-        "mixer.to_v.weight": state["to_v.0.weight"],
-        **prefixed("mixer.", _convert_dss(under("dss.", state), o)),
-        **{f"mixer.{key}": state[key] for key in ("to_gate.weight", "to_out.weight", "to_out.bias")},
-    }
-
-
-def _convert(state: State, o: Options) -> State:
-    if o.cls == "DSS":
-        return _convert_dss(state, o)
-    if o.cls == "GSS":
-        return prefixed("model.", _convert_block(state, o))
-    ours = {"model.embedding.weight": state["token_emb.weight"], "model.head.weight": state["to_logits.weight"]}
-    for i in range(o.depth):
-        block = _convert_block(under(f"layers.{i}.", state), o)
-        ours |= prefixed(f"model.backbone.layers.{i}.", block)
-    return ours
-
-
-GSS_LUCIDRAINS = System(
-    options={
-        "cls": Choice("DSS", "GSS", "GatedStateSpacesLM", default="GSS"),
-        "dim": Size(None),
-        "kernel_N": 512,
-        "dim_expansion_factor": Number(4.0, above=0),
-        "dss_kernel_N": 512,
-        "dss_kernel_H": 256,
-        "reverse_seq": False,
-        "dss_kernel_lambda_imag_exp": True,
-        "num_tokens": Size(None),
-        "depth": Size(None),
-    },
-    keys=_keys,
-    build=_build,
-    convert=_convert,
-)
-
-SYSTEMS = {"gss_lucidrains": GSS_LUCIDRAINS}
+SYSTEMS = {"gss_lucidrains": System(GSSLucidrains)}

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from longwave.mixers import Hyena, HyenaTwoSided
 from longwave.nn import HyenaFilter
-from longwave.official.safari_hyena import convert_filter, filter_aliases, filter_keys, filter_options
-from longwave.official.system import Options, Shapes, Size, State, System, prefixed, under
+from longwave.official.source import Alias, Flag, Name, Names, Size, Source, System, Turn, inside
 from longwave.ops import causal_conv
 
 
@@ -20,13 +19,13 @@ class MonarchMixer(nn.Module):
         norm: of the input.
     """
 
-    def __init__(self, model: Hyena | HyenaTwoSided, residual: list[HyenaFilter], norm: nn.Module | None):
+    def __init__(self, model: Hyena | HyenaTwoSided, residual: list[HyenaFilter], norm: nn.Module):
         super().__init__()
         self.model, self.residual, self.norm = model, nn.ModuleList(residual), norm
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D) -> y (B, L, D)."""
-        x = x if self.norm is None else self.norm(x)
+        x = self.norm(x)
         y, _ = self.model(x)
         if not len(self.residual):
             return y
@@ -35,115 +34,64 @@ class MonarchMixer(nn.Module):
         return y + F.linear(r, self.model.out_proj.weight)
 
 
-def _filter(o: Options) -> Options:
-    """The options of the filters under the names of Hyena's code."""
-    return Options(
-        l_max=o.l_max,
-        filter_order=o.hyena_filter_order,
-        emb_dim=o.hyena_emb_dim,
-        w=o.hyena_w,
-        num_inner_mlps=2,
-        modulate=True,
-        shift=0.0,
-        target=1e-2,
-        fast_decay_pct=0.3,
-        slow_decay_pct=1.5,
-        bias=True,
-        normalized=False,
-    )
+def _gate_first(t: Tensor) -> Tensor:
+    x_1, x_0, v = t.chunk(3)  # the gate of the input comes first there
+    return torch.cat([x_0, x_1, v])
 
 
-def _filters(o: Options) -> list[str]:
-    return ["filter_fn", "filter_fn2"] if o.residual_long_conv else ["filter_fn"]
+class MonarchMixerSequenceMixing(Source):
+    """MonarchMixerSequenceMixing."""
+
+    ignored = frozenset({"dropout", "hyena_kernel_lr", "hyena_lr_pos_emb", "hyena_wd", "hyena_filter_dropout"})
+    optional = True
+    d_model: Size
+    l_max: Size = 128
+    bidirectional: Flag = False
+    hyena_w: float = 10.0
+    hyena_w_mod: float = 1.0
+    hyena_emb_dim: Size = 3
+    hyena_filter_order: Size = 16
+    residual_long_conv: Flag = False
+    hyena_training_additions: Flag = False
+
+    def build(self) -> nn.Module:
+        sizes = {"emb_dim": self.hyena_emb_dim, "width": self.hyena_filter_order}
+        model = (HyenaTwoSided if self.bidirectional else Hyena)(
+            self.d_model, self.l_max, frequency=self.hyena_w, **sizes
+        )
+        skips = [True, False] if self.bidirectional else [True]
+        residual = [
+            HyenaFilter(self.d_model, self.l_max, frequency=self.hyena_w, **sizes, skip=skip)
+            for skip in skips
+            if self.residual_long_conv
+        ]
+        norm = nn.LayerNorm(self.d_model) if self.hyena_training_additions else nn.Identity()
+        return MonarchMixer(model, residual, norm)
+
+    def names(self) -> Names:
+        places = {"filter_fn": ("model.filter_fn", "model.filter_ahead"), "filter_fn2": ("residual.0", "residual.1")}
+        table: Names = []
+        for name in ("filter_fn", "filter_fn2") if self.residual_long_conv else ("filter_fn",):
+            for side, place in zip(("", "_rev") if self.bidirectional else ("",), places[name]):
+                table += inside(f"{name}.", f"{place}.", self._filter(f"implicit_filter{side}"))
+        linear = Turn(_gate_first, lambda t: t)
+        return [
+            *table,
+            Name("in_linear.", "model.in_proj.", linear),
+            Name("short_filter.", "model.short_filter.", linear),
+            Name("out_linear.", "model.out_proj."),
+            Name("layernorm.", "norm."),
+        ]
+
+    def _filter(self, mlp: str) -> Names:
+        """Of one filter; the one ahead has an MLP of its own, and the same sine, positions and window."""
+        names: Names = []
+        faster = Turn(lambda t: t * self.hyena_w_mod, lambda t: t)
+        for i in (1, 3, 5):
+            freq, first = f"{mlp}.{i}.freq", "implicit_filter.1.freq"
+            names += [Alias(freq, first)] if freq != first else []
+            names.append(Name(freq, f"implicit_filter.{i}.freq", faster))
+        return [*names, Name(f"{mlp}.", "implicit_filter."), Name("", "")]
 
 
-def _keys(o: Options) -> Shapes:
-    D, filter = o.d_model, filter_keys(_filter(o), o.d_model)
-    if o.bidirectional:
-        filter |= {_reversed(key): shape for key, shape in filter.items()}
-    keys: Shapes = {
-        "in_linear.weight": (3 * D, D),
-        "in_linear.bias": (3 * D,),
-        "out_linear.weight": (D, D),
-        "out_linear.bias": (D,),
-        "short_filter.weight": (3 * D, 1, 3),
-        "short_filter.bias": (3 * D,),
-    }
-    if o.hyena_training_additions:
-        keys |= {"layernorm.weight": (D,), "layernorm.bias": (D,)}
-    return keys | {f"{name}.{key}": shape for name in _filters(o) for key, shape in filter.items()}
-
-
-def _reversed(key: str) -> str:
-    """The key of the filter ahead: an MLP of its own, and the same sine, positions and window."""
-    return key.replace("implicit_filter.", "implicit_filter_rev.")
-
-
-def _aliases(o: Options) -> dict[str, str]:
-    freqs = filter_aliases(_filter(o))
-    if o.bidirectional:
-        first = next(iter(freqs.values()))
-        freqs |= {_reversed(key): first for key in (first, *freqs)}
-    return {f"{name}.{key}": f"{name}.{first}" for name in _filters(o) for key, first in freqs.items()}
-
-
-def _build(o: Options) -> MonarchMixer:
-    options = filter_options(_filter(o))
-    model = (HyenaTwoSided if o.bidirectional else Hyena)(o.d_model, o.l_max, **options)
-    residual = []
-    if o.residual_long_conv:
-        skips = (True, False) if o.bidirectional else (True,)
-        residual = [HyenaFilter(o.d_model, o.l_max, **options, skip=skip) for skip in skips]
-    return MonarchMixer(model, residual, nn.LayerNorm(o.d_model) if o.hyena_training_additions else None)
-
-
-def _convert(state: State, o: Options) -> State:
-    ours = {}
-    for key in ("weight", "bias"):
-        ours[f"model.out_proj.{key}"] = state[f"out_linear.{key}"]
-        for theirs, name in (("in_linear", "in_proj"), ("short_filter", "short_filter")):
-            x_1, x_0, v = state[f"{theirs}.{key}"].chunk(3)  # the gate of the input comes first there
-            ours[f"model.{name}.{key}"] = torch.cat([x_0, x_1, v])
-        if o.hyena_training_additions:
-            ours[f"norm.{key}"] = state[f"layernorm.{key}"]
-    places = {"filter_fn": ("model.filter_fn", "model.filter_ahead"), "filter_fn2": ("residual.0", "residual.1")}
-    for name in _filters(o):
-        for place, filter in zip(places[name], _directions(state, o, name)):
-            ours |= prefixed(f"{place}.", filter)
-    return ours
-
-
-def _directions(state: State, o: Options, name: str) -> list[State]:
-    """The filter behind, and the one ahead where there is one, which has no weight of the present."""
-    filter = under(f"{name}.", state)
-    freq = filter["implicit_filter.1.freq"] * o.hyena_w_mod
-    found = []
-    for rename in (lambda key: key, _reversed)[: 2 if o.bidirectional else 1]:
-        one = {key: filter[rename(key)] for key in filter_keys(_filter(o), o.d_model) if rename(key) in filter}
-        found.append(convert_filter({**one, "implicit_filter.1.freq": freq}, _filter(o)))
-    for ahead in found[1:]:
-        del ahead["bias"]
-    return found
-
-
-M2 = System(
-    options={
-        "d_model": Size(),
-        "l_max": 128,
-        "bidirectional": False,
-        "hyena_w": 10.0,
-        "hyena_w_mod": 1.0,
-        "hyena_emb_dim": 3,
-        "hyena_filter_order": 16,
-        "residual_long_conv": False,
-        "hyena_training_additions": False,
-    },
-    ignored=frozenset({"dropout", "hyena_kernel_lr", "hyena_lr_pos_emb", "hyena_wd", "hyena_filter_dropout"}),
-    keys=_keys,
-    build=_build,
-    convert=_convert,
-    aliases=_aliases,
-    optional=True,
-)
-
-SYSTEMS = {"m2": M2}
+SYSTEMS = {"m2": System(MonarchMixerSequenceMixing)}

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,121 +10,84 @@ from torch import Tensor, nn
 from longwave.mixers import Mamba
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
-from longwave.official.blocks import LMFace
-from longwave.official.system import Choice, Options, Shapes, Size, State, System, prefixed
+from longwave.official.blocks import Call, logits
+from longwave.official.source import Alias, Flag, Name, Names, Size, Source, System
 from longwave.ops import selective_scan
 
 
-def _inner(o: Options) -> int:
-    return int(o.expand * o.hidden_size) if o.intermediate_size is None else o.intermediate_size
+class MambaForCausalLM(Source):
+    """MambaForCausalLM of transformers."""
 
-
-def _rank(o: Options) -> int:
-    return math.ceil(o.hidden_size / 16) if o.time_step_rank == "auto" else o.time_step_rank
-
-
-def _keys(o: Options) -> Shapes:
-    D, E, N, R = o.hidden_size, _inner(o), o.state_size, _rank(o)
-    layer: Shapes = {
-        "norm.weight": (D,),
-        "mixer.A_log": (E, N),
-        "mixer.D": (E,),
-        "mixer.conv1d.weight": (E, 1, o.conv_kernel),
-        "mixer.in_proj.weight": (2 * E, D),
-        "mixer.x_proj.weight": (R + 2 * N, E),
-        "mixer.dt_proj.weight": (E, R),
-        "mixer.dt_proj.bias": (E,),
-        "mixer.out_proj.weight": (D, E),
-    }
-    if o.use_conv_bias:
-        layer["mixer.conv1d.bias"] = (E,)
-    if o.use_bias:
-        layer |= {"mixer.in_proj.bias": (2 * E,), "mixer.out_proj.bias": (D,)}
-    return {
-        "backbone.embeddings.weight": (o.vocab_size, D),
-        **{f"backbone.layers.{i}.{key}": shape for i in range(o.num_hidden_layers) for key, shape in layer.items()},
-        "backbone.norm_f.weight": (D,),
-        "lm_head.weight": (o.vocab_size, D),
-    }
-
-
-def _build(o: Options) -> LMFace:
-    D, E = o.hidden_size, _inner(o)
-    if E % D:
-        raise ValueError(f"intermediate_size = {E} is not carried over: it is no multiple of hidden_size = {D}")
-    mixers = [
-        Mamba(
-            D,
-            d_state=o.state_size,
-            d_conv=o.conv_kernel,
-            expand=E // D,
-            dt_rank=_rank(o),
-            bias=o.use_bias,
-            conv_bias=o.use_conv_bias,
-        )
-        for _ in range(o.num_hidden_layers)
-    ]
-    backbone = Backbone(mixers, partial(nn.RMSNorm, eps=o.layer_norm_epsilon))
-    return LMFace(LM(backbone, o.vocab_size, tied=o.tie_word_embeddings))
-
-
-def _convert(state: State, o: Options) -> State:
-    fixed = {
-        "backbone.embeddings.weight": "embedding.weight",
-        "backbone.norm_f.weight": "backbone.norm.weight",
-        "lm_head.weight": "head.weight",
-    }
-    ours = {fixed.get(key) or key.replace(".norm.", ".norm1."): tensor for key, tensor in state.items()}
-    if o.tie_word_embeddings:
-        ours["head.weight"] = ours["embedding.weight"]
-    return prefixed("model.", ours)
-
-
-MAMBA_HF = System(
-    options={
-        "vocab_size": 50280,
-        "hidden_size": 768,
-        "state_size": 16,
-        "num_hidden_layers": 32,
-        "layer_norm_epsilon": 1e-5,
-        "expand": 2.0,
-        "intermediate_size": Size(None),
-        "conv_kernel": 4,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "time_step_rank": Size("auto"),
-        "hidden_act": Choice("silu", "swish"),
-        "tie_word_embeddings": True,
-        "rms_norm": Choice(True),
-    },
-    ignored=frozenset(
+    ignored = frozenset(
         {"residual_in_fp32", "initializer_range", "rescale_prenorm_residual", "use_cache", "use_mambapy"}
         | {"use_associative_scan", "time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme"}
         | {"time_step_floor", "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "model_type"}
         | {"torch_dtype", "dtype", "transformers_version", "d_model", "d_inner", "n_layer", "ssm_cfg"}
         | {"fused_add_norm", "pad_vocab_size_multiple"}
-    ),
-    keys=_keys,
-    build=_build,
-    convert=_convert,
-    aliases=lambda o: {"lm_head.weight": "backbone.embeddings.weight"} if o.tie_word_embeddings else {},
-    optional=True,
-)
+    )
+    optional = True
+    vocab_size: Size = 50280
+    hidden_size: Size = 768
+    state_size: Size = 16
+    num_hidden_layers: Size = 32
+    layer_norm_epsilon: float = 1e-5
+    expand: float = 2.0
+    intermediate_size: Size | None = None
+    conv_kernel: Size = 4
+    use_bias: Flag = False
+    use_conv_bias: Flag = True
+    time_step_rank: Size | Literal["auto"] = "auto"
+    hidden_act: Literal["silu", "swish"] = "silu"
+    tie_word_embeddings: Flag = True
+    rms_norm: Literal[True] = True
+
+    def build(self) -> nn.Module:
+        D = self.hidden_size
+        E = int(self.expand * D) if self.intermediate_size is None else self.intermediate_size
+        if E % D:
+            raise ValueError(f"intermediate_size = {E} is not carried over: it is no multiple of hidden_size = {D}")
+        options: dict[str, Any] = {
+            "d_state": self.state_size,
+            "d_conv": self.conv_kernel,
+            "expand": E // D,
+            "dt_rank": math.ceil(D / 16) if self.time_step_rank == "auto" else self.time_step_rank,
+            "bias": self.use_bias,
+            "conv_bias": self.use_conv_bias,
+        }
+        mixers = [Mamba(D, **options) for _ in range(self.num_hidden_layers)]
+        backbone = Backbone(mixers, partial(nn.RMSNorm, eps=self.layer_norm_epsilon))
+        return Call(LM(backbone, self.vocab_size, tied=self.tie_word_embeddings), logits)
+
+    def names(self) -> Names:
+        head = "lm_head.weight"
+        return [
+            *([Alias(head, "backbone.embeddings.weight")] if self.tie_word_embeddings else []),
+            Name("backbone.embeddings.", "model.embedding."),
+            Name("backbone.norm_f.", "model.backbone.norm."),
+            Name(head, "model.head.weight"),
+            *(
+                Name(f"backbone.layers.{i}.norm.", f"model.backbone.layers.{i}.norm1.")
+                for i in range(self.num_hidden_layers)
+            ),
+            Name("", "model."),
+        ]
 
 
-class SelectiveScan(nn.Module):
-    """:func:`longwave.ops.selective_scan` in the layout of the authors' selective_scan_ref, time last.
+class SelectiveScan(Source):
+    """selective_scan_ref, which has no weights of its own."""
 
-    Args:
-        softplus: delta becomes log(1 + exp(delta + delta_bias)).
-    """
+    ignored = frozenset(
+        {"dim", "dstate", "groups", "variable_B", "variable_C", "complex_A", "D", "z", "delta_bias"}
+        | {"return_last_state"}
+    )
+    delta_softplus: Flag = False
 
-    def __init__(self, softplus: bool):
-        super().__init__()
-        self.softplus = softplus
+    def build(self) -> nn.Module:
+        return Call(nn.Identity(), self.run)
 
-    def forward(
+    def run(
         self,
+        model: nn.Module,
         u: Tensor,
         delta: Tensor,
         A: Tensor,
@@ -134,7 +97,7 @@ class SelectiveScan(nn.Module):
         z: Tensor | None = None,
         delta_bias: Tensor | None = None,
     ) -> dict[str, Any]:
-        """The scan and its last state.
+        """:func:`longwave.ops.selective_scan` in the authors' layout, time last.
 
         Args:
             u, delta, z: (B, D, L).
@@ -149,17 +112,9 @@ class SelectiveScan(nn.Module):
         B, C = (_time_second(x, A, u.shape[2]) for x in (B, C))  # (B or 1, L, G, N)
         groups = max(B.shape[2], C.shape[2])
         B, C = (x.expand(len(u), -1, -1, -1).repeat_interleave(groups // x.shape[2], dim=2) for x in (B, C))
-        y, state = selective_scan(
-            u.transpose(1, 2),
-            delta.transpose(1, 2),
-            A,
-            B,
-            C,
-            D,
-            z=None if z is None else z.transpose(1, 2),
-            dt_bias=delta_bias,
-            softplus=self.softplus,
-        )
+        z = None if z is None else z.transpose(1, 2)
+        more = {"z": z, "dt_bias": delta_bias, "softplus": self.delta_softplus}
+        y, state = selective_scan(u.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, **more)
         return {"y": y.transpose(1, 2), "last_state": state}
 
 
@@ -172,15 +127,4 @@ def _time_second(x: Tensor, A: Tensor, length: int) -> Tensor:
     return (x[:, None] if x.ndim == 3 else x).permute(0, 3, 1, 2)
 
 
-SELECTIVE_SCAN = System(
-    options={"delta_softplus": False},
-    ignored=frozenset(
-        {"dim", "dstate", "groups", "variable_B", "variable_C", "complex_A", "D", "z", "delta_bias"}
-        | {"return_last_state"}
-    ),
-    keys=lambda o: {},
-    build=lambda o: SelectiveScan(o.delta_softplus),
-    convert=lambda state, o: {},
-)
-
-SYSTEMS = {"mamba_hf": MAMBA_HF, "selective_scan": SELECTIVE_SCAN}
+SYSTEMS = {"mamba_hf": System(MambaForCausalLM), "selective_scan": System(SelectiveScan)}

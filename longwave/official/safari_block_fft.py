@@ -1,105 +1,81 @@
 """BlockFFT of github.com/HazyResearch/safari (commit 02220c6), a Fourier transform in learned blocks."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 from longwave.nn.module import at_least_float32
-from longwave.official.blocks import ELEMENTWISE
-from longwave.official.system import Choice, Options, Shapes, Size, State, System, prefixed
+from longwave.official.blocks import ELEMENTWISE, Call, Elementwise
+from longwave.official.replicas.conv import Transform
+from longwave.official.source import Alias, Flag, Name, Names, Size, Source, System, Turn, inside, unused
 
-Transform = Callable[[Tensor, int], Tensor]
 _RADIX = 16  # of the official transform, whatever its max_m
 
 
-def _matrix_sizes(o: Options) -> list[int]:
-    """Of the official parameters: max_m says how many there are, and no more than that."""
-    if o.max_m < 1 or o.max_m & (o.max_m - 1):
-        raise ValueError(f"the option max_m = {o.max_m} is no power of two")
-    if not o.learn_dft_matrices:
-        return []
-    if o.max_m < _RADIX:
-        raise ValueError(f"the option max_m = {o.max_m} leaves out the matrix of {_RADIX}, which is always needed")
-    return [2**i for i in range(1, o.max_m.bit_length())]
+class BlockOptions(Source):
+    """The transform of any length."""
+
+    ignored = frozenset({"dft_lr", "dropout"})
+    learn_dft_matrices: Flag = True
+    H: Size = 1
+    max_m: Size = 16
+    learn_additive: Flag = False
+    activation: Elementwise = None
+
+    def transform(self) -> Transform:
+        """It, fixed or learned."""
+        if self.max_m & (self.max_m - 1):
+            raise ValueError(f"the option max_m = {self.max_m} is no power of two")
+        activation = None if self.activation is None else ELEMENTWISE[self.activation]()
+        if not self.learn_dft_matrices:
+            return partial(block_fft, activation=activation)
+        if self.max_m < _RADIX:
+            raise ValueError(
+                f"the option max_m = {self.max_m} leaves out the matrix of {_RADIX}, which is always needed"
+            )
+        return BlockFFT(self.H, _RADIX, activation)
+
+    def transform_names(self) -> Names:
+        """Every matrix has two names; ours are whole, where the official ones are added to the Fourier matrices."""
+        sizes = [2**i for i in range(1, self.max_m.bit_length())] if self.learn_dft_matrices else []
+        turn = Turn(self._added, lambda t: t)
+        return [
+            *(Alias(f"dft_matrices.{i}", f"mat_{n}") for i, n in enumerate(sizes)),
+            *(Name(f"mat_{n}", f"mat_{n}", turn) for n in sizes if n <= _RADIX),
+            *(unused(f"mat_{n}", self.H, n, n, 2) for n in sizes if n > _RADIX),
+        ]
+
+    def _added(self, matrix: Tensor) -> Tensor:
+        if not self.learn_additive:
+            return matrix
+        fourier = dft_matrices(_RADIX, torch.complex128)[matrix.shape[1]]
+        return matrix + torch.view_as_real(fourier).to(matrix)
 
 
-def block_keys(o: Options) -> Shapes:
-    """The official keys, every matrix under two names."""
-    shapes = [(o.H, n, n, 2) for n in _matrix_sizes(o)]
-    return {
-        **{f"mat_{shape[1]}": shape for shape in shapes},
-        **{f"dft_matrices.{i}": shape for i, shape in enumerate(shapes)},
-    }
+class BlockTransform(BlockOptions):
+    """BlockFFT."""
 
+    N: Size
+    forward: Literal[True] = True
 
-def block_aliases(o: Options) -> dict[str, str]:
-    """The second name of every matrix, to the first."""
-    return {f"dft_matrices.{i}": f"mat_{n}" for i, n in enumerate(_matrix_sizes(o))}
+    def build(self) -> nn.Module:
+        transform: Any = self.transform()
+        return Call(transform, self.run) if self.learn_dft_matrices else Call(nn.Identity(), self.run_fixed)
 
-
-def build_block(o: Options) -> Transform:
-    """The transform, fixed or learned."""
-    activation = None if o.activation is None else ELEMENTWISE[o.activation]()
-    if not _matrix_sizes(o):
-        return partial(block_fft, activation=activation)
-    return BlockFFT(o.H, _RADIX, activation)
-
-
-def _build_face(o: Options) -> nn.Module:
-    if o.N < 1:
-        raise ValueError(f"the option N = {o.N} is below 1")
-    return BlockFFTFace(build_block(o), o.N)
-
-
-def convert_block(state: State, o: Options) -> State:
-    """The official matrices as ours: whole, where the official ones are added to the Fourier matrices."""
-    ours = {}
-    if o.learn_dft_matrices:
-        for n, fourier in dft_matrices(_RADIX, torch.complex128).items():
-            ours[f"mat_{n}"] = state[f"mat_{n}"]
-            if o.learn_additive:
-                ours[f"mat_{n}"] = ours[f"mat_{n}"] + torch.view_as_real(fourier).to(ours[f"mat_{n}"])
-    return ours
-
-
-class BlockFFTFace(nn.Module):
-    """A transform behind the call of the authors' BlockFFT, complex numbers as pairs.
-
-    Args:
-        model: the transform.
-        length: N.
-    """
-
-    def __init__(self, model: Transform, length: int):
-        super().__init__()
-        self.model, self.length = model, length
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def run(self, transform: Any, x: Tensor) -> dict[str, Tensor]:
         """x (..., H, L) complex, or (..., H, L, 2) real -> {"re", "im"}, (..., H, N rounded up to a power of two)."""
-        y = self.model(x if x.is_complex() else torch.view_as_complex(*at_least_float32(x.contiguous())), self.length)
+        y = transform(x if x.is_complex() else torch.view_as_complex(*at_least_float32(x.contiguous())), self.N)
         return {"re": y.real, "im": y.imag}
 
+    def run_fixed(self, nothing: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """The same without weights."""
+        return self.run(self.transform(), x)
 
-_BLOCK_OPTIONS = {
-    "learn_dft_matrices": True,
-    "H": 1,
-    "max_m": 16,
-    "learn_additive": False,
-    "activation": Choice(*ELEMENTWISE, default=None),
-}
+    def names(self) -> Names:
+        return inside("", "model.", self.transform_names())
 
-BLOCK_FFT = System(
-    options={**_BLOCK_OPTIONS, "N": Size(), "forward": Choice(True)},
-    ignored=frozenset({"dft_lr", "dropout"}),
-    keys=block_keys,
-    build=_build_face,
-    convert=lambda state, o: prefixed("model.", convert_block(state, o)),
-    aliases=block_aliases,
-)
-BLOCK_FFT_ARGS = replace(BLOCK_FFT, options=_BLOCK_OPTIONS)  # to read them; the LongConv around says the length
 
-SYSTEMS = {"blockfft": BLOCK_FFT}
+SYSTEMS = {"blockfft": System(BlockTransform)}

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.mixers import H3
+from longwave.mixers import H3, Mixer
 from longwave.nn import ShiftFilter, Truncated
-from longwave.official.blocks import MixerFace
-from longwave.official.safari_longconv import KERNEL_IGNORED, KERNEL_OPTIONS, CircularConv, build_kernel, taps
-from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed
+from longwave.official.blocks import Call, mixed
+from longwave.official.replicas.conv import Conv
+from longwave.official.replicas.hyena import H3Conv, WholeSequences
+from longwave.official.safari_longconv import KernelOptions
+from longwave.official.source import Flag, Name, Names, One, Size, Source, System, Turn, inside
 
 LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {  # of the authors' transforms of -Re A
     "exp": lambda x: x,
@@ -20,144 +23,113 @@ LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {  # of the authors' transfo
     "sigmoid": F.logsigmoid,
     "softplus": lambda x: torch.log(F.softplus(x)),
 }
+FIRST = Turn(lambda t: t[0], lambda t: t[None])
 
 
-def _h3_keys(o: Options) -> Shapes:
-    D, H, N, P = o.d_model, o.d_model // o.head_dim, o.d_state, o.d_state // 2
-    S = H if o.n_ssm is None else o.n_ssm
-    linears = ("q_proj", "k_proj", "v_proj", "output_linear")
-    return {
-        "ssm_k_D": (D,),
-        "D": (H,),
-        **{f"{name}.weight": (D, D) for name in linears},
-        **{f"{name}.bias": (D,) for name in linears},
-        "ssm_k_kernel.kernel.B": (D, N),
-        "ssm_k_kernel.kernel.C": (1, D, N),
-        "kernel.kernel.log_dt": (H,),
-        "kernel.kernel.inv_A_real": (S, P),
-        "kernel.kernel.A_imag": (S, P),
-        "kernel.kernel.B": (S, P, 2),
-        "kernel.kernel.C": (1, H, P, 2),
-    }
+class H3Layer(Source):
+    """H3."""
 
-
-def _build_h3(o: Options) -> MixerFace:
-    if o.d_model % o.head_dim:
-        raise ValueError(f"head_dim = {o.head_dim} does not divide d_model = {o.d_model}")
-    if o.n_ssm is not None and (o.d_model // o.head_dim) % o.n_ssm:
-        raise ValueError(f"n_ssm = {o.n_ssm} does not divide the {o.d_model // o.head_dim} heads")
-    model = H3(o.d_model, o.d_state // 2 * 2, o.head_dim, discretization=o.disc, systems=o.n_ssm)
-    model.ssm_k_kernel = ShiftFilter(o.d_model, o.d_state)
-    if o.l_max is not None:  # the authors truncate when they convolve, though not when they step
-        model.kernel = Truncated(model.kernel, o.l_max)  # type: ignore[assignment]
-        if o.l_max < o.d_state:
-            model.ssm_k_kernel = Truncated(model.ssm_k_kernel, o.l_max)  # type: ignore[assignment]
-    return MixerFace(model)
-
-
-def _convert_h3(state: State, o: Options) -> State:
-    ours = {key: tensor for key, tensor in state.items() if "kernel.kernel." not in key}
-    system = {key: state[f"kernel.kernel.{key}"] for key in ("log_dt", "A_imag", "B", "C")}
-    system["C"] = system["C"][0]
-    real = state["kernel.kernel.inv_A_real"]
-    if o.real_type == "none" and (real <= 0).any():
-        raise ValueError("real_type = 'none' is carried over where 'kernel.kernel.inv_A_real' is positive; it is not")
-    system["log_A_real"] = LOGARITHMS[o.real_type](real)
-    if o.force_real:
-        system["A_imag"] = 0 * system["A_imag"]
-    if o.bandlimit is not None:  # modes that oscillate too fast are silenced for good
-        oscillation = system["A_imag"].abs().repeat(len(system["C"]) // len(real), 1)
-        slow = system["log_dt"].exp()[:, None] * oscillation / (2 * math.pi) < o.bandlimit / 2
-        system["C"] = system["C"] * slow[..., None]
-    shift = {"B": state["ssm_k_kernel.kernel.B"], "C": state["ssm_k_kernel.kernel.C"][0]}
-    cut = o.l_max is not None
-    ours |= {f"kernel.inner.{key}" if cut else f"kernel.{key}": tensor for key, tensor in system.items()}
-    cut = cut and o.l_max < o.d_state
-    ours |= {f"ssm_k_kernel.inner.{key}" if cut else f"ssm_k_kernel.{key}": tensor for key, tensor in shift.items()}
-    return prefixed("model.", ours)
-
-
-H3_LAYER = System(
-    options={
-        "d_model": Size(),
-        "d_state": 64,
-        "l_max": Size(None),
-        "head_dim": 1,
-        "n_ssm": Size(None),
-        "mode": Choice("diag"),
-        "disc": Choice("bilinear", "zoh"),
-        "real_type": Choice(*LOGARITHMS),
-        "bandlimit": Number(None),
-        "force_real": False,
-        "rate": Choice(1.0),
-    },
-    ignored=frozenset(
+    ignored = frozenset(
         {"use_fast_fftconv", "dropout", "layer_idx", "device", "dtype", "lr", "verbose", "deterministic"}
         | {"dt_min", "dt_max", "measure", "measure_args", "rank"}
-    ),
-    keys=_h3_keys,
-    build=_build_h3,
-    convert=_convert_h3,
-)
+    )
+    d_model: Size
+    d_state: Size = 64
+    l_max: Size | None = None
+    head_dim: Size = 1
+    n_ssm: Size | None = None
+    mode: Literal["diag"] = "diag"
+    disc: Literal["bilinear", "zoh"] = "bilinear"
+    real_type: Literal["exp", "none", "relu", "sigmoid", "softplus"] = "exp"
+    bandlimit: float | None = None
+    force_real: Flag = False
+    rate: One = 1
+
+    def mixer(self) -> Mixer:
+        """The layer of a language model."""
+        if self.d_model % self.head_dim:
+            raise ValueError(f"head_dim = {self.head_dim} does not divide d_model = {self.d_model}")
+        if (self.d_model // self.head_dim) % (self.n_ssm or 1):
+            raise ValueError(f"n_ssm = {self.n_ssm} does not divide the {self.d_model // self.head_dim} heads")
+        N = self.d_state // 2 * 2
+        model: Any = H3(self.d_model, N, self.head_dim, discretization=self.disc, systems=self.n_ssm)
+        model.ssm_k_kernel = ShiftFilter(self.d_model, self.d_state)
+        if self.l_max is not None:  # the authors truncate when they convolve, though not when they step
+            model.kernel = Truncated(model.kernel, self.l_max)
+            if self.l_max < self.d_state:
+                model.ssm_k_kernel = Truncated(model.ssm_k_kernel, self.l_max)
+        return model
+
+    def build(self) -> nn.Module:
+        return Call(self.mixer(), mixed)
+
+    def mixer_names(self) -> Names:
+        """Of :meth:`mixer`."""
+        cut = "" if self.l_max is None else "inner."
+        short = "inner." if self.l_max is not None and self.l_max < self.d_state else ""
+        system = [
+            Name("inv_A_real", "log_A_real", Turn(self._logarithm, lambda t: t)),
+            *([Name("A_imag", "A_imag", Turn(lambda t: 0 * t, lambda t: t))] if self.force_real else []),
+            Name("C", "C", FIRST) if self.bandlimit is None else self._in_band(),
+            Name("", ""),
+        ]
+        return [
+            *inside("kernel.kernel.", f"kernel.{cut}", system),
+            *inside("ssm_k_kernel.kernel.", f"ssm_k_kernel.{short}", [Name("C", "C", FIRST), Name("", "")]),
+            Name("", ""),
+        ]
+
+    def _logarithm(self, real: Tensor) -> Tensor:
+        if self.real_type == "none" and (real <= 0).any():
+            raise ValueError(
+                "real_type = 'none' is carried over where 'kernel.kernel.inv_A_real' is positive; it is not"
+            )
+        return LOGARITHMS[self.real_type](real)
+
+    def _in_band(self) -> Name:
+        """Modes that oscillate too fast are silenced for good."""
+        assert self.bandlimit is not None
+        limit, still = self.bandlimit, self.force_real
+
+        def silenced(C: Tensor, log_dt: Tensor, A_imag: Tensor) -> Tensor:
+            oscillation = (0 if still else 1) * A_imag.abs().repeat(len(log_dt) // len(A_imag), 1)
+            slow = log_dt.exp()[:, None] * oscillation / (2 * math.pi) < limit / 2
+            return C[0] * slow[..., None]
+
+        systems = self.n_ssm or self.d_model // self.head_dim
+        shapes = lambda C: (C[None], C.new_empty(len(C)), C.new_empty(systems, C.shape[1]))  # noqa: E731
+        return Name(("C", "log_dt", "A_imag"), "C", Turn(silenced, shapes))
+
+    def names(self) -> Names:
+        return inside("", "model.", self.mixer_names())
 
 
-class H3Conv(nn.Module):
-    """H3 whose two state spaces are free taps:  y = W_o (q . conv(shift(k) v)).
+class H3ConvLayer(KernelOptions):
+    """H3Conv."""
 
-    Both convolutions live on a circle of 2 L steps, as the authors' do: taps from L on look ahead, so that on fewer
-    steps than there are taps it is not causal.
+    ignored = KernelOptions.ignored | {"use_fast_fftconv", "dropout", "layer_idx", "device", "dtype"}
+    d_model: Size
+    l_max: Size
+    head_dim: Literal[1] = 1
+    channels: Literal[1] = 1
 
-    Args:
-        d_model: D.
-        k_conv, conv: the convolutions of the keys, and of their products with the values.
-    """
+    def build(self) -> nn.Module:
+        return H3Conv(self.d_model, *(Conv(self.filter(self.d_model, self.l_max), whole=True) for _ in range(2)))
 
-    def __init__(self, d_model: int, k_conv: CircularConv, conv: CircularConv):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_model) for _ in range(3))
-        self.k_conv, self.conv = k_conv, conv
-        self.k_D, self.D = (nn.Parameter(torch.zeros(d_model)) for _ in range(2))
-        self.output_linear = nn.Linear(d_model, d_model)
+    def mixer(self) -> Mixer:
+        """The layer of a language model."""
+        return WholeSequences(self.build(), self.d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) -> y (B, L, D)."""
-        k, _ = self.k_conv(self.k_proj(x), self.k_D)
-        y, _ = self.conv(k * self.v_proj(x), self.D)
-        return self.output_linear(self.q_proj(x) * y)
+    def mixer_names(self) -> Names:
+        """Of :meth:`mixer`."""
+        return inside("", "layer.", self.names())
 
-
-def _h3_conv_keys(o: Options) -> Shapes:
-    D = o.d_model
-    linears = ("q_proj", "k_proj", "v_proj", "output_linear")
-    return {
-        "k_D": (D,),
-        "D": (D,),
-        **{f"{name}.weight": (D, D) for name in linears},
-        **{f"{name}.bias": (D,) for name in linears},
-        "k_kernel.kernel": (1, D, taps(o)),
-        "kernel.kernel": (1, D, taps(o)),
-    }
+    def names(self) -> Names:
+        return [
+            Name("k_kernel.kernel", "k_conv.filter.kernel", FIRST),
+            Name("kernel.kernel", "conv.filter.kernel", FIRST),
+            Name("", ""),
+        ]
 
 
-def _convert_h3_conv(state: State, o: Options) -> State:
-    ours = dict(state)
-    ours["k_conv.filter.kernel"] = ours.pop("k_kernel.kernel")[0]
-    ours["conv.filter.kernel"] = ours.pop("kernel.kernel")[0]
-    return ours
-
-
-H3_CONV = System(
-    options={
-        "d_model": Size(),
-        "l_max": Size(),
-        **KERNEL_OPTIONS,
-        "head_dim": Choice(1),
-        "channels": Choice(1),
-    },
-    ignored=KERNEL_IGNORED | {"use_fast_fftconv", "dropout", "layer_idx", "device", "dtype"},
-    keys=_h3_conv_keys,
-    build=lambda o: H3Conv(o.d_model, *(CircularConv(build_kernel(o, o.d_model), None, False) for _ in range(2))),
-    convert=_convert_h3_conv,
-)
-
-SYSTEMS = {"h3": H3_LAYER, "h3conv": H3_CONV}
+SYSTEMS = {"h3": System(H3Layer), "h3conv": System(H3ConvLayer)}

@@ -1,300 +1,146 @@
-"""Long convolutions of github.com/HazyResearch/safari (commit 02220c6): kernel, layer, standalone model, BlockFFT."""
+"""Long convolutions of github.com/HazyResearch/safari (commit 02220c6): kernel, layer, standalone model."""
 
-import torch
-import torch.nn.functional as F
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
 from torch import Tensor, nn
 
 from longwave.nn import FreeFilter
 from longwave.nn.filters import Smooth
 from longwave.official.blocks import (
-    ACTIVATIONS,
     ELEMENTWISE,
+    Activation,
+    Call,
     ConvBlock,
-    KernelFace,
+    Elementwise,
+    kernel_rows,
     output_linear,
-    shapes_of,
 )
-from longwave.official.safari_block_fft import (
-    BLOCK_FFT_ARGS,
-    Transform,
-    block_aliases,
-    block_keys,
-    build_block,
-    convert_block,
-)
-from longwave.official.system import (
-    Choice,
-    Family,
-    Number,
-    Options,
-    Shapes,
-    Size,
-    State,
-    System,
-    prefixed,
-    read_part,
-    under,
-)
-from longwave.ops import causal_conv
+from longwave.official.replicas.conv import BlockConv, Conv, SpectrumSmoothing
+from longwave.official.safari_block_fft import BlockOptions
+from longwave.official.source import Flag, Name, Names, Positive, Size, Source, System, Turn, inside, numbered, part
 
 
-class SpectrumSmoothing(nn.Module):
-    """The authors' ``smooth_freq``: bins j of the taps' spectrum weighted by exp(-(j - w // 2)^2 / 2) over w of them.
-
-    Unlike :class:`longwave.nn.filters.SmoothFrequencies` it loses the last of an odd number of taps, takes an even
-    width, and rounds its weights to float32, as the official one does.
-
-    Args:
-        width: w, >= 1.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, k: Tensor) -> Tensor:
-        offset = torch.arange(self.width, dtype=torch.float32, device=k.device) - self.width // 2
-        weight = torch.exp(-0.5 * offset**2).to(k.dtype).expand(len(k), 1, -1)
-        spectrum = torch.fft.rfft(k)
-        left = (self.width - 1) // 2
-        parts = [F.pad(part, (left, self.width - 1 - left)) for part in (spectrum.real, spectrum.imag)]
-        return torch.fft.irfft(torch.complex(*(F.conv1d(part, weight, groups=len(k)) for part in parts)))
+def flat(features: int) -> Turn:
+    """(K, features, ...), filter by filter, in one axis."""
+    return Turn(lambda t: t.flatten(0, 1), lambda t: t.unflatten(0, (-1, features)))
 
 
-KERNEL_OPTIONS = {
-    "causal": True,
-    "lam": Number(0.1, least=0),
-    "use_ma_smoothing": False,
-    "ma_window_len": 7,
-    "smooth_freq": False,
-}
-KERNEL_IGNORED = frozenset({"kernel_dropout", "weight_init", "learning_rate", "lr", "wd", "verbose"})
+class KernelOptions(Source):
+    """The options of every LongConvKernel."""
+
+    ignored = frozenset({"kernel_dropout", "weight_init", "learning_rate", "lr", "wd", "verbose"})
+    causal: Flag = True
+    lam: float = Field(0.1, ge=0)
+    use_ma_smoothing: Flag = False
+    ma_window_len: Size = 7
+    smooth_freq: Flag = False
+
+    def filter(self, rows: int, length: int) -> FreeFilter:
+        """The taps, smoothed and squashed."""
+        smooth: nn.Module | None = None
+        if self.use_ma_smoothing:
+            smooth = SpectrumSmoothing(self.ma_window_len) if self.smooth_freq else Smooth(self.ma_window_len)
+        return FreeFilter(rows, length if self.causal else 2 * length, squash=self.lam, smooth=smooth)
 
 
-def taps(o: Options) -> int:
-    """How many taps a kernel has."""
-    return o.l_max if o.causal else 2 * o.l_max
+class LongConvKernel(KernelOptions):
+    """LongConvKernel alone."""
+
+    ignored = KernelOptions.ignored | {"rate", "state"}
+    H: Size
+    L: Size
+    channels: Size = 1
+
+    def build(self) -> nn.Module:
+        filter = self.filter(self.channels * self.H, self.L)
+        return Call(filter, partial(kernel_rows, features=self.H, length=filter.max_len))
+
+    def names(self) -> Names:
+        return [Name("kernel", "model.kernel", flat(self.H))]
 
 
-def build_kernel(o: Options, rows: int) -> FreeFilter:
-    """The authors' LongConvKernel, smoothed and squashed."""
-    smooth: nn.Module | None = None
-    if o.use_ma_smoothing:
-        smooth = SpectrumSmoothing(o.ma_window_len) if o.smooth_freq else Smooth(o.ma_window_len)
-    return FreeFilter(rows, taps(o), squash=o.lam, smooth=smooth)
+class LongConv(KernelOptions):
+    """The layer."""
+
+    ignored = KernelOptions.ignored | {"initializer", "dropout", "tie_dropout"}
+    d_model: Size
+    l_max: Size = 1024
+    channels: Size = 1
+    bidirectional: Flag = False
+    activation: Elementwise = "gelu"
+    postact: Activation = "glu"
+    transposed: Flag = True
+    rate: Positive = 1.0
+    weight_norm: Literal[False] = False
+    block_fft_conv: Flag = False
+    block_fft_conv_args: Any = Field(default_factory=dict)
+
+    def block(self) -> BlockOptions:
+        """The options of the two transforms."""
+        options = part("block_fft_conv_args", BlockOptions, self.block_fft_conv_args)
+        if options.learn_dft_matrices and options.H not in (1, self.d_model):
+            raise ValueError(f"block_fft_conv_args: H = {options.H} fits no input; it is 1 or d_model = {self.d_model}")
+        return options
+
+    def build(self) -> nn.Module:
+        H, K = self.d_model, self.channels
+        filter = self.filter(K * (2 if self.bidirectional else 1) * H, self.l_max)
+        circle = Conv(filter, round(self.l_max / self.rate), self.bidirectional, whole=True)
+        conv: nn.Module = circle
+        if self.block_fft_conv:
+            conv = BlockConv(circle, K, *(self.block().transform() for _ in range(2)))
+        out = nn.Sequential(ELEMENTWISE[self.activation](), output_linear(K * H, H, self.postact))
+        return ConvBlock(conv, H, K, out, transposed=self.transposed)
+
+    def names(self) -> Names:
+        names = ("block_fft_u", "block_fft_k") if self.block_fft_conv else ()
+        place = "conv.conv.filter.kernel" if self.block_fft_conv else "conv.filter.kernel"
+        return [
+            Name("D", "D"),
+            Name("kernel.kernel", place, flat(self.d_model)),
+            Name("output_linear.", "out.1."),
+            *(line for name in names for line in inside(f"{name}.", f"conv.{name}.", self.block().transform_names())),
+        ]
 
 
-def _sized(o: Options) -> Options:
-    """The options of the kernel alone under the names of the layers around it."""
-    return Options(**vars(o), l_max=o.L)
+class Standalone(Source):
+    """The standalone LongConv."""
 
+    ignored = frozenset({"dropout", "kernel_dropout", "kernel_learning_rate", "L_in"})
+    H: Size
+    L: Size
+    channels: Size = 2
+    kernel_lam: float = Field(0.1, ge=0)
 
-LONG_CONV_KERNEL = System(
-    options={"H": Size(), "L": Size(), "channels": 1, **KERNEL_OPTIONS},
-    ignored=KERNEL_IGNORED | {"rate", "state"},
-    keys=lambda o: {"kernel": (o.channels, o.H, taps(_sized(o)))},
-    build=lambda o: KernelFace(build_kernel(_sized(o), o.channels * o.H), o.H, taps(_sized(o))),
-    convert=lambda state, o: {"filter.kernel": state["kernel"].flatten(0, 1)},
-)
+    def build(self) -> ConvBlock:
+        H, K = self.H, self.channels
+        out = nn.Sequential(nn.GELU(), output_linear(K * H, H, "glu"))
+        conv = Conv(FreeFilter(K * H, 2 * self.L, squash=self.kernel_lam), whole=True)
+        return ConvBlock(conv, H, K, out, transposed=True)
 
-
-def _all_taps(filter: FreeFilter, length: int, bidirectional: bool) -> Tensor:
-    """(C, taps); where bidirectional the second half of the rows looks ahead, from the last tap backwards."""
-    k = filter(filter.max_len)
-    if bidirectional:
-        behind, ahead = k.chunk(2)
-        k = F.pad(behind, (0, length)) + F.pad(ahead.flip(1), (length, 0))
-    return k
-
-
-class CircularConv(nn.Module):
-    """The convolution of the authors' LongConv: on a circle of min(L, reach) + L steps, which all taps share.
-
-    Taps behind the length are not dropped: they wrap around and look ahead, as far as the circle holds them.
-
-    Args:
-        filter: all taps, one row a channel; where bidirectional as many again, which look ahead.
-        reach: the longest kernel that the circle makes room for; None is any.
-        bidirectional: whether half of the rows look ahead.
-    """
-
-    def __init__(self, filter: FreeFilter, reach: int | None, bidirectional: bool):
-        super().__init__()
-        self.filter, self.reach, self.bidirectional = filter, reach, bidirectional
-
-    def forward(self, u: Tensor, skip: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """u (B, L, C) -> y (B, L, C); there is no state."""
-        if state is not None:
-            raise ValueError("a LongConv has no official state")
-        L = u.shape[1]
-        n = (L if self.reach is None else min(L, self.reach)) + L
-        k = _all_taps(self.filter, L, self.bidirectional)
-        circle = F.pad(k, (0, max(0, n - k.shape[1])))[:, :n]  # tap p weighs x[t - p] and x[t - p + n]
-        return causal_conv(u, circle[:, :L], skip=skip, k_future=circle[:, n - L + 1 :].flip(1)), None
-
-
-class BlockConv(nn.Module):
-    """The convolution of the authors' LongConv with ``block_fft_conv``:  y = Re ifft(U(x) K(k)), U and K in blocks.
-
-    As the official one does, it cuts the product of the two transforms, whose length is a power of two, to
-    n = min(L, reach) + L before the inverse: where n is no power of two, y is no convolution even if U and K are
-    Fourier transforms, and it looks ahead.
-
-    Args:
-        filter, reach, bidirectional: as in :class:`CircularConv`.
-        channels: rows of the filter a feature of the input, behind the halving.
-        block_fft_u, block_fft_k: (x (..., H, T), length) -> (..., H, length rounded up to a power of two).
-    """
-
-    def __init__(
-        self,
-        filter: FreeFilter,
-        reach: int,
-        bidirectional: bool,
-        channels: int,
-        block_fft_u: Transform,
-        block_fft_k: Transform,
-    ):
-        super().__init__()
-        self.filter, self.reach, self.bidirectional, self.channels = filter, reach, bidirectional, channels
-        self.block_fft_u, self.block_fft_k = block_fft_u, block_fft_k
-
-    def forward(self, u: Tensor, skip: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """u (B, L, C), the same H features for every channel -> y (B, L, C); there is no state."""
-        if state is not None:
-            raise ValueError("a LongConv has no official state")
-        L = u.shape[1]
-        n = min(L, self.reach) + L
-        k = _all_taps(self.filter, L, self.bidirectional).unflatten(0, (self.channels, -1))  # (channels, H, taps)
-        x = u[:, :, : k.shape[1]].transpose(1, 2)
-        spectrum = self.block_fft_u(x, n)[:, None] * self.block_fft_k(k, n)  # (B, channels, H, n or more)
-        y = torch.fft.ifft(spectrum, n=n).real[..., :L].flatten(1, 2).transpose(1, 2)
-        return y.to(u.dtype) + skip * u, None
-
-
-def _block_options(o: Options) -> Options:
-    """The official arguments of a LongConv's two transforms."""
-    options = read_part("block_fft_conv_args", BLOCK_FFT_ARGS.read, o.block_fft_conv_args)
-    if options.learn_dft_matrices and options.H not in (1, o.d_model):
-        raise ValueError(f"block_fft_conv_args: H = {options.H} fits no input; it is 1 or d_model = {o.d_model}")
-    return options
-
-
-_TRANSFORMS = ("block_fft_u", "block_fft_k")
-
-
-def _long_conv_keys(o: Options) -> Shapes:
-    H = o.d_model
-    keys: Shapes = {
-        "D": (o.channels, H),
-        "kernel.kernel": (o.channels * (2 if o.bidirectional else 1), H, taps(o)),
-        **shapes_of("output_linear", output_linear, o.channels * H, H, o.postact),
-    }
-    if o.block_fft_conv:
-        block = block_keys(_block_options(o))
-        keys |= {f"{name}.{key}": shape for name in _TRANSFORMS for key, shape in block.items()}
-    return keys
-
-
-def _long_conv_aliases(o: Options) -> dict[str, str]:
-    if not o.block_fft_conv:
-        return {}
-    block = block_aliases(_block_options(o))
-    return {f"{name}.{key}": f"{name}.{first}" for name in _TRANSFORMS for key, first in block.items()}
-
-
-def _build_long_conv(o: Options) -> ConvBlock:
-    filter = build_kernel(o, o.channels * (2 if o.bidirectional else 1) * o.d_model)
-    out = nn.Sequential(ELEMENTWISE[o.activation](), output_linear(o.channels * o.d_model, o.d_model, o.postact))
-    reach = round(o.l_max / o.rate)
-    conv: nn.Module = CircularConv(filter, reach, o.bidirectional)
-    if o.block_fft_conv:
-        transforms = [build_block(_block_options(o)) for _ in _TRANSFORMS]
-        conv = BlockConv(filter, reach, o.bidirectional, o.channels, *transforms)
-    return ConvBlock(conv, o.d_model, o.channels, out, transposed=o.transposed)
-
-
-def _convert_long_conv(state: State, o: Options) -> State:
-    ours = {key.replace("output_linear.", "out.1."): t for key, t in state.items() if not key.startswith("block_fft")}
-    ours["conv.filter.kernel"] = ours.pop("kernel.kernel").flatten(0, 1)
-    if o.block_fft_conv:
-        for name in _TRANSFORMS:
-            block = convert_block(under(f"{name}.", state), _block_options(o))
-            ours |= prefixed(f"conv.{name}.", block)
-    return ours
-
-
-LONG_CONV = System(
-    options={
-        "d_model": Size(),
-        "l_max": 1024,
-        "channels": 1,
-        **KERNEL_OPTIONS,
-        "bidirectional": False,
-        "activation": Choice(*ELEMENTWISE),
-        "postact": Choice(*ACTIVATIONS),
-        "transposed": True,
-        "rate": Number(1.0, above=0),
-        "weight_norm": Choice(False),
-        "block_fft_conv": False,
-        "block_fft_conv_args": {},
-    },
-    ignored=KERNEL_IGNORED | {"initializer", "dropout", "tie_dropout"},
-    keys=_long_conv_keys,
-    build=_build_long_conv,
-    convert=_convert_long_conv,
-    aliases=_long_conv_aliases,
-)
-
-
-_STANDALONE_IGNORED = frozenset({"dropout", "kernel_dropout", "kernel_learning_rate", "L_in"})
-
-
-def _standalone_keys(o: Options) -> Shapes:
-    return {
-        "D": (o.channels, o.H),
-        "kernel": (o.channels, o.H, 2 * o.L),
-        **shapes_of("output_linear", output_linear, o.channels * o.H, o.H, "glu"),
-    }
-
-
-def _build_standalone(o: Options) -> ConvBlock:
-    filter = FreeFilter(o.channels * o.H, 2 * o.L, squash=o.kernel_lam)
-    out = nn.Sequential(nn.GELU(), output_linear(o.channels * o.H, o.H, "glu"))
-    return ConvBlock(CircularConv(filter, None, False), o.H, o.channels, out, transposed=True)
-
-
-def _convert_standalone(state: State, o: Options) -> State:
-    ours = {key.replace("output_linear.", "out.1."): t for key, t in state.items()}
-    ours["conv.filter.kernel"] = ours.pop("kernel").flatten(0, 1)
-    return ours
-
-
-STANDALONE = System(
-    options={"H": Size(), "L": Size(), "channels": 2, "kernel_lam": Number(0.1, least=0)},
-    ignored=_STANDALONE_IGNORED,
-    keys=_standalone_keys,
-    build=_build_standalone,
-    convert=_convert_standalone,
-)
+    def names(self) -> Names:
+        return [
+            Name("D", "D"),
+            Name("kernel", "conv.filter.kernel", flat(self.H)),
+            Name("output_linear.", "out.1."),
+        ]
 
 
 class StandaloneModel(nn.Module):
     """The authors' LongConvModel: encoder, residual layers, mean over time, decoder.
 
     Args:
-        d_input, d_output: widths of input and output.
-        layers: the convolutions, each (B, H, L) -> (B, H, L).
-        d_model: H.
-        prenorm: a layer's norm comes before its convolution rather than after the sum.
+        o: its options.
     """
 
-    def __init__(self, d_input: int, d_output: int, layers: list[ConvBlock], d_model: int, prenorm: bool):
+    def __init__(self, o: "LongConvModel"):
         super().__init__()
-        self.prenorm = prenorm
-        self.encoder, self.decoder = nn.Linear(d_input, d_model), nn.Linear(d_model, d_output)
-        self.conv_layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in layers)
+        self.prenorm = o.prenorm
+        self.encoder, self.decoder = nn.Linear(o.d_input, o.d_model), nn.Linear(o.d_model, o.d_output)
+        self.conv_layers = nn.ModuleList(o.layer().build() for _ in range(o.n_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(o.d_model) for _ in range(o.n_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, d_input) -> y (B, d_output)."""
@@ -305,52 +151,32 @@ class StandaloneModel(nn.Module):
         return self.decoder(x.mean(1))
 
 
-def _layer_of(o: Options) -> Options:
-    """The options of a layer of the model, whose length the authors fix."""
-    return Options(H=o.d_model, L=1024, channels=o.channels, kernel_lam=o.kernel_lam)
+class LongConvModel(Source):
+    """The standalone LongConvModel."""
+
+    ignored = Standalone.ignored
+    d_input: Size
+    d_output: Size = 10
+    d_model: Size = 512
+    n_layers: Size = 6
+    prenorm: Flag = False
+    channels: Size = 2
+    kernel_lam: float = Field(0.1, ge=0)
+
+    def layer(self) -> Standalone:
+        """Of every depth; the authors fix its length."""
+        return Standalone(H=self.d_model, L=1024, channels=self.channels, kernel_lam=self.kernel_lam)
+
+    def build(self) -> nn.Module:
+        return StandaloneModel(self)
+
+    def names(self) -> Names:
+        layers = ("conv_layers.{}.", "conv_layers.{}.")
+        return [*numbered(self.n_layers, *layers, self.layer().names()), Name("", "")]
 
 
-def _model_keys(o: Options) -> Shapes:
-    D = o.d_model
-    layers = {
-        f"conv_layers.{i}.{key}": s for i in range(o.n_layers) for key, s in _standalone_keys(_layer_of(o)).items()
-    }
-    norms = {f"norms.{i}.{key}": (D,) for i in range(o.n_layers) for key in ("weight", "bias")}
-    linears: Shapes = {"encoder.weight": (D, o.d_input), "encoder.bias": (D,)}
-    return {**linears, **layers, **norms, "decoder.weight": (o.d_output, D), "decoder.bias": (o.d_output,)}
-
-
-def _build_model(o: Options) -> StandaloneModel:
-    layers = [_build_standalone(_layer_of(o)) for _ in range(o.n_layers)]
-    return StandaloneModel(o.d_input, o.d_output, layers, o.d_model, o.prenorm)
-
-
-def _convert_model(state: State, o: Options) -> State:
-    ours = {key: t for key, t in state.items() if not key.startswith("conv_layers.")}
-    for i in range(o.n_layers):
-        prefix = f"conv_layers.{i}."
-        ours |= prefixed(prefix, _convert_standalone(under(prefix, state), _layer_of(o)))
-    return ours
-
-
-STANDALONE_MODEL = System(
-    options={
-        "d_input": Size(),
-        "d_output": 10,
-        "d_model": 512,
-        "n_layers": 6,
-        "prenorm": False,
-        "channels": 2,
-        "kernel_lam": Number(0.1, least=0),
-    },
-    ignored=_STANDALONE_IGNORED,
-    keys=_model_keys,
-    build=_build_model,
-    convert=_convert_model,
-)
-
-SYSTEMS: dict[str, System | Family] = {
-    "longconv": LONG_CONV,
-    "longconvkernel": LONG_CONV_KERNEL,
-    "longconvstandalone": Family({"LongConvModel": STANDALONE_MODEL, "LongConv": STANDALONE}),
+SYSTEMS = {
+    "longconv": System(LongConv),
+    "longconvkernel": System(LongConvKernel),
+    "longconvstandalone": System(LongConvModel, Standalone),
 }

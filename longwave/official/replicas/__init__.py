@@ -1,0 +1,1 @@
+"""What official code computes and longwave would not: mistakes, circles, cuts. Their weights ask for the same."""
