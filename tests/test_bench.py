@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from longwave.bench import lines, plot, save
+from longwave.bench import ONLINE_COLUMNS, bench_online, lines, plot, save
 from longwave.bench import report as report_module
 from longwave.bench.cases import CASES
 from longwave.bench.ops import measure, why_not
@@ -35,3 +35,9 @@ def test_rows_are_recorded_and_drawn(tmp_path, monkeypatch):
     assert header.split()[0] == "op"
     assert row["op"] == "causal_conv"
     assert line.endswith(f"missed: {CASES[0].note}")
+
+
+def test_online_rows_say_what_a_token_costs():
+    (row,) = bench_online((300,), channels=8, steps=64)
+    assert set(row) == set(ONLINE_COLUMNS)
+    assert 0 < row["median_us"] <= row["worst_us"]

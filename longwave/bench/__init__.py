@@ -2,7 +2,19 @@
 
 from longwave.bench.memory import MEMORY_COLUMNS, bench_memory
 from longwave.bench.models import bench_models
+from longwave.bench.online import ONLINE_COLUMNS, bench_online
 from longwave.bench.ops import bench_ops
 from longwave.bench.report import COLUMNS, lines, plot, save
 
-__all__ = ["COLUMNS", "MEMORY_COLUMNS", "bench_memory", "bench_models", "bench_ops", "lines", "plot", "save"]
+__all__ = [
+    "COLUMNS",
+    "MEMORY_COLUMNS",
+    "ONLINE_COLUMNS",
+    "bench_memory",
+    "bench_models",
+    "bench_online",
+    "bench_ops",
+    "lines",
+    "plot",
+    "save",
+]
