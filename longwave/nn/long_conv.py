@@ -12,6 +12,7 @@ from longwave.nn.module import append_time
 from longwave.nn.online_conv import Taps, online_conv
 from longwave.nn.padding import last_steps
 from longwave.ops import causal_conv
+from longwave.ops.kernel import watched
 
 PREPARED = 1 << 24  # taps of all channels that are prepared first; each time they are not enough, four times as many
 
@@ -36,7 +37,7 @@ def online_length(filter: Filter, length: int) -> int | None:
     A filter of finite support needs few of them, and one that is defined at any length has no end.
     """
     longest = filter.longest()
-    if longest is None or length > longest or filter.support is not None or not stands_still(filter):
+    if longest is None or length > longest or filter.support is not None or not stands_still(filter) or watched():
         return None
     steps = max(256, PREPARED // filter.channels)
     while steps <= length:

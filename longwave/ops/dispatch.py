@@ -36,7 +36,7 @@ def use_backend(name: str) -> Iterator[None]:
         _FORCED = before
 
 
-def _forced() -> str:
+def forced() -> str:
     """The backend that LONGWAVE_BACKEND or use_backend names, or auto."""
     known = ["auto", *dict.fromkeys(name for op in OPS.values() for name in op.backends)]
     if _FORCED not in known:
@@ -171,8 +171,8 @@ class Op:
         if self._check is not None:
             self._check(*inputs)
         if name == "auto":
-            forced = _forced()
-            name = "reference" if transformed() else forced if forced in self.backends else name
+            named = forced()
+            name = "reference" if transformed() else named if named in self.backends else name
         if name == "auto":
             return next(backend for backend in self.backends.values() if backend.why_not(*inputs) is None), device
         if name not in self.backends:

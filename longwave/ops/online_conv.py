@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longwave.ops import _numba, dispatch
+from longwave.ops import _numba
+from longwave.ops.dispatch import forced
 
 GRAIN = 1 << 15  # samples times channels of a part of a tile
 
@@ -95,7 +96,7 @@ def parts_for(past: Tensor, k: Tensor, block: int) -> tuple[Any, Any, Any]:
     Args:
         block: the least U.
     """
-    kernels = dispatch._FORCED in ("auto", "numba") and _numba.why_not(past, k) is None
+    kernels = forced() in ("auto", "numba") and _numba.why_not(past, k) is None
     if kernels and k.ndim == 2 and past.dtype == k.dtype == torch.float32:
         from longwave.ops._numba import online_conv as numba
 
