@@ -152,38 +152,53 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most probable byte each time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable bytes.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw among the fewest bytes whose probabilities reach p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw among bytes at least this share as probable as the first.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, bytes that were seen become rarer.")] = 1.0,
     stop: Annotated[str | None, typer.Option(help="End after this text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws, to have the same text again.")] = None,
+    from_state: Annotated[Path | None, typer.Option(help="Go on behind the text of a saved state.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the state at the end, to go on from it.")] = None,
 ) -> None:
     """Stream text from a trained byte-level model, through its recurrent state."""
-    from longwave.models import stream
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from longwave import models
+    from longwave.models.generate import PREFILL_CHUNK
     from longwave.tasks import Text
 
     recipe, model = _load_run(run, [])
     if not isinstance(recipe.task, Text):
         kind = type(recipe.task).model_fields["kind"].default
         raise ValueError(f"{run} was trained on {kind}; generate works on byte-level text models")
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and from_state is None and sys.stdin.isatty():
         _note("type the text to go on from, then Enter and Ctrl-D")
-    text = sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
-    if not text:
+    behind = from_state is not None and (prompt is None and sys.stdin.isatty())
+    text = b"" if behind else sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
+    if not text and from_state is None:
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
-    decoder, written, states = codecs.getincrementaldecoder("utf-8")("replace"), bytearray(), _FirstAndLast()
-    end = None if not stop else stop.encode()
-    start = time.monotonic()
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    tokens = stream(model, [list(text)], max_new, report=states, **options)
-    first = list(islice(tokens, 1))  # what it objects to comes before anything is printed
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options |= {"repetition_penalty": repetition_penalty, "seed": seed, "stop": [list(stop.encode())] if stop else []}
+    if from_state is not None:
+        options["state"], _ = models.load_state(from_state, model)
+    decoder, written, start = codecs.getincrementaldecoder("utf-8")("replace"), 0, time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True, disable=len(text) <= PREFILL_CHUNK) as bar:
+        reading = bar.add_task("reading the prompt", total=len(text))
+        options["progress"] = lambda done, total: bar.update(reading, completed=done, total=total)
+        tokens = models.stream(model, [list(text)], max_new, **options)
+        first = list(islice(tokens, 1))  # what it objects to comes before anything is printed
+    begin = tokens.state
     if prompt is not None:
         print(text.decode("utf-8", "replace"), end="", flush=True)
     for (byte,) in chain(first, tokens):
         assert byte is not None
-        written.append(byte)
+        written += 1
         print(decoder.decode(bytes([byte])), end="", flush=True)
-        if end is not None and written.endswith(end):
-            break
     print(decoder.decode(b"", final=True))
-    _tell_state(model, recipe, states, len(written), time.monotonic() - start)
+    if save_state is not None:
+        models.save_state(save_state, tokens.held, model)
+        _note(f"state: {save_state}; go on with longwave generate {run} --from-state {save_state}")
+    _tell_state(model, begin, tokens.state, written, time.monotonic() - start)
     _note(f"run: {run}\nnext, on your own text: longwave train demo task.files=[my.txt] --out runs/mine")
 
 
@@ -359,15 +374,6 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-class _FirstAndLast(list):
-    """A list that keeps the first and the last of what is appended."""
-
-    def append(self, item: Any) -> None:
-        self[1:] = [item] if self else []
-        if not self:
-            super().append(item)
-
-
 def _is_main() -> bool:
     """Whether this is the process, among those of lightning-fabric, torchrun or SLURM, that talks."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -415,14 +421,14 @@ def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
         _note(f"next: longwave eval {run}")
 
 
-def _tell_state(model: "LM", recipe: "Recipe", states: list[Any], count: int, seconds: float) -> None:
+def _tell_state(model: "LM", begin: Any, end: Any, count: int, seconds: float) -> None:
     """How many bytes of state the generation took, layer by layer constant or growing."""
     from longwave.mixers import state_bytes
 
     _note(f"\n{count} bytes in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} a second")
-    if len(states) < 2:
+    if begin is None or count < 2:
         return
-    pairs = [(state_bytes(a), state_bytes(b)) for a, b in zip(states[0].layers, states[-1].layers)]
+    pairs = [(state_bytes(a), state_bytes(b)) for a, b in zip(begin.layers, end.layers)]
     names = [mixer.name for mixer in model.backbone.mixers]
     fixed = [(name, a) for name, (a, b) in zip(names, pairs) if a == b]
     grown = [(name, a, b) for name, (a, b) in zip(names, pairs) if a != b]

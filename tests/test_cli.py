@@ -259,6 +259,23 @@ def test_generate_stops_at_the_text_given(call, trained):
     assert out == "a" + new[: new.index(stop) + 2] + "\n"
 
 
+def test_generate_goes_on_from_a_saved_state(call, trained, tmp_path):
+    """A prompt is read once; what is written behind its state is what would have been written behind it."""
+    state = tmp_path / "state"
+    options = ("--temperature", 0, "--max-new")
+    whole = call("generate", trained[1], "--prompt", "Emma had", *options, 9)[1].rstrip("\n")
+    code, out, err = call("generate", trained[1], "--prompt", "Emma had", *options, 4, "--save-state", state)
+    assert code == 0
+    assert f"--from-state {state}" in err
+    code, rest, _ = call("generate", trained[1], "--from-state", state, "--prompt", "", *options, 5)
+    assert code == 0
+    assert out.rstrip("\n") + rest.rstrip("\n") == whole
+    state.write_bytes(state.read_bytes()[:-3])
+    code, _, err = call("generate", trained[1], "--from-state", state, "--prompt", "a", *options, 5)
+    assert code == 2
+    assert f"{state} is not a readable safetensors file" in err
+
+
 def test_generate_leaves_quietly_when_nobody_reads(trained):
     command = shlex.join([*LONGWAVE, "generate", str(trained[1]), "--prompt", "x", "--max-new", "100000"])
     run = subprocess.run(["bash", "-c", f"{command} | head -c 5"], capture_output=True, timeout=60)

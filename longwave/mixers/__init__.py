@@ -17,6 +17,7 @@ from longwave.mixers.mamba import Mamba
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
 from longwave.mixers.s5 import S5, S5TwoSided
+from longwave.mixers.states import join, select
 from longwave.mixers.two_sided import TwoSided
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "S5TwoSided",
     "State",
     "TwoSided",
+    "join",
     "mixer",
+    "select",
     "state_bytes",
 ]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
-from longwave.mixers import Mixer
+from longwave.mixers import Mixer, join, select
 from longwave.mixers.base import without_padding
 from longwave.models.backbone import Block
 from longwave.nn.padding import is_real, real_first, take_steps
@@ -121,6 +121,24 @@ class SashimiState(NamedTuple):
         """One mixer state a block, in the order of the model's ``mixers``."""
         return tuple(state for level in self.levels for state in level)
 
+    def select(self, rows: Sequence[int] | slice) -> "SashimiState":
+        """See :func:`longwave.mixers.select`."""
+        return SashimiState(*(select(part, rows) for part in self))
+
+    @staticmethod
+    def join(states: "Sequence[SashimiState | SashimiRows]") -> "SashimiState | SashimiRows":
+        """See :func:`longwave.mixers.join`; rows within windows at different steps are parted."""
+        whole = [state for state in states if isinstance(state, SashimiState)]
+        within = {tuple(pool.window.shape[1] for pool in state.pools) for state in whole}
+        if len(whole) == len(states) and len(within) == 1:
+            return SashimiState(*(join(parts) for parts in zip(*whole)))
+        return SashimiRows(tuple(row for state in states for row in state.parted()))
+
+    def parted(self) -> "list[SashimiState]":
+        """Every row by itself."""
+        batch = len(tree_leaves(self)[0])
+        return [self.select([i]) for i in range(batch)]
+
 
 class SashimiRows(NamedTuple):
     """The state where rows have had different numbers of real tokens, and so finish their windows at other steps."""
@@ -131,6 +149,20 @@ class SashimiRows(NamedTuple):
     def layers(self) -> tuple[Any, ...]:
         """By mixer, the states of all rows."""
         return tuple(zip(*(row.layers for row in self.rows)))
+
+    def select(self, rows: Sequence[int] | slice) -> "SashimiState | SashimiRows":
+        """See :func:`longwave.mixers.select`."""
+        chosen = self.rows[rows] if isinstance(rows, slice) else [self.rows[i] for i in rows]
+        return SashimiState.join(chosen)
+
+    @staticmethod
+    def join(states: "Sequence[SashimiState | SashimiRows]") -> "SashimiState | SashimiRows":
+        """See :func:`longwave.mixers.join`."""
+        return SashimiState.join(states)
+
+    def parted(self) -> list[SashimiState]:
+        """Every row by itself."""
+        return list(self.rows)
 
 
 class Sashimi(nn.Module):
@@ -204,7 +236,7 @@ class Sashimi(nn.Module):
         self, x: Tensor, state: SashimiState | SashimiRows, mask: Tensor | None
     ) -> tuple[Tensor, SashimiRows]:
         if isinstance(state, SashimiState):
-            state = SashimiRows(tuple(tree_map(lambda t, i=i: t[i : i + 1], state) for i in range(len(x))))
+            state = SashimiRows(tuple(state.parted()))
         ys, rows = [], []
         for i, row in enumerate(state.rows):
             real = torch.arange(x.shape[1], device=x.device) if mask is None else mask[i].nonzero()[:, 0]

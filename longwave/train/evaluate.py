@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from longwave.nn import frozen
 from longwave.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ def evaluate(fabric: "Fabric", objective: nn.Module, task: Task, batch: int) -> 
     was_training, world, count = objective.training, fabric.world_size, task.eval_batches(batch)
     objective.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=fabric.device)
+    keep = frozen(objective)
     for start in range(0, count, world):
         index = start + fabric.global_rank
-        score = objective(*fabric.to_device(task.eval_batch(batch, min(index, count - 1))))
+        with keep:
+            score = objective(*fabric.to_device(task.eval_batch(batch, min(index, count - 1))))
         if index < count:  # every process runs as many batches, as sharded layers need; the surplus does not count
             sums += torch.stack([part.double() for part in score])
     loss, correct, tokens = fabric.all_reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
