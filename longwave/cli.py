@@ -202,28 +202,18 @@ def generate(
     _note(f"run: {run}\nnext, on your own text: longwave train demo task.files=[my.txt] --out runs/mine")
 
 
-@app.command("list")
-def list_() -> None:
-    """List mixers, tasks and recipes."""
-    from longwave.mixers import MIXERS
-    from longwave.tasks import TASKS
-    from longwave.train.config import recipe_names
+@app.command(
+    "list",
+    epilog="Examples:\n\n- `longwave list`\n\n- `longwave list mamba`\n\n- `longwave list text`\n\n"
+    "- `longwave list recipe`",
+)
+def list_(
+    name: Annotated[str | None, typer.Argument(help="A mixer, filter, task, model or `recipe`; default all.")] = None,
+) -> None:
+    """List mixers, filters, tasks, models and recipes, or the options of one: types, limits, defaults, meaning."""
+    from longwave.train.lookup import look_up, overview
 
-    def about(cls: type) -> str:
-        """The docstring that starts with the class's name: its own where a file has several, else the file's."""
-        own = cls.__doc__ or ""
-        return own if own.startswith(f"{cls.__name__}: ") else sys.modules[cls.__module__].__doc__ or ""
-
-    describe = {name: about(cls) for name, cls in MIXERS.items()}
-    tables = {
-        "mixers": {name: doc.split("\n", 1)[0] for name, doc in sorted(describe.items())},
-        "tasks": {name: (cls.__doc__ or "").strip().split("\n", 1)[0] for name, cls in sorted(TASKS.items())},
-        "recipes": recipe_names(),
-    }
-    for title, rows in tables.items():
-        print(f"{title}:")
-        for name, line in rows.items():
-            print(f"  {name:20}  {line}")
+    print(overview() if name is None else look_up(name))
 
 
 @app.command(epilog="Examples:\n\n- `longwave show demo`\n\n- `longwave show runs/demo`")

@@ -192,3 +192,18 @@ def test_one_file_is_a_list_of_one(tmp_path):
         )
         assert recipe.task.files == [str(tmp_path / "a.txt")]
         recipe.task.prepare()
+
+
+def test_another_kind_has_its_own_defaults():
+    """Options of the kind before are neither kept nor complained about; a model and a task keep their fields."""
+    for kind in ("mamba", "lstm", "h3"):
+        changed = load_recipe("demo", [f"model.pattern.0.kind={kind}"]).model.pattern[0]
+        assert changed == (mixer("h3", d_state=32) if kind == "h3" else mixer(kind))
+    assert load_recipe("demo", ["model.pattern.0=mamba"]).model.pattern[0] == mixer("mamba")
+    changes = ["model.pattern.0.kind=mamba", "model.pattern.0.d_state=8", "model.channel={kind: mlp, expand: 9}"]
+    recipe = load_recipe(
+        "demo", [*changes, "model.channel.kind=swiglu", "task.kind=masked_text", "model.kind=masked_lm"]
+    )
+    assert recipe.model.pattern[0] == mixer("mamba", d_state=8)
+    assert recipe.model.channel.expand == 8 / 3
+    assert (recipe.task.length, recipe.model.d_model) == (256, 128)

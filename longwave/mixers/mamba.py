@@ -27,9 +27,9 @@ class Mamba(Mixer, name="mamba"):
 
     Args:
         d_model: D.
-        d_state: N.
+        d_state: N, state size a channel.
         d_conv: K, taps of the short convolution.
-        expand: E / D.
+        expand: E / D, the width inside over that outside.
         dt_rank: R, rank of the step size's projection; default ceil(D / 16).
         bias: on the in and out projections.
         conv_bias: on the short convolution.

@@ -35,7 +35,7 @@ class BackboneSpec(Spec):
     """A stack of blocks.
 
     Fields:
-        d_model: D.
+        d_model: D, the width of all layers.
         pattern: mixers, cycled over the layers: one for a pure model, several for a hybrid. A name alone takes the
             mixer's defaults.
         layers: how many, at most 4,096; default one turn of the pattern.
@@ -74,7 +74,12 @@ class BackboneSpec(Spec):
 
 
 class LanguageSpec(BackboneSpec):
-    """What tells tokens: without ``vocab`` it takes the task's."""
+    """What tells tokens.
+
+    Fields:
+        vocab: V, how many token ids there are; in a recipe default the task's.
+        tied: whether the map to logits is the embedding.
+    """
 
     vocab: int | None = Field(None, ge=1)
     tied: bool = True
@@ -140,7 +145,14 @@ class MaskedLMSpec(LanguageSpec):
 
 
 class ClassifierSpec(BackboneSpec):
-    """A classifier, see :class:`longwave.models.Classifier`."""
+    """A classifier, see :class:`longwave.models.Classifier`.
+
+    Fields, besides those of a stack:
+        classes: how many labels there are.
+        vocab: token ids are embedded, so many; or null.
+        features: real inputs of this width are mapped; or null. One of vocab and features is given.
+        pooling: mean over the real tokens, the last of them, or the first.
+    """
 
     kind: Literal["classifier"] = "classifier"
     classes: int = Field(ge=1)

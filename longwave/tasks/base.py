@@ -4,6 +4,7 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from pydantic import ConfigDict
 from torch import Tensor
 
 from longwave.spec import Spec
@@ -40,6 +41,8 @@ class Task(Spec):
     A subclass with a field `kind: Literal["name"] = "name"` is entered in TASKS under that name. Batches are pure
     functions of their arguments and of the options, so an interrupted run goes on with exactly the batches it missed.
     """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     metric: ClassVar[str]  # the name, among metrics(), of the number that says which checkpoint is best
     higher_is_better: ClassVar[bool]

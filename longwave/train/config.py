@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from longwave.errors import nearest, shown
+from longwave.errors import clipped, nearest, shown
 from longwave.models import ClassifierSpec, MaskedLMSpec, ModelSpec
 from longwave.spec import Spec, explain, read_kind
 from longwave.tasks import TASKS, Task
@@ -29,19 +29,26 @@ class Recipe(Spec):
     """A training run as data.
 
     Fields:
-        task, model: what is trained on what; a model without ``vocab`` has the task's.
+        task: what is learned.
+        model: what learns it; without ``vocab`` it has the task's.
         steps: optimiser steps.
         batch: rows a step, over all processes and accumulated parts.
         accumulate: parts a step's rows are run in, to save memory.
-        lr, weight_decay, betas, clip: of AdamW; clip is the largest norm of the gradient, null for none. State-space
-            parameters keep their own highest learning rate and have no decay.
+        lr: highest learning rate of AdamW; that of state-space parameters stays below their own.
+        weight_decay: of AdamW; state-space parameters have none.
+        betas: of AdamW: how much of its two moments stays at each step.
+        clip: largest norm of the gradient, null for none.
         warmup: steps over which lr rises linearly from 0.
-        schedule: cosine | linear | constant, of lr after the warm-up, down to ``final_lr`` times lr.
-        precision: 32-true | bf16-mixed.
+        schedule: of lr after the warm-up.
+        final_lr: at the end, over lr.
+        precision: float32 throughout, or bfloat16 where torch's autocast thinks it safe.
         threads: CPU threads of a process; default torch's choice. A tiny model is fastest on one.
         keep_memory: on a CPU, keep freed memory in the process rather than give it back and fault it in anew, see
             :func:`longwave.train.memory.keep_freed_memory`; false leaves malloc as it is.
-        accelerator, devices, nodes, strategy: as lightning-fabric has them; strategy auto | ddp | fsdp2.
+        accelerator: auto | cpu | cuda | ..., as lightning-fabric has them.
+        devices: processes a node, each with a device of its own.
+        nodes: machines, under torchrun or SLURM.
+        strategy: how processes share the work; auto is ddp where there are several.
         eval_every, checkpoint_every, log_every: in steps; the last step always evaluates and saves.
         eval_batch: rows an evaluation batch; default batch.
         keep: how many of the latest checkpoints stay, besides the best.
@@ -170,6 +177,9 @@ def _read(source: str) -> tuple[str, str]:
 def set_field(tree: dict, change: str) -> None:
     """Put a ``key=value`` change into a tree of dicts and lists, the value read as YAML.
 
+    Another ``kind`` of a part, such as model.pattern.0.kind=mamba, starts with its own defaults; one of the model or
+    the task keeps the other fields, most of which it shares.
+
     Raises:
         ValueError: for a path that leads nowhere, or text that is not YAML.
     """
@@ -180,17 +190,21 @@ def set_field(tree: dict, change: str) -> None:
     node: Any = tree
     for depth, part in enumerate([*parents, last]):
         key: Any = part
+        where = f"{clipped(change)}: {'.'.join(parents[:depth])}"
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ValueError(f"{change}: {'.'.join(path.split('.')[:depth])} has entries 0..{len(node) - 1}")
+                raise ValueError(f"{where} has entries 0..{len(node) - 1}")
             key = int(part)
         elif not isinstance(node, dict):
-            raise ValueError(f"{change}: {'.'.join(path.split('.')[:depth])} has no fields")
+            raise ValueError(f"{where} has no fields")
         if depth == len(parents):
             try:
-                node[key] = yaml.safe_load(text)
+                value = yaml.safe_load(text)
             except yaml.YAMLError as error:
-                raise ValueError(f"{change}: the value is not valid YAML") from error
+                raise ValueError(f"{clipped(change)}: the value is not valid YAML") from error
+            if key == "kind" and len(parents) > 1 and node.get("kind") != value:
+                node.clear()
+            node[key] = value
             return
         child = node[key] if isinstance(node, list) else node.get(key, {})
         node[key] = {"kind": child} if isinstance(child, str) else child

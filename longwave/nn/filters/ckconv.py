@@ -22,7 +22,7 @@ class Siren(nn.Module):
         width: of the hidden layers.
         out: size of the result.
         layers: linear maps, >= 2, the one to the result among them.
-        omega: > 0.
+        omega: > 0, the highest frequency of its sines, in radians over the range of positions.
         bias: whether the maps have one.
     Raises:
         ValueError: for no width, fewer than two layers, or omega <= 0.
