@@ -31,6 +31,9 @@ app = typer.Typer(
     "Start with `longwave train demo`, then `longwave list`. Any command takes `--debug` to show an error's traceback.",
 )
 
+Weights = Annotated[
+    str | None, typer.Option(help="int8 or bf16: keep the weights in so many bits; a token costs their bytes.")
+]
 Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.")]
 
 
@@ -123,17 +126,25 @@ def train(
 def eval(
     run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken) or one of its checkpoints.")],
     changes: Changes = None,
+    weights: Weights = None,
 ) -> None:
-    """Evaluate a trained model on the held-out data of its task, or on a changed one; on one device by default."""
-    from longwave.train.evaluate import evaluate
+    """Evaluate a trained model on the held-out data of its task, or on a changed one; on one device by default.
+
+    With --weights, also the model whose weights are kept in so many bits, and how far its logits are from the others.
+    """
+    from longwave.train.evaluate import compare, evaluate
     from longwave.train.loop import Objective, make_fabric
 
     recipe, model = _load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
     recipe.task.prepare()
     fabric = make_fabric(recipe)
-    objective = fabric.setup(Objective(model))
-    start = time.monotonic()
-    metrics = evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch)
+    start, batch = time.monotonic(), recipe.eval_batch or recipe.batch
+    metrics = evaluate(fabric, fabric.setup(Objective(model)).eval(), recipe.task, batch)
+    if weights is not None:
+        _, small = _load_run(run, [], weights)
+        other = evaluate(fabric, fabric.setup(Objective(small)).eval(), recipe.task, batch)
+        other |= compare(model, small, fabric.to_device(recipe.task.eval_batch(batch, 0))[0])
+        metrics |= {f"{name}, {weights}": value for name, value in other.items()}
     if fabric.is_global_zero:
         for name, value in metrics.items():
             print(f"{name.replace('_', ' ')}  {value:.6g}")
@@ -158,6 +169,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the draws, to have the same text again.")] = None,
     from_state: Annotated[Path | None, typer.Option(help="Go on behind the text of a saved state.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state at the end, to go on from it.")] = None,
+    weights: Weights = None,
 ) -> None:
     """Stream text from a trained byte-level model, through its recurrent state."""
     from rich.console import Console
@@ -167,7 +179,7 @@ def generate(
     from longwave.models.generate import PREFILL_CHUNK
     from longwave.tasks import Text
 
-    recipe, model = _load_run(run, [])
+    recipe, model = _load_run(run, [], weights)
     if not isinstance(recipe.task, Text):
         kind = type(recipe.task).model_fields["kind"].default
         raise ValueError(f"{run} was trained on {kind}; generate works on byte-level text models")
@@ -375,8 +387,8 @@ def _note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _load_run(path: Path, changes: list[str]) -> tuple["Recipe", "LM"]:
-    """The recipe of a run and its best model, or that of the checkpoint named."""
+def _load_run(path: Path, changes: list[str], weights: str | None = None) -> tuple["Recipe", "LM"]:
+    """The recipe of a run and its best model, or that of the checkpoint named, its weights kept as they are named."""
     from longwave.models import load
     from longwave.models.runs import CONFIG, run_of
     from longwave.train.config import load_recipe
@@ -386,7 +398,7 @@ def _load_run(path: Path, changes: list[str]) -> tuple["Recipe", "LM"]:
     if not config.is_file():
         raise ValueError(f"{run_of(path)} is no run: it has no {CONFIG}")
     recipe = load_recipe(config, changes)
-    model, spec = load(path)
+    model, spec = load(path, weights=weights)
     if spec != recipe.model:
         change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
         raise ValueError(f"{path} holds another model: {change}")

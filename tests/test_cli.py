@@ -229,6 +229,20 @@ def test_eval_on_a_changed_task_and_a_named_checkpoint(call, trained):
     assert earlier != call("eval", trained[1])[1]
 
 
+@pytest.mark.parametrize("form", ["int8", "bf16"])
+def test_eval_and_generate_with_weights_in_fewer_bits(call, trained, form):
+    code, out, err = call("eval", trained[1], "--weights", form)
+    assert code == 0, err
+    got = {name: float(value) for name, value in (line.rsplit("  ", 1) for line in out.splitlines())}
+    assert out.startswith(call("eval", trained[1])[1])
+    assert 0 < abs(got[f"bits per byte, {form}"] - got["bits per byte"]) < 0.01
+    assert 1e-4 < got[f"error of logits, {form}"] < 0.05
+    assert 0.8 < got[f"same choice, {form}"] <= 1
+    code, out, err = call("generate", trained[1], "--prompt", "Emma ", "--max-new", 12, "--seed", 3, "--weights", form)
+    assert code == 0, err
+    assert out.startswith("Emma ")
+
+
 def test_generate_goes_on_from_the_prompt(call, trained):
     code, out, err = call("generate", trained[1], "--prompt", "Emma ", "--max-new", 12, "--seed", 3)
     assert code == 0
@@ -302,6 +316,7 @@ def test_generate_leaves_quietly_when_nobody_reads(trained):
         (["eval", "nowhere"], "nowhere is no run"),
         (["show", "demoo"], "'demoo' is neither"),
         (["eval", "RUN", "task.lenght=3"], "task.lenght: .* did you mean 'length'"),
+        (["eval", "RUN", "--weights", "int4"], "no form of weights is called 'int4'.* did you mean 'int8'"),
         (["eval", "RUN", "model.d_model=16"], "holds another model: model.d_model was 8 and is now 16"),
         (["eval", "RUN/checkpoints/step-00000099"], "there is no checkpoint .*step-00000099; the one before it is"),
         (["generate", "RUN", "--prompt", ""], "the prompt is empty"),

@@ -174,6 +174,22 @@ def butterfly_complex(B, L, dtype):
     return [randn(B * L, 2, 4, dtype=dtype), randn(2, 1, 2, 2, 2, 2, dtype=to_complex(dtype))], {}
 
 
+def stored_float(B, L, dtype):
+    return [randn(B, min(L, 15), 33, dtype=dtype), randn(5, 33, dtype=dtype), randn(5, dtype=dtype)], {}
+
+
+def stored_bfloat16(B, L, dtype):
+    return [randn(B * min(L, 15), 33, dtype=dtype), torch.randn(5, 33).bfloat16()], {}
+
+
+def stored_int8(B, L, dtype):
+    """The rounding of x has no derivative; test_weight_only.py has its gradient."""
+    weight = torch.randint(-127, 128, (5, 33), dtype=torch.int8)
+    return [torch.randn(B, min(L, 15), 33, dtype=dtype), weight, randn(5, dtype=dtype)], {
+        "scale": randn(5, 3, dtype=dtype)
+    }
+
+
 INPUTS = {
     "causal_conv": [conv, conv_fused, conv_two_sided],
     "short_conv": [short, short_bare, short_silu],
@@ -188,6 +204,7 @@ INPUTS = {
     "blockdiag_multiply": [block_diagonal, block_diagonal_complex],
     "monarch": [monarch_rank_two, monarch_complex],
     "butterfly": [butterfly_pairs, butterfly_blocks, butterfly_complex],
+    "weight_only_linear": [stored_float, stored_bfloat16, stored_int8],
 }
 CASES = [
     pytest.param(op, name, make, id=f"{op.__name__}-{name}-{make.__name__}")
@@ -284,6 +301,8 @@ def test_low_precision_is_near(op, name, make, dtype):
     args, kwargs = make(2, 65, torch.float64)
     real = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point()  # noqa: E731
     args, kwargs = tree_map(lambda t: t.detach().to(dtype) if real(t) else t, (args, kwargs))
+    if reason := op.why_not(name, *args, **kwargs):
+        pytest.skip(reason)
     wide_args, wide_kwargs = tree_map(lambda t: t.double() if real(t) else t, (args, kwargs))
     exact = outputs(op(*wide_args, backend="reference", **wide_kwargs))
     ours = outputs(op(*args, backend=name, **kwargs))
@@ -319,6 +338,10 @@ def flat(op, args, kwargs):
     return [x.detach() if isinstance(x, torch.Tensor) else x for x in bound.arguments.values()]
 
 
+def is_differentiable(x):
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 KERNELS = [case for case in CASES if isinstance(case.values[0].backends[case.values[1]], Kernel)]
 
 
@@ -335,14 +358,14 @@ def kernel_case(op, name, make, L=9):
 @pytest.mark.parametrize(("op", "name", "make"), KERNELS)
 def test_custom_ops_are_registered_right(op, name, make):
     kernel, inputs = kernel_case(op, name, make)
-    differentiable = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+    differentiable = [x.requires_grad_() if is_differentiable(x) else x for x in inputs]
     torch.library.opcheck(kernel.op, (*differentiable, True))
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     *results, saved = kernel.op(*inputs, True)
     given = dict(zip(op.arguments, inputs))
     tensors = [given.pop(tensor) for tensor in op.declaration.arguments]
     first = [i == 0 for i in range(len(tensors))]
-    for needed in ([x is not None for x in tensors], first):
+    for needed in ([is_differentiable(x) for x in tensors], first):
         grads = [torch.randn_like(result) for result in results]
         torch.library.opcheck(kernel.backward_op, (grads, tensors, results, saved, needed, *given.values()))
 
@@ -380,7 +403,7 @@ def test_only_the_gradients_that_are_needed_are_asked_for(op, name, make, monkey
 
     watch.__signature__ = signature
     monkeypatch.setattr(kernel.module, "backward", watch)
-    tensors = {n: x for n, x in zip(op.arguments, inputs) if isinstance(x, torch.Tensor)}
+    tensors = {n: x for n, x in zip(op.arguments, inputs) if is_differentiable(x)}
 
     def grads(names):
         given = {n: x.requires_grad_(n in names) if n in tensors else x for n, x in zip(op.arguments, inputs)}
@@ -401,7 +424,7 @@ def test_only_the_gradients_that_are_needed_are_asked_for(op, name, make, monkey
 def test_each_result_alone_has_its_gradients(op, name, make):
     """A kernel is told of results that nothing depends on by None."""
     kernel, inputs = kernel_case(op, name, make)
-    tensors = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
+    tensors = [x.requires_grad_() for x in inputs if is_differentiable(x)]
     for i in range(len(op.declaration.returns)):
         ours, theirs = (
             torch.autograd.grad(outputs(backend(*inputs))[i].abs().sum(), tensors, allow_unused=True)
@@ -415,7 +438,7 @@ def test_each_result_alone_has_its_gradients(op, name, make):
 def test_storages_of_inputs_may_be_resized_afterwards(op, name, make):
     """As FSDP2 does with the parameters that it has gathered."""
     kernel, inputs = kernel_case(op, name, make)
-    tensors = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor)]
+    tensors = [x.requires_grad_() for x in inputs if is_differentiable(x)]
     for t in outputs(kernel(*inputs)):
         (t.abs().sum()).backward(retain_graph=True)
     with torch.no_grad():
@@ -504,10 +527,12 @@ def test_complex_numbers_are_refused_or_computed(op):
         for i, (argument, x) in enumerate(zip(op.arguments, plain)):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 continue
-            inputs = [*plain[:i], torch.complex(x, torch.randn_like(x)), *plain[i + 1 :]]
+            inputs = [*plain[:i], torch.complex(x.float(), torch.randn_like(x.float())), *plain[i + 1 :]]
             given = dict(zip(op.arguments, inputs))
-            if op.declaration.arguments[argument][1] == "real":
-                with pytest.raises(ValueError, match=rf"{op.__name__}: {argument} must be floating point; got torch.c"):
+            if op.declaration.arguments[argument][1] in ("real", "stored"):
+                with pytest.raises(
+                    ValueError, match=rf"{op.__name__}: {argument} must be floating point.*; got torch.c"
+                ):
                     op(**given)
                 continue
             exact = outputs(op(**given, backend="reference"))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longwave import ops
+from longwave.ops.weight_only_linear import packed, unpacked
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,18 @@ def _retention_inputs(L: int) -> list[Tensor]:
     return [*(randn(1, L, H, 64) for _ in "qkv"), (-torch.rand(1, L, H) / 10).requires_grad_()]
 
 
+def _head(form: str) -> Callable[[int], list[Any]]:
+    """A head of 16,384 tokens on so many rows: as it is stored, and the same weights in float32."""
+
+    def make(rows: int) -> list[Any]:
+        x, weight = torch.randn(rows, 768), 768**-0.5 * torch.randn(16384, 768)
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(form)
+        stored, scale = packed(weight) if dtype is None else (weight.to(dtype), None)
+        return [x, unpacked(stored, scale, torch.float32), stored, scale]
+
+    return make
+
+
 CASES = (
     Case(
         "causal_conv",
@@ -270,5 +283,18 @@ CASES = (
         ops.attention,
         lambda *t: ops.attention(*t, backend="reference"),
         (1024, 4096),
+    ),
+    *(
+        Case(
+            f"weight_only_linear {form}",
+            "torch linear, float32",
+            _head(form),
+            lambda x, weight, stored, scale: ops.weight_only_linear(x, stored, None, scale),
+            lambda x, weight, stored, scale: F.linear(x, weight),
+            (1, 4, 32),  # rows
+            modes=("forward",),
+            note="the bandwidth of memory; of 32 rows, multiplications",
+        )
+        for form in ("float32", "bf16", "int8")
     ),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import append_time, rotate
+from longwave.nn import append_time, like_output, rotate
 from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import attention
 
@@ -76,10 +76,10 @@ class Attention(Mixer, name="attention"):
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def init_state(self, batch: int) -> AttentionState:
-        weight = self.Wqkv.weight
-        empty = weight.new_zeros(batch, 0, self.heads, self.d_model // self.heads)
-        short = weight.new_zeros(batch, max(0, self.d_conv - 1), 3 * self.d_model)
-        return AttentionState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=weight.device), short)
+        like = like_output(self.Wqkv)
+        empty = like.new_zeros(batch, 0, self.heads, self.d_model // self.heads)
+        short = like.new_zeros(batch, max(0, self.d_conv - 1), 3 * self.d_model)
+        return AttentionState(empty, empty, torch.zeros(batch, 0, dtype=torch.bool, device=like.device), short)
 
     def mix(self, x: Tensor, state: AttentionState | None, padding: Tensor | None):
         start = 0 if state is None else state.seen.sum(1)  # by row: padding takes no position

@@ -109,7 +109,8 @@ class Hyena(HyenaLayer, name="hyena"):
         return tuple(map(Taps, self.by_order(self.filter_fn(length))))
 
     def init_state(self, batch: int) -> HyenaState:
-        weight, (inner, _, K) = self.in_proj.weight, self.short_filter.weight.shape
+        weight = self.short_filter.weight
+        inner, _, K = weight.shape
         past = weight.new_zeros(batch, 0, self.d_model)
         return HyenaState(weight.new_zeros(batch, K - 1, inner), (past,) * (self.order - 1))
 

@@ -7,11 +7,10 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Hint
+from longwave.nn import Hint, without_bias
 from longwave.nn.module import step_range
 from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import selective_scan
@@ -81,8 +80,8 @@ class Mamba(Mixer, name="mamba"):
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def init_state(self, batch: int) -> MambaState:
-        E, _, K = self.conv1d.weight.shape
-        weight = self.in_proj.weight
+        weight = self.conv1d.weight
+        E, _, K = weight.shape
         ssm = torch.zeros(batch, *self.A_log.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
         return MambaState(weight.new_zeros(batch, K - 1, E), ssm.to(weight.device))
 
@@ -93,7 +92,7 @@ class Mamba(Mixer, name="mamba"):
         u = silence(u, padding)
         u, past = padded_short_conv(u, conv.weight[:, 0], conv.bias, past, padding, silu=True)
         dt, B, C = self.x_proj(u).split([R, N, N], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)
+        dt = without_bias(self.dt_proj, dt)
         if padding is not None:
             dt = dt.masked_fill(
                 ~is_real(x.shape[1], padding)[..., None], float("-inf")

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from longwave.mixers import Mixer, join, select
 from longwave.mixers.base import without_padding
 from longwave.models.backbone import Block
+from longwave.nn import like_output
 from longwave.nn.padding import is_real, real_first, take_steps
 
 
@@ -51,8 +52,8 @@ class Pool(nn.Module):
 
     def init_state(self, batch: int) -> PoolState:
         """At the start of a window, with silence to add."""
-        weight = self.up.weight
-        return PoolState(weight.new_zeros(batch, 0, self.d_model), weight.new_zeros(batch, self.factor, self.d_model))
+        like = like_output(self.up)
+        return PoolState(like.new_zeros(batch, 0, self.d_model), like.new_zeros(batch, self.factor, self.d_model))
 
     def lower(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """Down: x (B, L, D), L >= 0, behind a window (B, r, D) -> z (B, (r + L) // p, d_low) and the next window."""

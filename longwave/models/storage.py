@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longwave.models.runs import model_at
 from longwave.models.size import on_meta
 from longwave.models.spec import MODEL_SPEC, ModelSpec
+from longwave.nn import WeightOnlyLinear, weight_only
 from longwave.spec import explain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -39,7 +40,13 @@ def save(folder: str | Path, model: nn.Module, spec: ModelSpec) -> None:
         folder: made where it is not there.
         model: what ``spec.build()`` made.
         spec: its description.
+    Raises:
+        ValueError: where the weights are kept in fewer bits: the float model is what is saved.
     """
+    for module in model.modules():
+        if isinstance(module, WeightOnlyLinear):
+            raise ValueError(f"weights kept in {module.form} are not saved: save the float model, "
+                             f"and load it with weights={module.form!r}")  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, weights(model), spec, suffix=".part")
@@ -95,6 +102,13 @@ def fill(
     Raises:
         ValueError: where they are those of another model, naming ``file`` and the first tensor that does not fit.
     """
+    own = _fitting(model, stored, file)
+    for name, tensor in own.items():
+        tensor.copy_(like(stored[name], tensor))
+
+
+def _fitting(model: nn.Module, stored: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors of the model that the stored ones are for, by name; else ValueError."""
     own = dict([*model.named_parameters(), *model.named_buffers()])
     for name in [*stored, *own]:
         if name not in own or name not in stored:
@@ -105,18 +119,36 @@ def fill(
                 f"{file} is of another model: {name} has shape {tuple(stored[name].shape)} there, and "
                 f"{tuple(own[name].shape)} by the config"
             )
-    for name, tensor in own.items():
-        tensor.copy_(like(stored[name], tensor))
+    return own
 
 
-def load(path: str | Path) -> tuple[nn.Module, ModelSpec]:
+@torch.no_grad()
+def _fill_weight_only(model: nn.Module, form: str, stored: dict[str, Tensor], file: Path) -> nn.Module:
+    """A model from the meta device with its weights kept in fewer bits: rounded one by one, as they are read."""
+    firsts = {id(tensor): name for name, tensor in _fitting(model, stored, file).items()}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    places = {name: firsts[id(tensor)] for name, tensor in every}  # those that are tied are stored once
+    model = weight_only(model, form).to_empty(device="cpu")
+    for name, first in places.items():
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if own == "weight" and isinstance(module, WeightOnlyLinear):
+            module.store(stored[first])
+        else:
+            getattr(module, own).copy_(stored[first])
+    return model
+
+
+def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, ModelSpec]:
     """A model and its spec, in evaluation mode and in the dtypes it was saved in.
 
     Args:
         path: a folder that :func:`save` wrote, a run (its best checkpoint is taken) or one of its checkpoints.
+        weights: "int8" or "bf16" keeps the weights of its linear maps in so many bits (see
+            :func:`longwave.nn.weight_only`); the float model never exists whole.
     Raises:
-        ValueError: where a file is missing or corrupt or differs from the checkpoint's manifest, or the weights do not
-            fit the config.
+        ValueError: where a file is missing or corrupt or differs from the checkpoint's manifest, the weights do not
+            fit the config, or there is no such form of weights.
     """
     folder = model_at(Path(path))
     for name in (CONFIG, WEIGHTS):
@@ -126,10 +158,13 @@ def load(path: str | Path) -> tuple[nn.Module, ModelSpec]:
         spec = MODEL_SPEC.validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {explain(error, 'model')}") from error
-    on_meta(spec, copies=1)
-    model, stored = spec.build(), read_tensors(folder / WEIGHTS)
+    ghost = on_meta(spec, copies=1 if weights is None else None)
+    model = spec.build() if weights is None else ghost
+    stored = read_tensors(folder / WEIGHTS)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             tensor.data = tensor.data.to(stored[name].dtype)
+    if weights is not None:
+        return _fill_weight_only(model, weights, stored, folder / WEIGHTS), spec
     fill(model, stored, folder / WEIGHTS)
     return model.eval(), spec

@@ -35,6 +35,7 @@ from longwave.nn.mu_law import mu_law_decode, mu_law_encode
 from longwave.nn.online_conv import Taps
 from longwave.nn.rotary import rotate
 from longwave.nn.s4nd import S4ND, SeparableConv
+from longwave.nn.weight_only import WeightOnlyLinear, like_output, weight_only, without_bias
 
 __all__ = [
     "C_INITS",
@@ -72,6 +73,7 @@ __all__ = [
     "SwiGLU",
     "Taps",
     "Truncated",
+    "WeightOnlyLinear",
     "append_time",
     "block_fft",
     "conv_with_past",
@@ -81,6 +83,7 @@ __all__ = [
     "frozen",
     "hippo",
     "init_conv_state",
+    "like_output",
     "long_conv",
     "monarch_conv",
     "monarch_fft",
@@ -95,4 +98,6 @@ __all__ = [
     "rotate",
     "set_rate",
     "two_sided_conv",
+    "weight_only",
+    "without_bias",
 ]

@@ -1,6 +1,7 @@
 """Channel mixers: what a block does to each token on its own."""
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,8 +56,13 @@ class MLP(nn.Module):
 class OutputLinear(nn.Linear):
     """W gelu(x): what follows the convolution in DSS."""
 
+    @staticmethod
+    def around(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What is done before the linear map and after it."""
+        return linear(F.gelu(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.gelu(x))
+        return self.around(super().forward, x)
 
 
 class OutputGLU(nn.Linear):
@@ -72,5 +78,10 @@ class OutputGLU(nn.Linear):
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, 2 * d_out)
 
+    @staticmethod
+    def around(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What is done before the linear map and after it."""
+        return F.glu(linear(F.gelu(x)), dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.glu(super().forward(F.gelu(x)), dim=-1)
+        return self.around(super().forward, x)

@@ -11,6 +11,7 @@ from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.short_conv import short_conv
 from longwave.ops.vandermonde import vandermonde, vandermonde_transpose
+from longwave.ops.weight_only_linear import weight_only_linear
 from longwave.ops.wkv import wkv
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "short_conv",
     "vandermonde",
     "vandermonde_transpose",
+    "weight_only_linear",
     "without_autocast",
     "wkv",
 ]

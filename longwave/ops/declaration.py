@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KINDS = {"real": "floating point", "complex": "complex", "any": "floating point or complex", "bool": "bool"}
+KINDS = {
+    "real": "floating point",
+    "complex": "complex",
+    "any": "floating point or complex",
+    "stored": "floating point or int8",
+    "bool": "bool",
+}
 
 
 class Declaration:
@@ -16,9 +22,10 @@ class Declaration:
 
     Args:
         op: name, for errors.
-        arguments: the axes of every tensor argument and, behind a colon, its kind: real, complex, any or bool; real
-            where nothing is said. ``"B K-1 C"`` names the axes; a letter that occurs twice has one size, which is at
-            least 1, or 0 where it is marked: ``"C M?"``. ``|`` stands between alternatives, ``...`` for any axes.
+        arguments: the axes of every tensor argument and, behind a colon, its kind: real, complex, any, stored (real or
+            int8) or bool; real where nothing is said. ``"B K-1 C"`` names the axes; a letter that occurs twice has one
+            size, which is at least 1, or 0 where it is marked: ``"C M?"``. ``|`` stands between alternatives, ``...``
+            for any axes.
         returns: the same for the results, with an axis's size as in ``"S*M"`` and the dtype behind the colon, as the
             dtypes and arguments that it is promoted from: ``"B C N : float32+u+A"``, or ``"B C length : c.real"``.
     """
@@ -87,6 +94,8 @@ def _partitioned(texts: Mapping[str, str]) -> list[tuple[str, tuple[str, str, st
 def _is_of(kind: str, dtype: torch.dtype) -> bool:
     if kind == "bool":
         return dtype == torch.bool
+    if kind == "stored":
+        return dtype.is_floating_point or dtype == torch.int8
     return (dtype.is_complex and kind != "real") or (dtype.is_floating_point and kind != "complex")
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longwave.nn import frozen
 from longwave.tasks.base import Task
@@ -35,3 +35,17 @@ def evaluate(fabric: "Fabric", objective: nn.Module, task: Task, batch: int) -> 
     loss, correct, tokens = fabric.all_reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
     objective.train(was_training)
     return task.metrics(loss, int(correct), int(tokens))
+
+
+@torch.no_grad()
+def compare(model: nn.Module, other: nn.Module, inputs: Tensor) -> dict[str, float]:
+    """How far the logits of another model are from those of a model, on the same inputs.
+
+    Returns:
+        error_of_logits: root mean square of the differences over that of the logits.
+        same_choice: how often both have their largest logit at the same place.
+    """
+    ours, theirs = (logits[0] if isinstance(logits, tuple) else logits for logits in (model(inputs), other(inputs)))
+    error = (ours - theirs).norm() / ours.norm()
+    same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+    return {"error_of_logits": error.item(), "same_choice": same.item()}

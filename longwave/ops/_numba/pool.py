@@ -160,3 +160,22 @@ def run(kernel: Callable[..., None], tasks: int, *args: Any, scratch_size: int =
     finally:
         for other in others:
             other.result()
+
+
+def share(kernel: Callable[..., None], threads: int, *args: Any) -> None:
+    """kernel(*args) on this thread, and the same on others that come in time; it shares out its work itself.
+
+    Args:
+        kernel: compiled by :func:`longwave.ops._numba.jit.kernel`; it returns when nothing is left to take.
+        threads: how many at most, this one included.
+    """
+    if threads <= 1 or getattr(_local, "inside", False):
+        kernel(*args)
+        return
+    others = [_threads().submit(kernel, *args) for _ in range(threads - 1)]
+    try:
+        kernel(*args)
+    finally:
+        for other in others:
+            if not other.cancel():
+                other.result()
