@@ -461,8 +461,12 @@ def _sample(op: Any, device: str) -> dict[str, Any]:
     """A small tensor for each tensor argument of an op, and a length, to ask its backends about."""
     import torch
 
-    sizes = {name: [4 - int(axis.partition("-")[2] or 0) for axis in axes[0]] for name, axes in op.shapes.items()}
-    tensors: dict[str, Any] = {name: torch.ones(shape, device=device) for name, shape in sizes.items()}
+    dtypes = {"complex": torch.complex64, "bool": torch.bool}
+    tensors: dict[str, Any] = {}
+    for name, (layouts, kind) in op.declaration.arguments.items():
+        axes = (axis.rstrip("?") for axis in layouts[0])
+        shape = [int(axis) if axis.isdigit() else 4 - int(axis.partition("-")[2] or 0) for axis in axes]
+        tensors[name] = torch.ones(shape, device=device, dtype=dtypes.get(kind, torch.float32))
     return {**tensors, **({"length": 4} if "length" in op.arguments else {})}
 
 
