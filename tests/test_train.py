@@ -10,10 +10,12 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import matplotlib
 import pytest
 import torch
 import yaml
 from lightning_fabric import Fabric
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -24,7 +26,7 @@ from longwave.nn import optim_hints
 from longwave.tasks import Batch, Text
 from longwave.train import Recipe, load_recipe, loop, recipe_names, train
 from longwave.train import checkpoint as checkpoints
-from longwave.train.monitor import METRICS, Monitor, read_metrics
+from longwave.train.monitor import METRICS, Monitor, plot_loss, read_metrics
 from longwave.train.optim import build_optimizer, schedule, set_lr
 
 TINY = {
@@ -74,7 +76,7 @@ def stop(number=signal.SIGTERM):
 
 
 def digests(run):
-    """SHA-256 of weights, optimiser state, best result and step of the latest checkpoint."""
+    """SHA-256 of weights, optimiser state, best result and step of a checkpoint, or of a run's latest."""
     return json.loads((find(run) / "manifest.json").read_text())
 
 
@@ -305,6 +307,49 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     assert not model.training
 
 
+@pytest.mark.parametrize("metric", ["bits_per_byte", "accuracy", "loss"])
+def test_the_plot_draws_each_quantity_once(tmp_path, monkeypatch, metric):
+    """Bits a byte are the loss in another unit: one axis. Accuracy has one of its own."""
+    run = tmp_path / "a run"
+    run.mkdir()
+    nats = {step: 4 - step / 2 for step in (1, 2, 3, 4)}
+    lines = [{"step": step, "loss": value} for step, value in nats.items()]
+    lines.append({"step": 4, "eval_loss": 3.0, "eval_accuracy": 0.5, "eval_bits_per_byte": 3 / math.log(2)})
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k)))
+    assert plot_loss(run, metric).read_bytes().startswith(b"\x89PNG")
+    (figure,) = figures
+    left, *others = figure.axes
+    unit = math.log(2) if metric == "bits_per_byte" else 1.0
+    assert left.get_ylabel() == ("bits per byte" if metric == "bits_per_byte" else "loss (nats per token)")
+    assert left.get_title() == "a run, step 4"
+    assert left.lines[0].get_ydata() == pytest.approx([value / unit for value in nats.values()])
+    assert left.lines[-1].get_ydata() == pytest.approx([3 / unit])
+    assert [(axes.get_ylabel(), *axes.lines[0].get_ydata()) for axes in others] == (
+        [("accuracy", 0.5)] if metric == "accuracy" else []
+    )
+
+
+def test_a_plot_leaves_matplotlib_as_it_is(tiny, tmp_path):
+    """A library function has no say in how the process that called it draws."""
+    with matplotlib.rc_context({"backend": "svg"}):
+        train(tiny("steps=1"), tmp_path / "run")
+        assert matplotlib.get_backend() == "svg"
+
+
+def test_the_progress_line_moves_at_every_step(tiny, tmp_path, monkeypatch):
+    """However seldom numbers are logged."""
+    shown = []
+    original = Monitor.step
+    monkeypatch.setattr(
+        Monitor, "step", lambda self, done: (original(self, done), shown.append(self.progress.tasks[0].completed))
+    )
+    train(tiny("log_every=8"), tmp_path / "run")
+    assert shown == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_the_seed_decides_everything(tiny, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(tiny(f"seed={seed}", "steps=3"), tmp_path / name)
@@ -423,6 +468,18 @@ def test_a_finished_run_can_be_resumed_and_made_longer(tiny, tmp_path):
         train(tiny("schedule=constant"), run, resume=run)
 
 
+def test_a_run_resumed_at_its_last_step_records_what_it_would_have(tiny, tmp_path, capsys):
+    """Made shorter than it came, it is the run that was that short: evaluated there, and its best too."""
+    longer, shorter = tiny("schedule=constant", "keep=4"), tiny("schedule=constant", "keep=4", "steps=6")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(longer, run)
+    metrics = train(shorter, whole)
+    capsys.readouterr()
+    assert train(shorter, run, resume=run / "checkpoints" / name_of(6)) == metrics
+    assert "all 6 steps are done already; set steps higher to train on" in capsys.readouterr().err
+    assert (numbers(run), digests(run / "checkpoints" / name_of(6))) == (numbers(whole), digests(whole))
+
+
 def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(tiny, tmp_path, at_step):
     """They are of a future that no longer is; metrics and the best follow."""
     recipe, run, whole = tiny("keep=4"), tmp_path / "run", tmp_path / "whole"
@@ -533,7 +590,7 @@ def test_resuming_with_another_config_names_the_field(tiny, tmp_path, change, wo
     assert (run / "config.yaml").read_text() == before
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny, tmp_path, at_step):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny, tmp_path, at_step, capsys):
     recipe, run = tiny("checkpoint_every=8", "eval_every=8"), tmp_path / "run"
 
     reasons = ["killed"]
@@ -546,10 +603,39 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny, tmp_path, a
     with pytest.raises(RuntimeError, match="killed"):
         train(recipe, run)
     assert saved_steps(run) == []
+    capsys.readouterr()
     train(recipe, run, resume=run)
+    assert f"{run} has no checkpoint yet; it starts again at its first step" in capsys.readouterr().err
     train(recipe, tmp_path / "whole")
     assert digests(run) == digests(tmp_path / "whole")
     assert numbers(run) == numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "emptied"), [([], False), ([], True), (["checkpoint_every=8", "eval_every=8"], False)], ids=str
+)
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tiny, tmp_path, changes, emptied):
+    recipe, run = tiny(*changes), tmp_path / "run"
+    train(recipe, run)
+    before = (run / METRICS).read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    if emptied:
+        (run / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=f"{run} came to step 8, and its checkpoints are gone: put them back, or"):
+        train(recipe, run, resume=run)
+    assert (run / METRICS).read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [b'{"step": 3, "loss": "\xe9"}', b"\x00\x00", b"", b"[1]", b'{"loss": 3}'])
+def test_metrics_that_are_none_name_the_file_and_line(tmp_path, broken_run, line):
+    shutil.copytree(broken_run[1], tmp_path / "run")
+    file = tmp_path / "run" / METRICS
+    lines = file.read_bytes().splitlines()
+    lines[2] = line
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(ValueError, match=f"{file}, line 3, is not JSON with a step: .*; mend or delete it") as caught:
+        train(broken_run[0], tmp_path / "run", resume=tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json", "config.json"])

@@ -22,7 +22,7 @@ from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkp
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
 from longwave.train.memory import keep_freed_memory
-from longwave.train.monitor import Monitor, plot_loss
+from longwave.train.monitor import Monitor, plot_loss, read_metrics
 from longwave.train.optim import build_optimizer, set_lr
 from longwave.train.size import check_size
 
@@ -174,6 +174,9 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
         numbers = [(first + part) * world + fabric.global_rank for part in range(recipe.accumulate)]
         return [fabric.to_device(recipe.task.train_batch(rows, recipe.seed, number)) for number in numbers]
 
+    def say(text: str) -> None:
+        _on_main(fabric, Monitor.say, monitor, text)
+
     def save(step: int) -> None:
         nonlocal saved
         tensors = gather(model, optimizer)
@@ -183,18 +186,27 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
         _on_main(fabric, _save, run, step, tensors, recipe, best)
         saved = step
 
-    def assess(step: int) -> dict[str, float]:
-        nonlocal best
-        result = evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch)
-        value = result[recipe.task.metric]
-        if not math.isfinite(result["loss"]):
+    def assess(step: int) -> None:
+        nonlocal best, metrics
+        metrics = evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch)
+        if not math.isfinite(metrics["loss"]):
             raise _diverged(run, "the held-out loss", step)
+        _on_main(fabric, Monitor.evaluation, monitor, step, metrics)
+        value = metrics[recipe.task.metric]
         if best is None or (value > best.value if recipe.task.higher_is_better else value < best.value):
             best = Best(step, value)
-        return result
+            save(step)
 
     try:
         with StopFlag(tell=fabric.is_global_zero) as stop, monitor or contextlib.nullcontext():
+            if resume is not None and checkpoint is None:
+                _on_main(
+                    fabric, Monitor.say, monitor, f"{run} has no checkpoint yet; it starts again at its first step"
+                )
+            if start == recipe.steps:
+                assess(start)
+                done_already = f"all {start} steps are done already; set steps higher to train on"
+                _on_main(fabric, Monitor.say, monitor, done_already)
             for step in range(start, recipe.steps):
                 lr = set_lr(optimizer, step, recipe)
                 torch.manual_seed(_step_seed(recipe.seed, step, fabric.global_rank))
@@ -204,22 +216,19 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
                 done = step + 1
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise _diverged(run, "the gradient" if math.isfinite(loss) else "the loss", done)
+                if monitor is not None:
+                    monitor.step(done)
                 if done % recipe.log_every == 0 or done == recipe.steps:
                     _on_main(fabric, Monitor.train, monitor, done, loss, lr, norm, tokens)
                     tokens = 0
                 if done % recipe.eval_every == 0 or done == recipe.steps:
-                    metrics = assess(done)
-                    _on_main(fabric, Monitor.evaluation, monitor, done, metrics)
-                    if best is not None and best.step == done:
-                        save(done)
+                    assess(done)
                 if saved != done and (done % recipe.checkpoint_every == 0 or done == recipe.steps):
                     save(done)
                 if done < recipe.steps and _any_rank(fabric, stop.raised):
                     if saved != done:
                         save(done)
                     raise Interrupted(done, run)
-            if not metrics:  # nothing was left to do
-                metrics = assess(recipe.steps)
     except (Interrupted, FloatingPointError):
         _on_main(fabric, plot_loss, run, recipe.task.metric)
         raise
@@ -251,8 +260,8 @@ def _rehearse(fabric: "Fabric", objective: nn.Module, recipe: Recipe) -> None:
 
 
 def _start_monitor(recipe: Recipe, run: Path, start: int) -> Monitor:
-    """Only now, when nothing objects, the run has a folder."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Only now, when nothing objects, the run has a folder, and in it one for checkpoints: without it they are gone."""
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, recipe.to_yaml())
     return Monitor(run, recipe.steps, start, recipe.task.metric)
 
@@ -330,14 +339,23 @@ def _open_run(recipe: Recipe, run: Path, resume: str | Path | None) -> Path | No
         return None
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run: it has no {CONFIG}")
-    old, new = load_recipe(run / CONFIG).model_dump(), recipe.model_dump()
-    for field, value in new.items():
-        if field not in MAY_DIFFER and value != old[field]:
+    old = load_recipe(run / CONFIG)
+    before, now = old.model_dump(), recipe.model_dump()
+    for field, value in now.items():
+        if field not in MAY_DIFFER and value != before[field]:
             raise ValueError(
-                f"{run} was made with another config: {first_difference(field, old[field], value)}; "
+                f"{run} was made with another config: {first_difference(field, before[field], value)}; "
                 "resume it without that change"
             )
     if Path(resume) == run and not saved_steps(run):
+        came, due = (
+            max((line["step"] for line in read_metrics(run)), default=0),
+            min(old.eval_every, old.checkpoint_every),
+        )
+        if came > due or not (run / "checkpoints").is_dir():
+            raise ValueError(
+                f"{run} came to step {came}, and its checkpoints are gone: put them back, or start another run by --out"
+            )
         return None
     checkpoint = find(Path(resume))
     if (step := step_of(checkpoint)) > recipe.steps:

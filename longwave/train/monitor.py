@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Monitor:
         self.file = run / METRICS
         kept = [line for line in read_metrics(run) if line["step"] <= start]
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+        self.evaluated = {line["step"] for line in kept if "eval_loss" in line}
         self.board = SummaryWriter(str(run), purge_step=start + 1)
         self.start, self.steps = start, steps
         self.clock, self.last_said = time.monotonic(), start
@@ -46,6 +48,7 @@ class Monitor:
             *columns,
             console=self.console,
             disable=not self.console.is_terminal,
+            refresh_per_second=4,
         )
         self.bar = self.progress.add_task("training", total=steps, completed=start, numbers="")
 
@@ -58,20 +61,25 @@ class Monitor:
         with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error counts
             self.board.close()
 
+    def step(self, step: int) -> None:
+        """After every step: the bar moves."""
+        self.progress.update(self.bar, completed=step)
+
     def train(self, step: int, loss: float, lr: float, norm: float, tokens: int) -> None:
         """After ``step`` steps, ``tokens`` inputs after the last call: loss in nats a scored token, tokens a second."""
         now = time.monotonic()
         rate = tokens / max(now - self.clock, 1e-9)
         self.clock = now
         self._write(step, {"loss": loss, "lr": lr, "gradient_norm": norm, "tokens_per_second": round(rate)})
-        self.progress.update(self.bar, completed=step, numbers=f"loss {loss:.3f}  {rate:,.0f} tokens/s")
+        self.progress.update(self.bar, numbers=f"loss {loss:.3f}  {rate:,.0f} tokens/s")
         if not self.console.is_terminal and step - self.last_said >= self.steps / 20:
             self.last_said = step
             self.say(f"step {step}/{self.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """After ``step`` steps: the task's numbers on held-out data."""
-        self._write(step, {f"eval_{name}": value for name, value in metrics.items()})
+        """After ``step`` steps: the task's numbers on held-out data; recorded once."""
+        if step not in self.evaluated:
+            self._write(step, {f"eval_{name}": value for name, value in metrics.items()})
         self.say(f"step {step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.clock = time.monotonic()  # an evaluation is no training time
 
@@ -90,27 +98,35 @@ class Monitor:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off does not count."""
-    lines = []
-    if (run / METRICS).is_file():
-        for line in (run / METRICS).read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
+    """The lines of a run's metrics.jsonl; a last line that was cut off does not count.
+
+    Raises:
+        ValueError: for a line that is no such line, by its number.
+    """
+    file, read = run / METRICS, []
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line.decode())
+            entry["step"] = int(entry["step"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
                 break
-    return lines
+            shown = repr(line[:40])[1:]
+            raise ValueError(f"{file}, line {number}, is not JSON with a step: {shown}; mend or delete it") from None
+        read.append(entry)
+    return read
 
 
 def plot_loss(run: Path, metric: str) -> Path:
-    """Draw loss.png: training loss, and the held-out loss and metric, against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw loss.png: the loss in training and held out, and the metric where it is another quantity, against steps."""
+    from matplotlib.figure import Figure
 
     lines = read_metrics(run)
-    figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    unit, name = (math.log(2), "bits per byte") if metric == "bits_per_byte" else (1.0, "loss (nats per token)")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
+    train = [(line["step"], line["loss"] / unit) for line in lines if "loss" in line]
     held_out = [line for line in lines if "eval_loss" in line]
     if train:
         steps, losses = zip(*train)
@@ -120,17 +136,16 @@ def plot_loss(run: Path, metric: str) -> Path:
             smooth.append(average)
         left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         left.plot(steps, smooth, color="tab:blue", label="training (smoothed)")
-    left.plot([e["step"] for e in held_out], [e["eval_loss"] for e in held_out], "o-", color="black", label="held out")
-    left.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
+    evaluated = [line["step"] for line in held_out]
+    left.plot(evaluated, [line["eval_loss"] / unit for line in held_out], "o-", color="black", label="held out")
+    title = f"{run.resolve().name}, step {lines[-1]['step']}" if lines else run.resolve().name
+    left.set(xlabel="step", ylabel=name, title=title)
     left.grid(alpha=0.3)
-    handles, labels = left.get_legend_handles_labels()
-    if metric != "loss" and held_out:
+    if metric not in ("loss", "bits_per_byte") and held_out:
         right = left.twinx()
-        values = [e[f"eval_{metric}"] for e in held_out]
-        right.plot([e["step"] for e in held_out], values, "s--", color="tab:red", label=metric.replace("_", " "))
-        right.set_ylabel(metric.replace("_", " "), color="tab:red")
-        handles, labels = handles + right.get_legend_handles_labels()[0], labels + right.get_legend_handles_labels()[1]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        values, shown = [line[f"eval_{metric}"] for line in held_out], metric.replace("_", " ")
+        right.plot(evaluated, values, "s--", color="tab:red", label=f"held-out {shown}")
+        right.set_ylabel(shown, color="tab:red")
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(run / "loss.png", dpi=120)
-    pyplot.close(figure)
     return run / "loss.png"
