@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -38,6 +39,7 @@ Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it, by typer's version
+Stopped: Any = typer.Abort  # what becomes of KeyboardInterrupt in there
 
 
 def main() -> None:
@@ -54,6 +56,8 @@ def main() -> None:
     except BrokenPipeError:  # who read our output has enough of it; nothing is left to be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (KeyboardInterrupt, Stopped):
+        sys.exit(128 + signal.SIGINT)
     except (UsageError, ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         message = str(error)
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", message):
@@ -87,6 +91,8 @@ def train(
     from longwave.models.runs import CONFIG, run_of
     from longwave.train import loop
     from longwave.train.config import load_recipe
+    from longwave.train.memory import keep_freed_memory
+    from longwave.train.ranks import RankError
 
     every = [*([] if recipe is None else [recipe]), *(changes or [])]
     source: str | Path | None = every.pop(0) if every and "=" not in every[0] else None
@@ -103,17 +109,20 @@ def train(
         loaded = load_recipe(source, every)
         run = out or Path("runs") / Path(source).stem
     go_on = f"longwave train --resume {shlex.quote(str(run))}"
+    if loaded.keep_memory:
+        keep_freed_memory()
     try:
         metrics = loop.train(loaded, run, resume=resume)
     except loop.Interrupted as stop:
         _note(f"\ninterrupted after step {stop.step}; everything is saved. Go on with\n  {go_on}")
-        return
+        raise typer.Exit(128 + stop.number) from stop
     except KeyboardInterrupt:
         if (run / CONFIG).is_file():
             _note(f"\nstopped at once: what was not yet saved is lost. Go on with\n  {go_on}")
         raise
     except OSError as error:
-        hint = f"\nwhen that is mended, go on with {go_on}" if (run / CONFIG).is_file() else ""
+        then = "; " if isinstance(error, RankError) else "\nwhen that is mended, "
+        hint = f"{then}go on with {go_on}" if (run / CONFIG).is_file() else ""
         raise OSError(f"{error}{hint}") from error
     _report(loaded, run, metrics)
 
@@ -133,19 +142,24 @@ def eval(
     With --weights, also the model whose weights are kept in so many bits, and how far its logits are from the others.
     """
     from longwave.train.evaluate import compare, evaluate
-    from longwave.train.loop import Objective, make_fabric
+    from longwave.train.loop import Objective, make_fabric, threads
+    from longwave.train.memory import keep_freed_memory
+    from longwave.train.ranks import Ranks
 
     recipe, model = _load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
     recipe.task.prepare()
-    fabric = make_fabric(recipe)
-    start, batch = time.monotonic(), recipe.eval_batch or recipe.batch
-    metrics = evaluate(fabric, fabric.setup(Objective(model)).eval(), recipe.task, batch)
-    if weights is not None:
-        _, small = _load_run(run, [], weights)
-        other = evaluate(fabric, fabric.setup(Objective(small)).eval(), recipe.task, batch)
-        other |= compare(model, small, fabric.to_device(recipe.task.eval_batch(batch, 0))[0])
-        metrics |= {f"{name}, {weights}": value for name, value in other.items()}
-    if fabric.is_global_zero:
+    if recipe.keep_memory:
+        keep_freed_memory()
+    with threads(recipe.threads), Ranks(make_fabric(recipe)) as ranks:
+        fabric, batch = ranks.fabric, recipe.eval_batch or recipe.batch
+        start = time.monotonic()
+        metrics = evaluate(fabric, fabric.setup(Objective(model)).eval(), recipe.task, batch)
+        if weights is not None:
+            _, small = _load_run(run, [], weights)
+            other = evaluate(fabric, fabric.setup(Objective(small)).eval(), recipe.task, batch)
+            other |= compare(model, small, fabric.to_device(recipe.task.eval_batch(batch, 0))[0])
+            metrics |= {f"{name}, {weights}": value for name, value in other.items()}
+    if ranks.main:
         for name, value in metrics.items():
             print(f"{name.replace('_', ' ')}  {value:.6g}")
     _note(f"{time.monotonic() - start:.1f} s")
@@ -211,7 +225,8 @@ def generate(
         models.save_state(save_state, tokens.held, model)
         _note(f"state: {save_state}; go on with longwave generate {run} --from-state {save_state}")
     _tell_state(model, begin, tokens.state, written, time.monotonic() - start)
-    _note(f"run: {run}\nnext, on your own text: longwave train demo task.files=[my.txt] --out runs/mine")
+    _note(f"run: {run}")
+    _note_own_text()
 
 
 @app.command(
@@ -383,8 +398,17 @@ def _is_main() -> bool:
 
 
 def _note(text: str) -> None:
-    if _is_main():
+    if not _is_main():
+        return
+    try:
         print(text, file=sys.stderr)
+    except OSError:  # the terminal is gone; nothing is left to be flushed at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _note_own_text() -> None:
+    if not Path("runs/mine").exists():  # or the command would be refused, to who has done it already
+        _note("on your own text: longwave train demo 'task.files=[my.txt]' --out runs/mine")
 
 
 def _load_run(path: Path, changes: list[str], weights: str | None = None) -> tuple["Recipe", "LM"]:
@@ -416,11 +440,11 @@ def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
         for name, bits in sorted(rows.items(), key=lambda row: row[1]):
             _note(f"  {name:36}{bits:.3f}")
     _note(f"run: {run}   loss plot: {run / 'loss.png'}")
-    if isinstance(recipe.task, Text):
-        _note(f'next: longwave generate {run} --prompt "The " --max-new 400')
-        _note("on your own text: longwave train demo task.files=[my.txt] --out runs/mine")
-    else:
-        _note(f"next: longwave eval {run}")
+    named, text = shlex.quote(str(run)), isinstance(recipe.task, Text)
+    _note(f'next: longwave generate {named} --prompt "The " --max-new 400' if text else f"next: longwave eval {named}")
+    _note(f"to train it on: longwave train --resume {named} steps={2 * recipe.steps}")
+    if text:
+        _note_own_text()
 
 
 def _tell_state(model: "LM", begin: Any, end: Any, count: int, seconds: float) -> None:

@@ -11,8 +11,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _malloc_as_it_is(monkeypatch):
-    """Trainings in this process would change it for the tests after them, some of which measure memory."""
-    monkeypatch.setattr("longwave.train.loop.keep_freed_memory", lambda: True)
+    """The command line in this process would change it for the tests after it, some of which measure memory."""
+    monkeypatch.setattr("longwave.train.memory.keep_freed_memory", lambda: True)
 
 
 @pytest.fixture

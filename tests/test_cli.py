@@ -1,13 +1,17 @@
 """The command line as a user meets it: what it prints, what it exits with, and that no kill costs a run."""
 
+import fcntl
 import io
 import json
+import os
+import pty
 import random
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -177,8 +181,22 @@ def test_train_says_how_good_it_is_and_what_is_next(call, trained, tmp_path, mon
     assert "held out: loss " in err
     assert "this model" in err
     assert "gzip -9" in err
-    assert "longwave generate runs/tiny --prompt" in err
+    assert "next: longwave generate runs/tiny --prompt" in err
+    assert "longwave train --resume runs/tiny steps=4\n" in err
+    assert "longwave train demo 'task.files=[my.txt]' --out runs/mine\n" in err
     assert re.search(r"^step 2/2  loss \d\.\d{3}  [\d,]+ tokens/s$", err, re.MULTILINE)
+
+
+def test_the_hint_after_training_names_the_run_just_made(call, trained, tmp_path, monkeypatch):
+    """Every command that it shows can be pasted: none is refused because the run is there."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("train", trained[0], "steps=1", "--out", "runs/mine")
+    assert code == 0
+    assert re.findall(r": (longwave .*)$", err, re.MULTILINE) == [
+        'longwave generate runs/mine --prompt "The " --max-new 400',
+        "longwave train --resume runs/mine steps=2",
+    ]
+    assert "longwave generate 'my runs/a' --prompt" in call("train", trained[0], "steps=1", "--out", "my runs/a")[2]
 
 
 def test_train_twice_is_an_error_that_says_how_to_go_on(call, trained):
@@ -404,15 +422,16 @@ def test_a_disk_that_is_full_says_how_to_go_on(call, trained, tmp_path, monkeypa
 # Signals and kills
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_tells_the_command_that_resumes(trained, tmp_path, number):
+    """With the code that a shell expects, so that what comes after ``&&`` does not begin."""
     run = tmp_path / "a run"
     command = [*LONGWAVE, "train", trained[0], FOREVER, "--out", run]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(read_metrics(run)) >= 3, process)
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, err
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     step, resume = re.search(
         r"interrupted after step (\d+); everything is saved\. Go on with\n  longwave (.*)\n", err
@@ -423,6 +442,42 @@ def test_a_signal_saves_and_tells_the_command_that_resumes(trained, tmp_path, nu
     train(load_recipe(trained[0], [steps]), tmp_path / "whole")
     assert digests(run) == digests(tmp_path / "whole")
     assert numbers(run) == numbers(tmp_path / "whole")
+
+
+def test_a_closed_terminal_saves(trained, tmp_path):
+    """The hangup comes from the system, and nothing can be told any more."""
+    run, (ours, theirs) = tmp_path / "run", pty.openpty()
+    command = [*LONGWAVE, "train", trained[0], FOREVER, "--out", run]
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    wait_for(lambda: len(read_metrics(run)) >= 3, process)
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert saved_steps(run)[-1] == read_metrics(run)[-1]["step"]
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_ctrl_c_in_earnest_is_no_traceback(call, trained, tmp_path, monkeypatch, command):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longwave.train.loop.train", interrupted)
+    monkeypatch.setattr("longwave.models.stream", interrupted)
+    arguments = ["--resume", trained[1]] if command == "train" else [trained[1], "--prompt", "a"]
+    code, _, err = call(command, *arguments)
+    assert code == 130
+    assert err.strip().splitlines() == (
+        ["stopped at once: what was not yet saved is lost. Go on with", f"  longwave train --resume {trained[1]}"]
+        if command == "train"
+        else []
+    )
 
 
 def test_kills_at_any_moment_cost_at_most_the_steps_since_the_checkpoint(trained, tmp_path):

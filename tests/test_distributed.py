@@ -110,7 +110,7 @@ def test_interrupted_is_uninterrupted_and_goes_on_with_one(recipe, start, tmp_pa
     process = start(*LONGWAVE, "train", recipe, change, FOREVER, "--out", run)
     begun(run, process)
     process.send_signal(signal.SIGTERM)
-    err = finish(process)
+    err = finish(process, 128 + signal.SIGTERM)
     assert f"longwave train --resume {run}\n" in err
     assert err.count("everything is saved") == err.count("stopping: ") == 1
     assert "Traceback" not in err
@@ -162,11 +162,64 @@ def test_a_killed_main_process_takes_the_others_along(recipe, start, tmp_path):
     process = start(*LONGWAVE, "train", recipe, "strategy=fsdp2", FOREVER, "--out", run)
     begun(run, process)
     process.kill()
-    process.communicate()
+    assert "Traceback" not in process.communicate()[1]
     step = int(find(run).name.removeprefix("step-"))
     assert step >= 3
     assert wait_until(lambda: not alive(tmp_path), 30)
     train(load_recipe(run / "config.yaml", ["devices=1", "strategy=auto", f"steps={step + 1}"]), run, resume=run)
+
+
+def test_a_killed_rank_ends_the_others_with_one_line(recipe, start, tmp_path):
+    run = tmp_path / "a run"
+    process = start(*LONGWAVE, "train", recipe, FOREVER, "--out", run)
+    begun(run, process)
+    (child,) = set(alive(tmp_path)) - {process.pid}
+    os.kill(child, signal.SIGKILL)
+    began = time.monotonic()
+    err = finish(process, 2)
+    assert time.monotonic() - began < 10
+    said = [line for line in err.splitlines() if not re.match(r"step \d+", line)]
+    assert said == [f"error: rank 1 was lost: killed by SIGKILL; go on with longwave train --resume '{run}'"]
+
+
+FAILING = """
+import sys
+from longwave.tasks import Text
+from longwave.train import load_recipe, loop, train
+
+class Odd(Exception):
+    pass
+
+def fail(*_):
+    raise Odd("gone\\nwrong")
+
+where, recipe, run = sys.argv[1:]
+if where == "on main":
+    loop._start_monitor = fail
+else:
+    def batches(self, size, seed, index, original=Text.train_batch):
+        return fail() if index == 5 else original(self, size, seed, index)  # rank 1 has the odd ones
+    Text.train_batch = batches
+try:
+    train(load_recipe(recipe), run)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("where", ["on main", "on rank 1"])
+def test_any_error_of_a_rank_ends_all_of_them(recipe, start, tmp_path, where):
+    """Each ends by itself, the one with its own error and the other with its rank."""
+    (tmp_path / "script.py").write_text(FAILING)
+    began = time.monotonic()
+    err = finish(start(tmp_path / "script.py", where, recipe, tmp_path / "run"), 7)
+    assert time.monotonic() - began < 60
+    rank = 0 if where == "on main" else 1
+    assert sorted(re.findall(r"(?:Traceback|Odd: gone\n|RankError: ).*", err)) == [
+        "Odd: gone\nwrong",
+        f"RankError: rank {rank} failed: Odd: gone wrong",
+    ]
 
 
 def test_eval_takes_one_device_unless_told_and_prints_once(recipe, tmp_path):

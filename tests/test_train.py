@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import matplotlib
@@ -26,8 +28,10 @@ from longwave.nn import optim_hints
 from longwave.tasks import Batch, Text
 from longwave.train import Recipe, load_recipe, loop, recipe_names, train
 from longwave.train import checkpoint as checkpoints
+from longwave.train.checkpoint import gather
 from longwave.train.monitor import METRICS, Monitor, plot_loss, read_metrics
 from longwave.train.optim import build_optimizer, schedule, set_lr
+from longwave.train.ranks import Ranks
 
 TINY = {
     "model": {
@@ -258,7 +262,7 @@ def test_parts_of_a_step_add_up_to_the_whole(tiny):
         objective = fabric.setup(model)
         optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
         parts = [Batch(*pair) for pair in zip(inputs.split(cuts), targets.split(cuts))]
-        loss, norm = loop._step(fabric, objective, optimizer, list(model.parameters()), parts, tiny("clip=null"))
+        loss, norm = loop._step(Ranks(fabric), objective, optimizer, list(model.parameters()), parts, tiny("clip=null"))
         steps.append([loss, norm, *model.weight.tolist()])
     assert steps[0][0] == pytest.approx(3 * inputs[targets >= 0].double().pow(2).mean().item())
     assert steps[1] == pytest.approx(steps[0], rel=1e-6)
@@ -270,7 +274,7 @@ def test_clip_limits_the_step_and_reports_the_norm_before(tiny):
     objective = fabric.setup(model)
     optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=1.0))
     batch = Batch(torch.full((1, 2), 3), torch.zeros(1, 2, dtype=torch.long))
-    _, norm = loop._step(fabric, objective, optimizer, list(model.parameters()), [batch], tiny("clip=0.5"))
+    _, norm = loop._step(Ranks(fabric), objective, optimizer, list(model.parameters()), [batch], tiny("clip=0.5"))
     assert norm == pytest.approx(18 * math.sqrt(3))
     assert (1 - model.weight).norm().item() == pytest.approx(0.5, rel=1e-4)
 
@@ -358,14 +362,15 @@ def test_the_seed_decides_everything(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [[], ["precision=bf16-mixed"], ["accumulate=2"]], ids=str)
-@pytest.mark.parametrize(("number", "steps"), [(signal.SIGINT, [3]), (signal.SIGTERM, [1, 4, 7])])
+@pytest.mark.parametrize(("number", "steps"), [(signal.SIGINT, [3]), (signal.SIGTERM, [1, 4, 7]), (signal.SIGHUP, [5])])
 def test_interrupted_is_uninterrupted(tiny, tmp_path, at_step, changes, number, steps):
     recipe, whole, run = tiny(*changes), tmp_path / "whole", tmp_path / "run"
     metrics = train(recipe, whole)
     for i, step in enumerate(steps):
         at_step(step, stop(number))
-        with pytest.raises(loop.Interrupted, match=f"after step {step}"):
+        with pytest.raises(loop.Interrupted, match=f"after step {step}") as caught:
             train(recipe, run, resume=run if i else None)
+        assert caught.value.number == number
         assert saved_steps(run)[-1] == step
         assert (run / "loss.png").is_file()
     assert train(recipe, run, resume=run) == metrics
@@ -381,9 +386,69 @@ def test_dropout_is_at_work_in_these_tests(tiny, tmp_path):
 
 
 def test_a_signal_is_handled_as_before_outside_of_training(tiny, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in loop.STOPPING]
     train(tiny("steps=1"), tmp_path / "run")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in loop.STOPPING] == before
+
+
+def test_training_outside_the_main_thread(tiny, tmp_path):
+    """Where Python allows no handlers of signals: the same run."""
+    before = [signal.getsignal(number) for number in loop.STOPPING]
+    with ThreadPoolExecutor(1) as pool:
+        metrics = pool.submit(train, tiny(), tmp_path / "thread").result()
+    assert [signal.getsignal(number) for number in loop.STOPPING] == before
+    assert train(tiny(), tmp_path / "main") == metrics
+    assert digests(tmp_path / "thread") == digests(tmp_path / "main")
+
+
+def test_training_leaves_the_process_as_it_was(tiny, tmp_path, monkeypatch):
+    """Threads are as many as before, also after an error; malloc is the command line's affair."""
+    monkeypatch.setattr("longwave.train.memory.keep_freed_memory", lambda: pytest.fail("malloc is changed"))
+    seen = []
+    monkeypatch.setattr(Monitor, "train", lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    train(tiny(f"threads={before + 1}", "steps=1"), tmp_path / "run")
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+    with pytest.raises(ValueError, match="exists already"):
+        train(tiny(f"threads={before + 1}"), tmp_path / "run")
+    assert torch.get_num_threads() == before
+
+
+def test_a_signal_that_was_ignored_stays_so(tiny, tmp_path, at_step):
+    """As under nohup, where a hangup is no reason to stop."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(3, stop(signal.SIGHUP))
+        train(tiny(), tmp_path / "run")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert saved_steps(tmp_path / "run")[-1] == 8
+
+
+def test_a_rank_that_does_not_write_keeps_one_tensor_at_a_time(tiny, monkeypatch):
+    """It helps to gather every tensor, in the same order, and forgets it before the next."""
+    model = tiny().model.build()
+    optimizer = build_optimizer(model, tiny())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    alive, seen = weakref.WeakSet(), {True: [], False: []}
+
+    def copied(tensor):
+        seen[keep].append((tensor.shape, len(alive)))
+        copy = tensor.detach().clone()
+        alive.add(copy)
+        return copy
+
+    monkeypatch.setattr("longwave.models.storage.whole", copied)
+    for keep in (True, False):
+        weights, moments = gather(model, optimizer, keep)
+        assert bool(weights) == bool(moments) == keep
+        del weights, moments
+    shapes = {key: [shape for shape, _ in calls] for key, calls in seen.items()}
+    assert shapes[True] == shapes[False]
+    assert max(count for _, count in seen[True]) == len(seen[True]) - 1
+    assert max(count for _, count in seen[False]) <= 1
 
 
 def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path, at_step):
@@ -803,8 +868,8 @@ def test_an_evaluation_that_is_not_finite_is_no_best(tiny, tmp_path, monkeypatch
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
     original = loop._step
 
-    def spoil(fabric, objective, optimizer, parameters, *rest):
-        result = original(fabric, objective, optimizer, parameters, *rest)
+    def spoil(ranks, objective, optimizer, parameters, *rest):
+        result = original(ranks, objective, optimizer, parameters, *rest)
         calls.append(1)
         if len(calls) == 4:
             parameters[0].data[0] = math.inf

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,23 @@ def whole(tensor: Tensor) -> Tensor:
     return (sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, by its first name, on the CPU and whole."""
-    return {name: whole(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+def weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Every parameter and buffer once, by its first name, on the CPU and whole; see :func:`gathered`."""
+    return gathered([*model.named_parameters(), *model.named_buffers()], keep)
+
+
+def gathered(named: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
+    """The tensors, on the CPU and whole; where they are sharded, every rank must call.
+
+    Args:
+        keep: without it nothing is: a rank that only helps another to gather holds one tensor at a time.
+    """
+    held = {}
+    for name, tensor in named:
+        value = whole(tensor)
+        if keep:
+            held[name] = value
+    return held
 
 
 def save(folder: str | Path, model: nn.Module, spec: ModelSpec) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longwave.models import ModelSpec, weights
 from longwave.models.runs import MANIFEST, TRAINER, name_of, saved_steps, sha256, trainer_of
-from longwave.models.storage import WEIGHTS, fill, read_tensors, whole, write, write_tensors
+from longwave.models.storage import WEIGHTS, fill, gathered, read_tensors, write, write_tensors
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -39,16 +39,18 @@ def write_text(file: Path, text: str) -> None:
         raise
 
 
-def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and optimiser state, whole and on the CPU. Every rank must call."""
+def gather(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and optimiser state, whole and on the CPU, for the ranks that keep them. Every rank must call."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert all(parameter in names for parameter in optimizer.state), "the optimiser holds what is not in the model"
-    moments = {
-        f"{name}/{key}": whole(value)
+    moments = [
+        (f"{name}/{key}", value)
         for parameter, name in names.items()
         for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    return weights(model), moments
+    ]
+    return weights(model, keep), gathered(moments, keep)
 
 
 def save_checkpoint(

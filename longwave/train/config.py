@@ -43,8 +43,8 @@ class Recipe(Spec):
         final_lr: at the end, over lr.
         precision: float32 throughout, or bfloat16 where torch's autocast thinks it safe.
         threads: CPU threads of a process; default torch's choice. A tiny model is fastest on one.
-        keep_memory: on a CPU, keep freed memory in the process rather than give it back and fault it in anew, see
-            :func:`longwave.train.memory.keep_freed_memory`; false leaves malloc as it is.
+        keep_memory: of the command line: keep freed memory in the process rather than give it back and fault it in
+            anew, see :func:`longwave.train.memory.keep_freed_memory`; ``train()`` leaves malloc as it is.
         accelerator: auto | cpu | cuda | ..., as lightning-fabric has them.
         devices: processes a node, each with a device of its own.
         nodes: machines, under torchrun or SLURM.

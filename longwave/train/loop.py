@@ -5,7 +5,8 @@ import contextlib
 import math
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,9 @@ from longwave.tasks.base import Batch
 from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, write_text
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
-from longwave.train.memory import keep_freed_memory
 from longwave.train.monitor import Monitor, plot_loss, read_metrics
 from longwave.train.optim import build_optimizer, set_lr
+from longwave.train.ranks import Ranks
 from longwave.train.size import check_size
 
 if TYPE_CHECKING:  # takes long to import, and only training needs it
@@ -35,12 +36,15 @@ MAY_DIFFER = {
 }  # fmt: skip
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run is saved. ``step`` says how far it came."""
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    def __init__(self, step: int, folder: Path):
+
+class Interrupted(Exception):
+    """Ctrl-C, SIGTERM or a hangup: the run is saved. ``step`` says how far it came, ``number`` which signal it was."""
+
+    def __init__(self, step: int, folder: Path, number: int):
         super().__init__(f"interrupted after step {step}; saved as {folder}")
-        self.step, self.folder = step, folder
+        self.step, self.folder, self.number = step, folder, number
 
 
 class Objective(nn.Module):
@@ -55,13 +59,22 @@ class Objective(nn.Module):
 
 
 class StopFlag:
-    """Turns SIGINT and SIGTERM into a flag while it is entered; a second one acts as it would have without."""
+    """Turns the signals that stop a run into a ``number`` while it is entered; a second one acts as it would without.
+
+    One that was ignored before stays so, as under nohup. Outside the main thread, where Python allows no handlers, no
+    signal is turned into anything.
+    """
 
     def __init__(self, tell: bool):
-        self.raised, self.tell = False, tell
+        self.number, self.tell = 0, tell
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopFlag":
-        self.before = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if (before := signal.getsignal(number)) is not signal.SIG_IGN:
+                    self.before[number] = before
+                    signal.signal(number, self._raise)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,10 +82,12 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
-        if self.tell:  # not print: the signal may come while another print is at work
-            os.write(2, b"\nstopping: this step is finished and saved first; once more to stop at once\n")
-        signal.signal(number, self.before[signal.Signals(number)])
+        self.number = number
+        if self.tell:
+            with contextlib.suppress(OSError):  # the terminal is gone
+                # not print: the signal may come while another print is at work
+                os.write(2, b"\nstopping: this step is finished and saved first; once more to stop at once\n")
+        signal.signal(number, self.before[number])
 
 
 def make_fabric(recipe: Recipe) -> "Fabric":
@@ -85,8 +100,6 @@ def make_fabric(recipe: Recipe) -> "Fabric":
     from lightning_fabric.strategies import ModelParallelStrategy
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     world = recipe.devices * recipe.nodes
     started = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else world
     if started != world:
@@ -111,8 +124,6 @@ def make_fabric(recipe: Recipe) -> "Fabric":
         reason = " ".join(str(error).split())
         raise ValueError(f"accelerator = {recipe.accelerator}, devices = {recipe.devices}: {reason}") from error
     fabric.launch()
-    if recipe.keep_memory and fabric.device.type == "cpu":
-        keep_freed_memory()
     if torch.distributed.is_initialized():
         atexit.register(_leave)
     return fabric
@@ -148,13 +159,19 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
             the task cannot be prepared.
         FloatingPointError: where the loss or the gradient is not finite, naming the step; the last checkpoint stays.
         OSError: where a checkpoint cannot be written; the last one stays.
-        Interrupted: after SIGINT or SIGTERM, when everything is saved.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, when everything is saved; in the main thread alone.
+        RankError: where another of the run's processes has ended, naming its rank; the last checkpoint stays.
     """
     run = Path(run)
     recipe.task.prepare()
     check_size(recipe)  # what the model objects to is said before any process is started
-    fabric = make_fabric(recipe)
-    checkpoint = fabric.broadcast(_on_main(fabric, _open_run, recipe, run, resume))
+    with threads(recipe.threads), Ranks(make_fabric(recipe)) as ranks:
+        return _train(ranks, recipe, run, resume)
+
+
+def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None) -> dict[str, float]:
+    fabric = ranks.fabric
+    checkpoint = fabric.broadcast(ranks.on_main(_open_run, recipe, run, resume))
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     objective = fabric.setup(Objective(model))
@@ -167,87 +184,79 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
     metrics: dict[str, float] = {}
     tokens = 0  # since the last line of the log
     saved = start if checkpoint is not None else -1
-    monitor = _on_main(fabric, _start_monitor, recipe, run, start)
+    monitor = ranks.on_main(_start_monitor, recipe, run, start)
 
     def batches(step: int) -> list[Batch]:
         first = step * recipe.accumulate
         numbers = [(first + part) * world + fabric.global_rank for part in range(recipe.accumulate)]
         return [fabric.to_device(recipe.task.train_batch(rows, recipe.seed, number)) for number in numbers]
 
-    def say(text: str) -> None:
-        _on_main(fabric, Monitor.say, monitor, text)
-
     def save(step: int) -> None:
         nonlocal saved
-        tensors = gather(model, optimizer)
-        for name, tensor in tensors[0].items():
-            if not tensor.isfinite().all():
-                raise _diverged(run, name, step)
-        _on_main(fabric, _save, run, step, tensors, recipe, best)
+        ranks.on_main(_save, run, step, gather(model, optimizer, keep=ranks.main), recipe, best)
         saved = step
 
     def assess(step: int) -> None:
         nonlocal best, metrics
         metrics = evaluate(fabric, objective, recipe.task, recipe.eval_batch or recipe.batch)
         if not math.isfinite(metrics["loss"]):
-            raise _diverged(run, "the held-out loss", step)
-        _on_main(fabric, Monitor.evaluation, monitor, step, metrics)
+            raise ranks.together(_diverged(run, "the held-out loss", step))
+        ranks.on_main(Monitor.evaluation, monitor, step, metrics)
         value = metrics[recipe.task.metric]
         if best is None or (value > best.value if recipe.task.higher_is_better else value < best.value):
             best = Best(step, value)
             save(step)
 
     try:
-        with StopFlag(tell=fabric.is_global_zero) as stop, monitor or contextlib.nullcontext():
-            if resume is not None and checkpoint is None:
-                _on_main(
-                    fabric, Monitor.say, monitor, f"{run} has no checkpoint yet; it starts again at its first step"
-                )
+        with StopFlag(tell=ranks.main) as stop, monitor or contextlib.nullcontext():
+            if monitor is not None and resume is not None and checkpoint is None:
+                monitor.say(f"{run} has no checkpoint yet; it starts again at its first step")
             if start == recipe.steps:
                 assess(start)
-                done_already = f"all {start} steps are done already; set steps higher to train on"
-                _on_main(fabric, Monitor.say, monitor, done_already)
+                if monitor is not None:
+                    monitor.say(f"all {start} steps are done already; set steps higher to train on")
             for step in range(start, recipe.steps):
                 lr = set_lr(optimizer, step, recipe)
                 torch.manual_seed(_step_seed(recipe.seed, step, fabric.global_rank))
                 parts = batches(step)
                 tokens += sum(part.inputs.numel() for part in parts) * world
-                loss, norm = _step(fabric, objective, wrapped, parameters, parts, recipe)
+                loss, norm = _step(ranks, objective, wrapped, parameters, parts, recipe)
                 done = step + 1
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise _diverged(run, "the gradient" if math.isfinite(loss) else "the loss", done)
+                    what = "the gradient" if math.isfinite(loss) else "the loss"
+                    raise ranks.together(_diverged(run, what, done))
                 if monitor is not None:
                     monitor.step(done)
                 if done % recipe.log_every == 0 or done == recipe.steps:
-                    _on_main(fabric, Monitor.train, monitor, done, loss, lr, norm, tokens)
+                    ranks.on_main(Monitor.train, monitor, done, loss, lr, norm, tokens)
                     tokens = 0
                 if done % recipe.eval_every == 0 or done == recipe.steps:
                     assess(done)
                 if saved != done and (done % recipe.checkpoint_every == 0 or done == recipe.steps):
                     save(done)
-                if done < recipe.steps and _any_rank(fabric, stop.raised):
+                if done < recipe.steps and (number := ranks.max(stop.number)):
                     if saved != done:
                         save(done)
-                    raise Interrupted(done, run)
+                    raise ranks.together(Interrupted(done, run, number))
     except (Interrupted, FloatingPointError):
-        _on_main(fabric, plot_loss, run, recipe.task.metric)
+        if ranks.main:
+            plot_loss(run, recipe.task.metric)
         raise
-    _on_main(fabric, plot_loss, run, recipe.task.metric)
+    if ranks.main:
+        plot_loss(run, recipe.task.metric)
     return metrics
 
 
-def _on_main(fabric: "Fabric", action: Callable[..., Any], *arguments: Any) -> Any:
-    """Call on the main process alone. What it returns is returned there, what it raises is raised on every process."""
-    result, trouble = None, None
-    if fabric.is_global_zero:
-        try:
-            result = action(*arguments)
-        except (ValueError, OSError) as error:
-            trouble = error
-    trouble = fabric.broadcast(trouble)
-    if trouble is not None:
-        raise trouble
-    return result
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads for torch; afterwards as many as before, whoever else has changed them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -269,6 +278,9 @@ def _start_monitor(recipe: Recipe, run: Path, start: int) -> Monitor:
 def _save(
     run: Path, step: int, tensors: tuple[dict[str, Tensor], dict[str, Tensor]], recipe: Recipe, best: Best | None
 ) -> None:
+    for name, tensor in tensors[0].items():
+        if not tensor.isfinite().all():
+            raise _diverged(run, name, step)
     try:
         save_checkpoint(run, step, tensors, recipe.model, best, recipe.keep)
     except OSError as error:
@@ -287,7 +299,7 @@ def _what_stays(run: Path) -> str:
 
 
 def _step(
-    fabric: "Fabric",
+    ranks: Ranks,
     objective: Any,
     optimizer: Any,
     parameters: list[nn.Parameter],
@@ -298,7 +310,8 @@ def _step(
 
     Where either is not finite, nothing is changed.
     """
-    count = _sum(fabric, torch.stack([(b.targets >= 0).sum() for b in batches]).sum())
+    fabric = ranks.fabric
+    count = ranks.sum(torch.stack([(b.targets >= 0).sum() for b in batches]).sum())
     total = torch.zeros((), device=fabric.device)
     optimizer.zero_grad()
     for i, batch in enumerate(batches):
@@ -306,7 +319,7 @@ def _step(
             score = objective(*batch)
             fabric.backward(score.loss * (fabric.world_size / count))  # gradients are averaged over processes
         total += score.loss.detach().float()
-    loss = (_sum(fabric, total) / count).item()
+    loss = (ranks.sum(total) / count).item()
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)).item()
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
@@ -316,17 +329,6 @@ def _step(
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Dropout of a step is a function of (seed, step, rank), so a resumed run draws what it would have drawn."""
     return int(torch.tensor([seed, step, rank]).mul(torch.tensor([1, 1_000_003, 7_919])).sum()) % 2**63
-
-
-def _any_rank(fabric: "Fabric", flag: bool) -> bool:
-    return bool(_sum(fabric, torch.tensor(float(flag), device=fabric.device)) > 0)
-
-
-def _sum(fabric: "Fabric", tensor: Tensor) -> Tensor:
-    """Of the tensors of all processes."""
-    total = fabric.all_reduce(tensor, reduce_op="sum")
-    assert isinstance(total, Tensor)
-    return total
 
 
 def _open_run(recipe: Recipe, run: Path, resume: str | Path | None) -> Path | None:

@@ -57,7 +57,8 @@ class Monitor:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.progress.stop()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.progress.stop()
         with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error counts
             self.board.close()
 
@@ -84,8 +85,9 @@ class Monitor:
         self.clock = time.monotonic()  # an evaluation is no training time
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        """A line above the bar; a terminal that is gone stops no run."""
+        with contextlib.suppress(OSError):
+            self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         try:
