@@ -290,16 +290,14 @@ def inspect(
     """Draw the filters of a mixer at its start, or of a trained model: time, frequency, eigenvalues, memory."""
     from longwave.mixers import MIXERS
     from longwave.models import inspection
-    from longwave.models.runs import model_at, run_of, step_of
+    from longwave.models.runs import run_of
     from longwave.train.config import set_field
 
     path, made = Path(what), list(changes or [])
-    title = " ".join([what, *made])
     if what not in MIXERS and (path.exists() or len(path.parts) > 1):
         if made:
             raise ValueError(f"{what} is drawn as it was trained: leave out {' '.join(made)}")
         modules = list(inspection.time_layers(_load_run(path, [])[1]))
-        title = f"{run_of(path)}, step {step_of(model_at(path))}"
         out = out or run_of(path) / "inspect"
     else:
         options: dict[str, Any] = {"d_model": 64}
@@ -309,7 +307,7 @@ def inspect(
         out = out or Path(f"{what}.png")
     layers = [inspection.inspect_layer(module, length) for module in modules]
     print(inspection.describe(layers))
-    files = inspection.draw(layers, out, title)
+    files = inspection.draw(layers, out, " ".join([what, *made]))
     _note("\n".join(f"drawn: {file}" for file in files) or "nothing is drawn")
 
 

@@ -1,5 +1,6 @@
 """The contract every mixer keeps. A new mixer is tested by existing: nothing here names one."""
 
+import contextlib
 import copy
 import fnmatch
 import math
@@ -12,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from longwave.mixers import MIXERS, mixer, state_bytes
-from longwave.nn import StateSpaceFilter, optim_hints, reset
+from longwave.nn import StateSpaceFilter, frozen, optim_hints, reset
 from longwave.ops.dispatch import use_backend
 
 B, L, D = 2, 13, 8  # L is prime: no chunk size divides it
@@ -21,6 +22,20 @@ CAUSAL = [case for case in CASES if MIXERS[case.values[0]].causal]
 TWO_SIDED = [case for case in CASES if not MIXERS[case.values[0]].causal]
 INDUCTOR = "aot_eager_decomp_partition"  # as torch.compile's own backend begins: traced, decomposed, parted
 CHUNKINGS = [[1] * L, [L], [1, 7, 5], [5, 1, 7]]
+
+
+@contextlib.contextmanager
+def inference(layer):
+    """As text is generated: nothing is recorded, and what follows from weights is derived once."""
+    with torch.inference_mode(), frozen(layer):
+        yield
+
+
+WITHIN = {
+    "grad": lambda layer: torch.enable_grad(),
+    "no-grad": lambda layer: torch.no_grad(),
+    "frozen": inference,
+}
 
 
 def close(ours, theirs):
@@ -201,10 +216,10 @@ class TestContract:
 @pytest.mark.parametrize(("name", "kw"), CAUSAL)
 class TestStates:
     @pytest.mark.parametrize("sizes", CHUNKINGS, ids=["steps", "prefill", "1-7-5", "5-1-7"])
-    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-    def test_chunked_is_parallel(self, name, kw, sizes, grad):
+    @pytest.mark.parametrize("within", WITHIN)
+    def test_chunked_is_parallel(self, name, kw, sizes, within):
         layer, x = build(name, kw), noise(B, L, D)
-        with torch.set_grad_enabled(grad):
+        with WITHIN[within](layer):
             close(run_in_chunks(layer, x, sizes)[0], layer(x)[0])
 
     def test_state_does_not_depend_on_the_chunking(self, name, kw):
@@ -213,11 +228,11 @@ class TestStates:
         close(tree_leaves(states[0]), tree_leaves(states[1]))
         close(tree_leaves(states[0]), tree_leaves(states[2]))
 
-    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-    def test_state_is_never_modified(self, name, kw, grad):
+    @pytest.mark.parametrize("within", WITHIN)
+    def test_state_is_never_modified(self, name, kw, within):
         """Two continuations of one state: neither sees the other, and the state stays what it was."""
         layer, x = build(name, kw), noise(B, L, D)
-        with torch.set_grad_enabled(grad):
+        with WITHIN[within](layer):
             _, state = layer(x[:, :5], layer.init_state(B))
             before = tree_map(torch.clone, state)
             _, one = layer(x[:, 5:9], state)
@@ -304,7 +319,7 @@ class TestStates:
             exact = [layer(x[:, :2], layer(end, state)[1])[0] for end in ends]
 
             def continued(end):
-                with torch.no_grad():
+                with torch.no_grad(), frozen(layer):
                     return layer(x[:, :2], layer(end, state)[1])[0]
 
             for _ in range(5):
@@ -401,12 +416,13 @@ class TestBackends:
             self.close(layer.float()(x.float())[0], exact)
 
     @resumable
-    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-    def test_chunks(self, name, kw, backend, grad):
+    @pytest.mark.parametrize("within", WITHIN)
+    def test_chunks(self, name, kw, backend, within):
         layer, x = build(name, kw), noise(B, L, D)
         exact = layer(x)[0]
-        with use_backend(backend), torch.set_grad_enabled(grad):
-            self.close(run_in_chunks(layer.float(), x.float(), [5, 1, 7])[0], exact)
+        layer = layer.float()
+        with use_backend(backend), WITHIN[within](layer):
+            self.close(run_in_chunks(layer, x.float(), [5, 1, 1, 6])[0], exact)
 
     @every
     def test_padding(self, name, kw, backend):

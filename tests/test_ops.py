@@ -190,7 +190,33 @@ def stored_int8(B, L, dtype):
     }
 
 
+def diagonal_step(B, L, dtype):
+    C, N, c = 3, 4, to_complex(dtype)
+    tensors = [stable(C, N, dtype=c), randn(C, N, dtype=c), randn(C, N, dtype=c), randn(B, C, N, dtype=c)]
+    return [randn(B, C, dtype=dtype), *tensors], {"skip": randn(C, dtype=dtype)}
+
+
+def diagonal_step_odd(B, L, dtype):
+    C, N, c = 2, 3, to_complex(dtype)
+    tensors = [stable(C, N, dtype=c), randn(C, N, dtype=c), randn(C, N, dtype=c), randn(B, C, N, dtype=c)]
+    return [randn(B, C, dtype=dtype), *tensors], {}
+
+
+def low_rank_step(B, L, dtype, half=8):
+    S, C, R, N = 2, 4, 2, 2 * half
+    low_rank = [randn(S, R, N, dtype=dtype), randn(S, R, N, dtype=dtype)]
+    maps = [randn(S, N, dtype=dtype), randn(C, N, dtype=dtype), randn(B, C, N, dtype=dtype)]
+    diagonal = [randn(S, half, dtype=dtype), randn(S, half, dtype=dtype)]
+    return [randn(B, C, dtype=dtype), *diagonal, *low_rank, *maps], {"skip": randn(C, dtype=dtype)}
+
+
+def low_rank_step_odd(B, L, dtype):
+    return low_rank_step(B, L, dtype, half=3)[0], {}
+
+
 INPUTS = {
+    "state_space_step": [diagonal_step, diagonal_step_odd],
+    "dplr_step": [low_rank_step, low_rank_step_odd],
     "causal_conv": [conv, conv_fused, conv_two_sided],
     "short_conv": [short, short_bare, short_silu],
     "linear_scan": [scan, scan_complex],

@@ -19,10 +19,25 @@ from longwave.errors import choose
 from longwave.mixers.base import Mixer
 from longwave.nn import OutputGLU, S4DFilter
 from longwave.nn.filters import DPLRFilter, Filter, FilterSpec
+from longwave.nn.long_conv import go_on
 from longwave.nn.module import at_least_float32
 from longwave.nn.padding import last_steps
 from longwave.ops import causal_conv
 from longwave.spec import Parts
+
+
+class Power(NamedTuple):
+    """A state space whose input map is a power of that of a filter."""
+
+    system: Any
+
+    def realized(self) -> Any:
+        """The system for many steps."""
+        return self.system
+
+    def stepper(self) -> Any:
+        """The system for one."""
+        return self.system.stepper()
 
 
 class PB:
@@ -48,8 +63,10 @@ class KB:
         self, v: Tensor, system: Any, h: Tensor | None, padding: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """v (B, L, C), the system with b^q for b -> what v adds to y (B, L, C) and to the state, where there is one."""
-        y = causal_conv(v, system.taps(v.shape[1]))
-        return y, None if h is None else h + system.advance(system.rest(v.shape[0]), v, padding)
+        if h is None:
+            return causal_conv(v, system.taps(v.shape[1])), None
+        y, more = go_on(v, Power(system), system.rest(v.shape[0]), padding)
+        return y, h + more
 
 
 LIQUID: dict[str, Callable[[], Any]] = {"pb": PB, "kb": KB}
@@ -112,16 +129,16 @@ class LiquidS4(Mixer, name="liquid_s4"):
 
     def init_state(self, batch: int) -> LiquidS4State:
         past = self.D.detach().new_zeros(batch, self.degree - 1, self.d_model)
-        return LiquidS4State(self.kernel.realize().rest(batch), past)
+        return LiquidS4State(self.kernel.realized().rest(batch), past)
 
     def mix(self, x: Tensor, state: LiquidS4State | None, padding: Tensor | None):
-        L, system = x.shape[1], self.kernel.realize()
-        h = None if state is None else system.advance(state.h, x, padding)
-        y = causal_conv(x, system.taps(L), skip=self.D)
+        L, system = x.shape[1], self.kernel.realized()
+        h: Tensor | None = None
         if state is None:
+            y = causal_conv(x, system.taps(L), skip=self.D)
             known = F.pad(x, (0, 0, self.degree - 1, 0))
         else:
-            y = y + system.response(state.h, L).transpose(1, 2)
+            y, h = go_on(x, self.kernel, state.h, padding, skip=self.D)
             known = torch.cat([state.past, x.to(state.past.dtype)], dim=1)
         (known,) = at_least_float32(known)
         v, power = known[:, self.degree - 1 :], system.b

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Hint, without_bias
+from longwave.nn import Hint, derived, without_bias
 from longwave.nn.module import step_range
 from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import selective_scan
@@ -79,6 +79,11 @@ class Mamba(Mixer, name="mamba"):
         dt = torch.empty_like(self.D).uniform_(*self.log_dt_range).exp().clamp(min=1e-4)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
+    @derived
+    def A(self) -> Tensor:
+        """The continuous state matrix (E, N)."""
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
     def init_state(self, batch: int) -> MambaState:
         weight = self.conv1d.weight
         E, _, K = weight.shape
@@ -97,6 +102,5 @@ class Mamba(Mixer, name="mamba"):
             dt = dt.masked_fill(
                 ~is_real(x.shape[1], padding)[..., None], float("-inf")
             )  # a step of length 0 leaves the state as it was
-        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        y, ssm = selective_scan(u, dt, A, B, C, self.D, ssm, z=z, dt_bias=self.dt_proj.bias, softplus=True)
+        y, ssm = selective_scan(u, dt, self.A(), B, C, self.D, ssm, z=z, dt_bias=self.dt_proj.bias, softplus=True)
         return self.out_proj(y), None if state is None else MambaState(past, ssm)

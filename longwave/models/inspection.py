@@ -295,7 +295,7 @@ def draw(layers: list[Layer], out: Path, title: str) -> list[Path]:
         return []
     if out.suffix in FORMATS:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draw_figure(layers, out, title)
+        draw_figure([layer for _, layer in numbered], out, title)
         return [out]
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -306,28 +306,31 @@ def draw(layers: list[Layer], out: Path, title: str) -> list[Path]:
 
 
 def draw_figure(layers: list[Layer], file: Path, title: str, dpi: int = 100) -> None:
-    """One figure of all filters of some layers, a row each: in time, in frequency, memory, eigenvalues.
+    """One figure of all filters of some layers, a row each: in time, in frequency, memory, eigenvalues."""
+    import matplotlib
 
-    Where there are several layers, rows bear the numbers that :func:`describe` gives them.
-    """
-    from matplotlib.figure import Figure
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-    rows = [(i, layer, bank) for i, layer in enumerate(layers) for bank in layer.banks]
-    columns = 4 if any(bank.response.eigenvalues is not None for *_, bank in rows) else 3
-    figure = Figure(figsize=(3.5 * columns, 3 * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    figure.suptitle(title, fontsize=11)
-    for (i, layer, bank), (time, frequency, memory, *rest) in zip(rows, axes):
-        colours = _colours(bank)
-        name = layer.name if len(layers) == 1 else f"layer {i}, {layer.name}"
-        _draw_time(time, bank, colours, f"{name}: {bank.response.name}" if bank.response.name else name)
-        _draw_frequency(frequency, bank, colours)
-        _draw_memory(memory, bank)
-        if rest:
-            _draw_eigenvalues(rest[0], bank, colours)
-    for axis in axes.flat:
-        axis.title.set_fontsize(9)
-    figure.savefig(file, dpi=dpi)
+    rows = [(layer, bank) for layer in layers for bank in layer.banks]
+    columns = 4 if any(bank.response.eigenvalues is not None for _, bank in rows) else 3
+    figure, axes = pyplot.subplots(
+        len(rows), columns, figsize=(3.5 * columns, 3 * len(rows) + 0.3), layout="constrained", squeeze=False
+    )
+    try:
+        figure.suptitle(title, fontsize=11)
+        for (layer, bank), (time, frequency, memory, *rest) in zip(rows, axes):
+            colours = _colours(bank)
+            _draw_time(time, bank, colours, f"{layer.name}: {bank.response.name}" if bank.response.name else layer.name)
+            _draw_frequency(frequency, bank, colours)
+            _draw_memory(memory, bank)
+            if rest:
+                _draw_eigenvalues(rest[0], bank, colours)
+        for axis in axes.flat:
+            axis.title.set_fontsize(9)
+        figure.savefig(file, dpi=dpi)
+    finally:
+        pyplot.close(figure)
 
 
 def _colours(bank: Bank) -> dict[int, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longwave.errors import choose
 from longwave.nn.filters.diagonal import DISCRETIZATIONS
+from longwave.nn.frozen import derived
 from longwave.nn.hippo import normal_hippo
 from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
 from longwave.ops import linear_scan, without_autocast
@@ -125,14 +126,20 @@ class DrivenStates(nn.Module):
         with torch.device("cpu"):
             C.copy_(init(len(C), self.blocks, self._basis()[1]))
 
-    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The decays a (P,) and what drives the modes, b x (B, L, P), of x (B, L, D)."""
+    @derived
+    def system(self) -> tuple[Tensor, Tensor]:
+        """The decays a (P,), and what inputs are mapped by, (2 P, D), real and imaginary parts in turn."""
         Lambda_re, Lambda_im, B, log_step = at_least_float32(self.Lambda_re, self.Lambda_im, self.B, self.log_step)
         Lambda = torch.complex(Lambda_re.clamp(max=-1e-4) if self.clip_eigs else Lambda_re, Lambda_im)
         a, b = self.discretize(Lambda, self.rate * log_step.exp())
         b = torch.view_as_real(b[:, None] * torch.view_as_complex(B))  # (P, D, 2)
+        return a, b.transpose(1, 2).flatten(0, 1)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The decays a (P,) and what drives the modes, b x (B, L, P), of x (B, L, D)."""
+        a, b = self.system()
         with without_autocast(x.device):
-            driven = F.linear(x.to(b.dtype), b.transpose(1, 2).flatten(0, 1))
+            driven = F.linear(x.to(b.dtype), b)
         return a, torch.view_as_complex(driven.unflatten(2, (-1, 2)))
 
     def rest(self, batch: int) -> Tensor:

@@ -10,7 +10,7 @@ from longwave.nn.filters import Filter, StateSpaceFilter
 from longwave.nn.frozen import stands_still
 from longwave.nn.module import append_time
 from longwave.nn.online_conv import Taps, online_conv
-from longwave.nn.padding import last_steps
+from longwave.nn.padding import last_steps, padded_short_conv
 from longwave.ops import causal_conv
 from longwave.ops.kernel import watched
 
@@ -25,7 +25,7 @@ def init_conv_state(filter: Filter, batch: int) -> Tensor:
         support, whose state so has one size for ever, or (B, 0, C).
     """
     if isinstance(filter, StateSpaceFilter):
-        return filter.realize().rest(batch)
+        return filter.realized().rest(batch)
     like = next(filter.parameters())
     steps = 0 if filter.support is None else filter.support - 1
     return torch.zeros(batch, steps, filter.channels, dtype=like.dtype, device=like.device)
@@ -114,6 +114,11 @@ def long_conv(
     L, gates = u.shape[1], {"gate_in": gate_in, "gate_out": gate_out}
     if state is None:
         return causal_conv(u, filter(L), skip=skip, **gates), None
+    if filter.support is not None and L == 1:
+        x = u if gate_in is None else u * gate_in
+        y, past = padded_short_conv(x, filter.oldest_first(), None, state, padding)
+        y = y if skip is None else torch.addcmul(y, x, skip.to(y.dtype))
+        return y if gate_out is None else y * gate_out, past
     if not isinstance(filter, StateSpaceFilter):
         length = state.shape[1] + L
         steps = online_length(filter, length)
@@ -122,11 +127,30 @@ def long_conv(
         if filter.support is not None:  # a copy: without the rest of the past
             past = past[:, max(0, past.shape[1] - (filter.support - 1)) :].clone()
         return y, past
-    system = filter.realize()
     x = u if gate_in is None else u * gate_in
-    y = causal_conv(x, system.taps(L), skip=skip)
-    y = (y + system.response(state, L).transpose(1, 2)).to(u.dtype)
-    return y if gate_out is None else y * gate_out, system.advance(state, x, padding)
+    y, after = go_on(x, filter, state, padding, skip=skip)
+    return y if gate_out is None else y * gate_out, after
+
+
+def go_on(
+    x: Tensor, filter: Any, state: Tensor, padding: Tensor | None = None, *, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What x (B, L, C) and the state (B, C, N) of a state space make together, and the state behind x.
+
+    Args:
+        x, state, padding, skip: as in :func:`long_conv`.
+        filter: has ``realized()``, a system for many steps, and ``stepper()``, for one: that costs less as a recurrence
+            than as a convolution.
+    """
+    L = x.shape[1]
+    if L > 1:
+        system = filter.realized()
+        y = causal_conv(x, system.taps(L), skip=skip)
+        return (y + system.response(state, L).transpose(1, 2)).to(x.dtype), system.advance(state, x, padding)
+    y, after = filter.stepper().step(x[:, 0], state, skip)
+    if padding is not None:
+        after = torch.where(padding[:, None, None] == 0, after, state.to(after.dtype))
+    return y[:, None], after
 
 
 def two_sided_conv(

@@ -5,11 +5,13 @@ from longwave.ops.butterfly import butterfly
 from longwave.ops.cauchy import cauchy
 from longwave.ops.causal_conv import causal_conv
 from longwave.ops.dispatch import OPS, Op, at_least_float32, without_autocast
+from longwave.ops.dplr_step import dplr_step
 from longwave.ops.linear_attention import linear_attention
 from longwave.ops.linear_scan import linear_scan
 from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.short_conv import short_conv
+from longwave.ops.state_space_step import state_space_step
 from longwave.ops.vandermonde import vandermonde, vandermonde_transpose
 from longwave.ops.weight_only_linear import weight_only_linear
 from longwave.ops.wkv import wkv
@@ -23,12 +25,14 @@ __all__ = [
     "butterfly",
     "cauchy",
     "causal_conv",
+    "dplr_step",
     "linear_attention",
     "linear_scan",
     "monarch",
     "monarch_project",
     "selective_scan",
     "short_conv",
+    "state_space_step",
     "vandermonde",
     "vandermonde_transpose",
     "weight_only_linear",

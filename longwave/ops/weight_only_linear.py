@@ -74,12 +74,11 @@ def packed(weight: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
 
 def unpacked(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weights that are stored, (M, K), in a dtype of floats."""
+    weight = weight.to(dtype)
     if scale is None:
-        return weight.to(dtype)
-    (K, G), scale = (weight.shape[1], scale.shape[1]), scale.to(dtype)
-    if K % G == 0:
-        return (weight.unflatten(1, (G, -1)) * scale[..., None]).flatten(1)
-    return weight * scale.repeat_interleave(-(-K // G), dim=1)[:, :K]
+        return weight
+    K, G = weight.shape[1], scale.shape[1]
+    return weight * scale.to(dtype).repeat_interleave(-(-K // G), dim=1)[:, :K]
 
 
 def rounded(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longwave.nn.frozen import derived
 from longwave.nn.online_conv import Taps
 from longwave.nn.padding import last_steps
-from longwave.ops import vandermonde, vandermonde_transpose
+from longwave.ops import state_space_step, vandermonde, vandermonde_transpose
 from longwave.spec import PartSpec
 
 
@@ -36,6 +36,12 @@ class Filter(nn.Module, abc.ABC):
     def longest(self) -> int | None:
         """The greatest length at which the filter is defined; None where there is none, or it is not known."""
         return None
+
+    @derived
+    def oldest_first(self) -> Tensor:
+        """All taps (C, support) of a filter of finite support, the present one last."""
+        assert self.support is not None
+        return self(self.support).flip(1)
 
     @derived
     def prepared(self, length: int) -> Taps:
@@ -71,7 +77,7 @@ def power(a: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
 class StateSpace(NamedTuple):
     """A diagonal discrete system  h[t] = a h[t-1] + b u[t],  y[t] = 2 Re <c, h[t]>;  each (C, N) complex.
 
-    What a convolution asks of a system is its four methods; another kind of system has the same four.
+    What a convolution asks of a system is its methods; another kind of system has the same.
     """
 
     a: Tensor
@@ -81,6 +87,14 @@ class StateSpace(NamedTuple):
     def rest(self, batch: int) -> Tensor:
         """The state before the first step: zeros (B, C, N)."""
         return self.a.detach().new_zeros(batch, *self.a.shape)
+
+    def stepper(self) -> "StateSpace":
+        """What takes single steps."""
+        return self
+
+    def step(self, x: Tensor, state: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One input x (B, C) -> what it and the state make of it, with skip (C,) times x, and the state behind it."""
+        return state_space_step(x, self.a, self.b, self.c, state, skip)
 
     def taps(self, length: int) -> Tensor:
         """The impulse response (C, length)."""
@@ -105,8 +119,18 @@ class StateSpaceFilter(Filter):
     def realize(self) -> Any:
         """The discrete system, a :class:`StateSpace` or what has its methods, in complex64 or better."""
 
+    @derived
+    def realized(self) -> Any:
+        """What :meth:`realize` says."""
+        return self.realize()
+
+    @derived
+    def stepper(self) -> Any:
+        """The system in the form that takes single steps."""
+        return self.realized().stepper()
+
     def forward(self, length: int) -> Tensor:
-        return self.realize().taps(length)
+        return self.realized().taps(length)
 
 
 def require_max_len(what: str, max_len: int, length: int = 1) -> None:

@@ -11,7 +11,7 @@ from longwave.nn.filters.base import StateSpaceFilter, shared_systems
 from longwave.nn.hippo import low_rank, nplr
 from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
 from longwave.nn.padding import last_steps
-from longwave.ops import without_autocast
+from longwave.ops import dplr_step, without_autocast
 
 
 def _exact(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -133,6 +133,21 @@ def _systems_first(state: Tensor, systems: int) -> Tensor:
     return state.unflatten(1, (-1, systems)).permute(2, 3, 0, 1).flatten(2)
 
 
+class DPLRStepper(NamedTuple):
+    """A :class:`DPLRStateSpace` as :func:`longwave.ops.dplr_step` takes it, in the dtype of c."""
+
+    re: Tensor  # (G, N/2)
+    im: Tensor  # (G, N/2)
+    left: Tensor  # (G, R, N)
+    right: Tensor  # (G, R, N)
+    b: Tensor  # (G, N)
+    c: Tensor  # (C, N)
+
+    def step(self, x: Tensor, state: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`longwave.nn.StateSpace.step`."""
+        return dplr_step(x, *self, state, skip)
+
+
 class DPLRStateSpace(NamedTuple):
     """A real discrete system  h[t] = a h[t-1] + b u[t],  y[t] = <c, h[t]>  with  a = diag - left right.
 
@@ -167,6 +182,11 @@ class DPLRStateSpace(NamedTuple):
     def rest(self, batch: int) -> Tensor:
         """The state before the first step: zeros (B, C, N)."""
         return self.c.detach().new_zeros(batch, *self.c.shape)
+
+    def stepper(self) -> DPLRStepper:
+        """What takes single steps."""
+        parts = self.diag.real, self.diag.imag, self.left.mT, self.right, self.b, self.c
+        return DPLRStepper(*(part.to(self.c.dtype).contiguous() for part in parts))
 
     @_exact
     def taps(self, length: int) -> Tensor:

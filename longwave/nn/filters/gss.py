@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longwave.nn.filters.base import StateSpaceFilter, power
+from longwave.nn.filters.base import StateSpace, StateSpaceFilter, power
 from longwave.nn.filters.diagonal import zoh
 from longwave.nn.filters.dss import modes_from
 from longwave.nn.module import Hint, at_least_float32, positive_rate
@@ -26,6 +26,11 @@ class SharedStateSpace(NamedTuple):
     def rest(self, batch: int) -> Tensor:
         """The state before the first step: zeros (B, C, N)."""
         return self.c.detach().new_zeros(batch, *self.c.shape)
+
+    def stepper(self) -> StateSpace:
+        """What takes single steps."""
+        a, b = (t.expand_as(self.c).contiguous() for t in (self.a, self.b))
+        return StateSpace(a, b, self.c / 2)
 
     def taps(self, length: int) -> Tensor:
         """The impulse response (C, length)."""

@@ -27,8 +27,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients, x as it would be without being rounded."""
     dtype = at_least_float32(x.dtype)
-    M, K = weight.shape
-    dy, inputs, grads = dy.to(dtype).reshape(-1, M), rounded(x.to(dtype), weight).reshape(-1, K), {}
+    dy, inputs, grads = dy.to(dtype).flatten(0, -2), rounded(x.to(dtype), weight).flatten(0, -2), {}
     if "x" in needed:
         parts = (dy[:, some] @ w for some, w in _unpacked(weight, scale, dtype))
         grads["x"] = sum(parts, torch.zeros_like(inputs)).view(x.shape)
@@ -38,7 +37,7 @@ def backward(
         grads["weight"] = dy.T @ inputs
     if "scale" in needed:
         assert scale is not None
-        G = scale.shape[1]
+        G, K = scale.shape[1], weight.shape[1]
         g = -(-K // G)
         products = F.pad((dy.T @ inputs) * weight, (0, G * g - K))
         grads["scale"] = products.unflatten(1, (G, g)).sum(2)
