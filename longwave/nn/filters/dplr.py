@@ -14,11 +14,11 @@ from longwave.nn.padding import last_steps
 from longwave.ops import dplr_step, without_autocast
 
 
-def _exact(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of a system as it is without autocast, whose bfloat16 matrix products would be noise in a filter."""
 
     @functools.wraps(method)
-    def run(system: Any, *args: Any) -> Tensor:
+    def run(system: Any, *args: Any) -> Any:
         with without_autocast(system.c.device):
             return method(system, *args)
 
@@ -28,7 +28,7 @@ def _exact(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class DenseStateSpace(NamedTuple):
     """A real discrete system  h[t] = a h[t-1] + b u[t],  y[t] = <c, h[t]>  with a dense matrix.
 
-    All four methods use  l = i + m j  with m ~ sqrt(L): two tables, made by repeated squaring of a, joined by a batched
+    All but single steps use  l = i + m j  with m ~ sqrt(L): two tables, made by repeated squaring of a, joined by a batched
     GEMM. No (C, N, L) tensor exists, and no result depends on the length it was asked for.
 
     Attributes:
@@ -45,6 +45,19 @@ class DenseStateSpace(NamedTuple):
     def rest(self, batch: int) -> Tensor:
         """The state before the first step: zeros (B, C, N)."""
         return self.c.detach().new_zeros(batch, *self.c.shape)
+
+    def stepper(self) -> "DenseStateSpace":
+        """What takes single steps."""
+        return self
+
+    @_exact
+    def step(self, x: Tensor, state: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`longwave.nn.StateSpace.step`."""
+        (G, _), dtype = self.b.shape, self.c.dtype
+        u, h = x.to(dtype).unflatten(1, (-1, G))[..., None], state.to(dtype).unflatten(1, (-1, G))
+        h = (torch.einsum("gnm,bkgm->bkgn", self.a.to(dtype), h) + self.b.to(dtype) * u).flatten(1, 2)
+        y = (self.c * h).sum(2)
+        return (y if skip is None else y + skip * x).to(x.dtype), h
 
     @_exact
     def taps(self, length: int) -> Tensor:
