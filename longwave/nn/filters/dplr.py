@@ -28,8 +28,8 @@ def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
 class DenseStateSpace(NamedTuple):
     """A real discrete system  h[t] = a h[t-1] + b u[t],  y[t] = <c, h[t]>  with a dense matrix.
 
-    All but single steps use  l = i + m j  with m ~ sqrt(L): two tables, made by repeated squaring of a, joined by a batched
-    GEMM. No (C, N, L) tensor exists, and no result depends on the length it was asked for.
+    All but single steps use  l = i + m j  with m ~ sqrt(L): two tables, made by repeated squaring of a, joined by a
+    batched GEMM. No (C, N, L) tensor exists, and no result depends on the length it was asked for.
 
     Attributes:
         a: (G, N, N) float64.
