@@ -5,6 +5,7 @@ import copy
 import fnmatch
 import math
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ B, L, D = 2, 13, 8  # L is prime: no chunk size divides it
 CASES = [pytest.param(name, kw, id=f"{name}-{i}") for name, cls in MIXERS.items() for i, kw in enumerate(cls.examples)]
 CAUSAL = [case for case in CASES if MIXERS[case.values[0]].causal]
 TWO_SIDED = [case for case in CASES if not MIXERS[case.values[0]].causal]
+ANY = torch.export.Dim.DYNAMIC
 INDUCTOR = "aot_eager_decomp_partition"  # as torch.compile's own backend begins: traced, decomposed, parted
 CHUNKINGS = [[1] * L, [L], [1, 7, 5], [5, 1, 7]]
 
@@ -177,6 +179,23 @@ class TestContract:
         mask = None if layer.causal else mask  # masks of the others are compiled with a state
         compiled = torch.compile(layer, fullgraph=True, backend=INDUCTOR)
         y, exact = compiled(x, mask=mask)[0], layer(x, mask=mask)[0]
+        close(y, exact)
+        close(parameter_gradients(layer, y), parameter_gradients(layer, exact))
+
+    @torch.no_grad()
+    def test_exports_with_any_batch_and_length(self, name, kw):
+        layer = build(name, kw)
+        program = torch.export.export(layer, (noise(B, L, D),), dynamic_shapes={"x": {0: ANY, 1: ANY}}).module()
+        for shape in ((3, 17), (B, 5)):
+            x = noise(*shape, D, seed=4)
+            close(program(x)[0], layer(x)[0])
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+    def test_compiles_with_inductor(self, name, kw):
+        torch._dynamo.reset()
+        layer, x = build(name, kw), noise(B, L, D)
+        y, exact = torch.compile(layer, fullgraph=True)(x)[0], layer(x)[0]
         close(y, exact)
         close(parameter_gradients(layer, y), parameter_gradients(layer, exact))
 
@@ -373,6 +392,21 @@ class TestStates:
         (y, after), (exact, state) = compiled(x[:, :2], state, mask=mask), layer(x[:, :2], state, mask=mask)
         close(y, exact)
         close(tree_leaves(after), tree_leaves(state))
+
+    @torch.no_grad()
+    def test_exports_a_step_of_any_batch_and_past(self, name, kw):
+        layer, (x, more) = build(name, kw), (noise(B, L, D), noise(3, 18, D, seed=4))
+        start, state = layer.init_state(B), layer(x, layer.init_state(B))[1]
+
+        def sizes(t, before):
+            return {0: ANY} | {i: ANY for i in range(1, t.ndim) if t.shape[i] != before.shape[i]}
+
+        shapes = {"x": {0: ANY}, "state": tree_map(sizes, state, start)}
+        program = torch.export.export(layer, (x[:, :1], state), dynamic_shapes=shapes).module()
+        _, state = layer(more[:, :17], layer.init_state(3))
+        (y, after), (exact, wanted) = program(more[:, 17:], state), layer(more[:, 17:], state)
+        close(y, exact)
+        close(tree_leaves(after), tree_leaves(wanted))
 
     def test_bfloat16_resumes_as_well_as_bfloat16_allows(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)

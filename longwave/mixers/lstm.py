@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longwave.mixers.base import Mixer
 from longwave.nn.module import at_least_float32
 from longwave.nn.padding import is_real, last_steps
-from longwave.ops import without_autocast
+from longwave.ops import opaque
 
 SHUT = 1e9  # a gate is sigmoid of that: 1, or 0 of its opposite
 
@@ -19,6 +19,15 @@ SHUT = 1e9  # a gate is sigmoid of that: 1, or 0 of its opposite
 class LSTMState(NamedTuple):
     h: Tensor  # (B, D)
     c: Tensor  # (B, D)
+
+
+@opaque(like=lambda u, h, *weights: u.new_empty(u.shape[0], u.shape[1] + 1, h.shape[1]))
+def steps_of_lstm(u: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
+    """h (B, L, D) after every step of u (B, L, E), behind h and c (B, D), and behind them the last c."""
+    biases, layers, dropout, training, both_ways, batch_first = True, 1, 0.0, False, False, True
+    options = biases, layers, dropout, training, both_ways, batch_first
+    y, _, end = torch.lstm(u, (h[None], c[None]), [w_ih, w_hh, b_ih, b_hh], *options)
+    return torch.cat([y, end.transpose(0, 1)], dim=1)
 
 
 class LSTM(Mixer, name="lstm"):
@@ -33,7 +42,6 @@ class LSTM(Mixer, name="lstm"):
     def __init__(self, d_model: int):
         super().__init__()
         self.d_model = d_model
-        # Parameters of our own: torch.compile traces torch.lstm, but not a module of type nn.LSTM.
         self.weight_ih_l0 = nn.Parameter(torch.empty(4 * d_model, d_model))
         self.weight_hh_l0 = nn.Parameter(torch.empty(4 * d_model, d_model))
         self.bias_ih_l0 = nn.Parameter(torch.empty(4 * d_model))
@@ -59,17 +67,9 @@ class LSTM(Mixer, name="lstm"):
             idle = ~is_real(x.shape[1], padding)[..., None]
             gates = w_ih.new_tensor([-SHUT, SHUT, 0, 0]).repeat_interleave(self.d_model)  # i, f, g, o
             u, w_ih = torch.cat([u, idle.to(u.dtype)], dim=2), torch.cat([w_ih, gates[:, None]], dim=1)
-        options = (
-            True,
-            1,
-            0.0,
-            False,
-            False,
-            True,
-        )  # biases, one layer, no dropout, not training it, one way, (B, L, D)
-        with without_autocast(x.device):
-            y, _, end = torch.lstm(u, (h[None], c[None]), [w_ih, w_hh, b_ih, b_hh], *options)
+        run = steps_of_lstm(u, h, c, w_ih, w_hh, b_ih, b_hh)
+        y, end = run[:, :-1], run[:, -1]
         if state is None:
             return y.to(x.dtype), None
         last = last_steps(torch.cat([h[:, None], y], dim=1), padding, 1)[:, 0]
-        return y.to(x.dtype), LSTMState(last, end[0])
+        return y.to(x.dtype), LSTMState(last, end)

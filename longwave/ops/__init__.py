@@ -9,6 +9,7 @@ from longwave.ops.dplr_step import dplr_step
 from longwave.ops.linear_attention import linear_attention
 from longwave.ops.linear_scan import linear_scan
 from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
+from longwave.ops.opaque import opaque
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.short_conv import short_conv
 from longwave.ops.state_space_step import state_space_step
@@ -30,6 +31,7 @@ __all__ = [
     "linear_scan",
     "monarch",
     "monarch_project",
+    "opaque",
     "selective_scan",
     "short_conv",
     "state_space_step",

@@ -76,7 +76,7 @@ def _sdpa(
     L, T = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if mask is None and (not causal or L == T or L == 1):
-        is_causal = causal and L > 1
+        is_causal = bool(causal and L > 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)
         return y.transpose(1, 2).to(dtype)
 

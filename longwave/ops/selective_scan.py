@@ -79,7 +79,7 @@ def prepare(u, dt, A, B, C, state, dt_bias, softplus):
     dt = dt.to(work)
     dt = dt if dt_bias is None else dt + dt_bias.to(work)
     dt = F.softplus(dt) if softplus else dt
-    h = u.new_zeros(len(u), *A.shape, dtype=inner) if state is None else state.to(inner)
+    h = u.new_zeros(u.shape[0], *A.shape, dtype=inner) if state is None else state.to(inner)
     return u.to(work), dt, A.to(inner), B.to(inner), C.to(inner), h
 
 

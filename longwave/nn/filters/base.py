@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longwave.nn.frozen import derived
 from longwave.nn.online_conv import Taps
 from longwave.nn.padding import last_steps
-from longwave.ops import state_space_step, vandermonde, vandermonde_transpose
+from longwave.ops import opaque, state_space_step, vandermonde, vandermonde_transpose
 from longwave.spec import PartSpec
 
 
@@ -57,7 +57,12 @@ class FilterSpec(PartSpec):
         return self._built(channels, *more)
 
 
-def power(a: Tensor, length: int, padding: Tensor | None = None) -> Tensor:
+def _like_power(a: Tensor, padding: Tensor | None, length: int) -> Tensor:
+    return a.new_empty(a.shape if padding is None else (padding.shape[0], *a.shape))
+
+
+@opaque(like=_like_power)
+def power(a: Tensor, padding: Tensor | None, length: int) -> Tensor:
     """a^length of complex a, or a^(length - padding), padding (B,), with an axis B in front.
 
     By squaring in complex128, so that it is exact and its gradients are finite where a, or a power of it, is zero.
@@ -109,7 +114,7 @@ class StateSpace(NamedTuple):
         time."""
         newest_first = last_steps(x, padding, x.shape[1]).flip(1).transpose(1, 2)
         gathered = vandermonde_transpose(self.a, newest_first.to(self.a.real.dtype))
-        return power(self.a, x.shape[1], padding) * state + self.b * gathered
+        return power(self.a, padding, x.shape[1]) * state + self.b * gathered
 
 
 class StateSpaceFilter(Filter):

@@ -11,7 +11,7 @@ from longwave.nn.filters.base import StateSpaceFilter, shared_systems
 from longwave.nn.hippo import low_rank, nplr
 from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
 from longwave.nn.padding import last_steps
-from longwave.ops import dplr_step, without_autocast
+from longwave.ops import dplr_step, opaque, without_autocast
 
 
 def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,6 +46,7 @@ class DenseStateSpace(NamedTuple):
         """The state before the first step: zeros (B, C, N)."""
         return self.c.detach().new_zeros(batch, *self.c.shape)
 
+<<<<<<< HEAD
     def stepper(self) -> "DenseStateSpace":
         """What takes single steps."""
         return self
@@ -60,54 +61,71 @@ class DenseStateSpace(NamedTuple):
         return (y if skip is None else y + skip * x).to(x.dtype), h
 
     @_exact
+=======
+>>>>>>> d0129c7 (Every mixer exports at any batch and length: what loops over a length is one node of a graph)
     def taps(self, length: int) -> Tensor:
-        """The impulse response (C, length):  k[i + m j] = (c a^(m j)) (a^i b)."""
-        m, J = _split(length)
-        powers = _squares(self.a, m, J)
-        fine = _table(powers, self.b[:, :, None], m).squeeze(3)  # (G, N, m)
-        rows = self.c.unflatten(0, (-1, len(self.a))).permute(1, 2, 0).to(self.a.dtype)  # (G, N, K)
-        coarse = _table([p.mT for p in powers[_log2(m) :]], rows, J)  # (G, N, J, K)
-        k = torch.bmm(coarse.flatten(2).mT.to(self.c.dtype), fine.to(self.c.dtype))  # (G, J K, m)
-        return k.unflatten(1, (J, -1)).permute(2, 0, 1, 3).reshape(len(self.c), J * m)[:, :length]
+        """The impulse response (C, length)."""
+        return dense_taps(self.a, self.b, self.c, length)
 
-    @_exact
     def response(self, state: Tensor, length: int) -> Tensor:
-        """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length):  c a^(l+1) h."""
-        m, J = _split(length)
-        B, G = state.shape[0], len(self.a)
-        powers = _squares(self.a, m, J)
-        rows = self.c.unflatten(0, (-1, G)).permute(1, 2, 0).to(self.a.dtype)
-        fine = _table([p.mT for p in powers], self.a.mT @ rows, m).to(self.c.dtype)  # (G, N, m, K): c a^(i+1)
-        starts = _systems_first(state.to(self.c.dtype), G)
-        coarse = _table([p.to(self.c.dtype) for p in powers[_log2(m) :]], starts, J)  # (G, N, J, B K)
-        y = torch.einsum("gnik,gnjbk->bkgji", fine, coarse.unflatten(3, (B, -1)))
-        return y.reshape(B, len(self.c), J * m)[..., :length]
+        """What the state (B, C, N) adds to the next ``length`` outputs, (B, C, length)."""
+        return dense_response(self.a, self.c, state.to(self.c.dtype), length)
 
-    @_exact
     def advance(self, state: Tensor, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """The state after the inputs x (B, L, C), of which the last padding (B,) of each row are zeros and take no
-        time:  a^L h + sum_s a^s b x[L-1-s]."""
-        (B, L, C), G, dtype = x.shape, len(self.a), self.c.dtype
-        m, J = _split(L)
-        powers = _squares(self.a, m, J)
-        fine = _table(powers, self.b[:, :, None], m).squeeze(3).to(dtype)  # (G, N, m)
-        powers = [p.to(dtype) for p in powers]
-        newest_first = nn.functional.pad(last_steps(x.to(dtype), padding, L).flip(1), (0, 0, 0, m * J - L))
-        blocks = newest_first.reshape(B, J, m, C // G, G).permute(4, 2, 1, 0, 3)  # (G, m, J, B, K)
-        sums = (fine @ blocks.flatten(2)).unflatten(2, (J, -1))  # (G, N, J, B K): what each block leaves behind
-        for power in powers[_log2(m) :]:  # neighbours become one, until one is left
-            if sums.shape[2] > 1:
-                newer, older = sums[:, :, ::2], sums[:, :, 1::2]
-                older = (power @ older.flatten(2)).unflatten(2, older.shape[2:])
-                sums = torch.cat([newer[:, :, : older.shape[2]] + older, newer[:, :, older.shape[2] :]], dim=2)
-        carried = _systems_first(state.to(dtype), G)
-        steps = None if padding is None else (L - padding).repeat_interleave(C // G)  # (B K,)
-        for bit, power in enumerate(powers):
-            if steps is not None:
-                carried = torch.where((steps >> bit & 1).bool(), power @ carried, carried)
-            elif L >> bit & 1:
-                carried = power @ carried
-        return (sums.squeeze(2) + carried).unflatten(2, (B, -1)).permute(2, 3, 0, 1).reshape(B, C, -1)
+        time."""
+        return dense_advance(self.a, self.b, state.to(self.c.dtype), x, padding)
+
+
+@opaque(like=lambda a, b, c, length: c.new_empty(c.shape[0], length))
+def dense_taps(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
+    """k[i + m j] = (c a^(m j)) (a^i b), of a :class:`DenseStateSpace`: (C, length)."""
+    m, J = _split(length)
+    powers = _squares(a, m, J)
+    fine = _table(powers, b[:, :, None], m).squeeze(3)  # (G, N, m)
+    rows = c.unflatten(0, (-1, len(a))).permute(1, 2, 0).to(a.dtype)  # (G, N, K)
+    coarse = _table([p.mT for p in powers[_log2(m) :]], rows, J)  # (G, N, J, K)
+    k = torch.bmm(coarse.flatten(2).mT.to(c.dtype), fine.to(c.dtype))  # (G, J K, m)
+    return k.unflatten(1, (J, -1)).permute(2, 0, 1, 3).reshape(len(c), J * m)[:, :length]
+
+
+@opaque(like=lambda a, c, state, length: state.new_empty(*state.shape[:2], length))
+def dense_response(a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
+    """c a^(l+1) h, of states (B, C, N): (B, C, length)."""
+    m, J = _split(length)
+    B, G = state.shape[0], len(a)
+    powers = _squares(a, m, J)
+    rows = c.unflatten(0, (-1, G)).permute(1, 2, 0).to(a.dtype)
+    fine = _table([p.mT for p in powers], a.mT @ rows, m).to(c.dtype)  # (G, N, m, K): c a^(i+1)
+    coarse = _table([p.to(c.dtype) for p in powers[_log2(m) :]], _systems_first(state, G), J)  # (G, N, J, B K)
+    y = torch.einsum("gnik,gnjbk->bkgji", fine, coarse.unflatten(3, (B, -1)))
+    return y.reshape(B, len(c), J * m)[..., :length]
+
+
+@opaque(like=lambda a, b, state, x, padding: torch.empty_like(state, memory_format=torch.contiguous_format))
+def dense_advance(a: Tensor, b: Tensor, state: Tensor, x: Tensor, padding: Tensor | None) -> Tensor:
+    """a^L h + sum_s a^s b x[L-1-s], L without a row's padding: (B, C, N)."""
+    (B, L, C), G, dtype = x.shape, len(a), state.dtype
+    m, J = _split(L)
+    powers = _squares(a, m, J)
+    fine = _table(powers, b[:, :, None], m).squeeze(3).to(dtype)  # (G, N, m)
+    powers = [p.to(dtype) for p in powers]
+    newest_first = nn.functional.pad(last_steps(x.to(dtype), padding, L).flip(1), (0, 0, 0, m * J - L))
+    blocks = newest_first.reshape(B, J, m, C // G, G).permute(4, 2, 1, 0, 3)  # (G, m, J, B, K)
+    sums = (fine @ blocks.flatten(2)).unflatten(2, (J, -1))  # (G, N, J, B K): what each block leaves behind
+    for power in powers[_log2(m) :]:  # neighbours become one, until one is left
+        if sums.shape[2] > 1:
+            newer, older = sums[:, :, ::2], sums[:, :, 1::2]
+            older = (power @ older.flatten(2)).unflatten(2, older.shape[2:])
+            sums = torch.cat([newer[:, :, : older.shape[2]] + older, newer[:, :, older.shape[2] :]], dim=2)
+    carried = _systems_first(state, G)
+    steps = None if padding is None else (L - padding).repeat_interleave(C // G)  # (B K,)
+    for bit, power in enumerate(powers):
+        if steps is not None:
+            carried = torch.where((steps >> bit & 1).bool(), power @ carried, carried)
+        elif L >> bit & 1:
+            carried = power @ carried
+    return (sums.squeeze(2) + carried).unflatten(2, (B, -1)).permute(2, 3, 0, 1).reshape(B, C, -1)
 
 
 def _split(length: int) -> tuple[int, int]:

@@ -45,7 +45,7 @@ class SharedStateSpace(NamedTuple):
         """The state after the inputs x (B, L, C), see :class:`StateSpace`."""
         rows = last_steps(x, padding, x.shape[1]).flip(1).transpose(1, 2).to(self.a.real.dtype)
         gathered = vandermonde_transpose(self.a[None], rows.flatten(0, 1)[:, None]).unflatten(0, rows.shape[:2])
-        return power(self.a[None], x.shape[1], padding) * state + self.b * gathered[:, :, 0]
+        return power(self.a[None], padding, x.shape[1]) * state + self.b * gathered[:, :, 0]
 
 
 class GSSFilter(StateSpaceFilter):

@@ -393,7 +393,7 @@ def forward(u, dt, A, B, C, D, state, z, dt_bias, softplus, keep):
 
 def saved(u, dt, A, *others):
     """Like the states before each T steps."""
-    return u.new_empty(len(u), -(-u.shape[1] // T), A.shape[1] + -A.shape[1] % 4, len(A), dtype=torch.float32)
+    return u.new_empty(u.shape[0], -(-u.shape[1] // T), A.shape[1] + -A.shape[1] % 4, len(A), dtype=torch.float32)
 
 
 def backward(needed, dy, dlast, u, dt, A, B, C, D, z, dt_bias, softplus, saved):

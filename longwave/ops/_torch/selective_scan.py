@@ -24,7 +24,7 @@ def forward(u, dt, A, B, C, D, state, z, dt_bias, softplus, keep):
 def saved(u, dt, A, B, C, D, state, z, dt_bias, softplus):
     """Like the states before each chunk."""
     *_, h = prepare(u, dt, A, B, C, state, dt_bias, softplus)
-    return h.new_empty(len(u), len(_chunks(u, A)), *A.shape)
+    return h.new_empty(u.shape[0], -(-u.shape[1] // _chunk_length(u, A)), *A.shape)
 
 
 def backward(needed, dy, dlast, u, dt, A, B, C, D, z, dt_bias, softplus, saved):
@@ -83,9 +83,13 @@ def _outputs(h: Tensor, C: Tensor) -> Tensor:
     return torch.einsum("btgpn,btgn->btgp", h.unflatten(2, (C.shape[2], -1)), C).flatten(2)
 
 
+def _chunk_length(u: Tensor, A: Tensor) -> int:
+    return torch.sym_max(16, 2**20 // (u.shape[0] * A.numel()))  # of sizes that a graph does not know, too
+
+
 def _chunks(u: Tensor, A: Tensor) -> list[slice]:
     """Chunks of time whose (B, T, E, N) tensors are a few MB, so none of the whole length exists."""
-    T = max(16, 2**20 // (len(u) * A.numel()))
+    T = _chunk_length(u, A)
     return [slice(t, min(t + T, u.shape[1])) for t in range(0, u.shape[1], T)]
 
 
