@@ -196,6 +196,16 @@ def test_lanes_are_those_that_numba_compiles_for():
     assert run_python(code, NUMBA_CPU_NAME="skylake-avx512", NUMBA_CPU_FEATURES="+avx2,+avx512f").stdout == "16\n"
 
 
+def test_kernels_may_be_met_first_while_a_graph_is_made():
+    code = (
+        "import torch; from longwave.mixers import MIXERS; layer = MIXERS['s4d'](8).double()\n"
+        "x = torch.randn(1, 5, 8, dtype=torch.float64)\n"
+        "y = torch.compile(layer, fullgraph=True, backend='eager')(x)[0]; print(torch.equal(y, layer(x)[0]))"
+    )
+    done = run_python(code)
+    assert done.stdout == "True\n", done.stderr[-2000:]
+
+
 def test_without_numba_the_portable_forms_serve_and_say_why():
     code = (
         "import sys; sys.modules['numba'] = None\n"

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +29,8 @@ def _batched() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _import(name: str) -> None:
-    importlib.import_module(name)
+def _import(name: str) -> Any:
+    return importlib.import_module(name)
 
 
 for _function in (transformed, _batched, _import):
@@ -111,8 +110,7 @@ class Kernel:
     @property
     def module(self) -> Any:
         """Imported."""
-        _import(self._module)
-        return sys.modules[self._module]
+        return _import(self._module)
 
     def why_not(self, *inputs: Any) -> str | None:
         """The reason why it cannot run these inputs, or None."""

@@ -16,7 +16,7 @@ OPAQUE: dict[str, Callable[..., Any]] = {}  # every one by name
 def opaque(like: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """A differentiable function of torch operations that is one node in a graph, of any sizes.
 
-        @opaque(like=lambda x, length: x.new_empty(len(x), length))
+        @opaque(like=lambda x, length: x.new_empty(x.shape[0], length))
         def doubled(x: Tensor, length: int) -> Tensor: ...
 
     Unrolled, its loops would fix the lengths for which a graph is made, and take long to compile. Called without a
