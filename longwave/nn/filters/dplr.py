@@ -46,7 +46,6 @@ class DenseStateSpace(NamedTuple):
         """The state before the first step: zeros (B, C, N)."""
         return self.c.detach().new_zeros(batch, *self.c.shape)
 
-<<<<<<< HEAD
     def stepper(self) -> "DenseStateSpace":
         """What takes single steps."""
         return self
@@ -60,9 +59,6 @@ class DenseStateSpace(NamedTuple):
         y = (self.c * h).sum(2)
         return (y if skip is None else y + skip * x).to(x.dtype), h
 
-    @_exact
-=======
->>>>>>> d0129c7 (Every mixer exports at any batch and length: what loops over a length is one node of a graph)
     def taps(self, length: int) -> Tensor:
         """The impulse response (C, length)."""
         return dense_taps(self.a, self.b, self.c, length)
