@@ -34,8 +34,6 @@ MAY_DIFFER = {
     "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep",
     "threads", "keep_memory", "accelerator", "devices", "nodes", "strategy", "accumulate",
 }  # fmt: skip
-
-
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -71,10 +69,11 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
-                if (before := signal.getsignal(number)) is not signal.SIG_IGN:
-                    self.before[number] = before
-                    signal.signal(number, self._raise)
+            self.before = {
+                n: signal.getsignal(n) for n in STOPPING if signal.getsignal(n) not in (signal.SIG_IGN, None)
+            }
+        for number in self.before:
+            signal.signal(number, self._raise)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,6 @@
 """The processes of a run, which begin and end together."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -76,20 +77,16 @@ class Ranks:
         watched.clear()  # or lightning, where it sees one of them fail, kills this process before it has spoken
         if error is self._shared:
             return
-        gone = isinstance(error, torch.distributed.DistError) or (kind is RuntimeError and "gloo" in str(error))
-        lost = RankError(self._who_ended(started)) if gone else None
-        if not gone:
-            self._say(_words(self.fabric.global_rank, error))
+        lost = None
+        if isinstance(error, torch.distributed.DistError) or (kind is RuntimeError and "gloo" in str(error)):
+            lost = RankError(self._who_ended(started))
+        else:
+            with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, may be gone as well
+                _store().compare_set(LAST_WORDS, "", _words(self.fabric.global_rank, error))
         for process in started:  # they wait for this one, and have nothing to save
             process.kill()
         if lost is not None:
             raise lost from error
-
-    def _say(self, words: str) -> None:
-        try:
-            _store().compare_set(LAST_WORDS, "", words)
-        except RuntimeError:  # rank 0, which keeps the store, is gone as well
-            return
 
     def _who_ended(self, started: list[Any]) -> str:
         """By what it said last, or else by what the system says of the processes that this one started."""
