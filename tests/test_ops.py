@@ -214,6 +214,22 @@ def low_rank_step_odd(B, L, dtype):
     return low_rank_step(B, L, dtype, half=3)[0], {}
 
 
+def rows(B, L, dtype):
+    return [randn(B, L, 37, dtype=dtype), randn(37, dtype=dtype), 1e-3], {}
+
+
+def rows_short(B, L, dtype):
+    return [randn(B * L, 5, dtype=dtype), randn(5, dtype=dtype)], {}
+
+
+def gate_and_value(B, L, dtype):
+    return [randn(B, L, 2, 37, dtype=dtype)], {}
+
+
+def gate_and_value_short(B, L, dtype):
+    return [randn(B * L, 2, 5, dtype=dtype)], {}
+
+
 INPUTS = {
     "state_space_step": [diagonal_step, diagonal_step_odd],
     "dplr_step": [low_rank_step, low_rank_step_odd],
@@ -230,6 +246,8 @@ INPUTS = {
     "blockdiag_multiply": [block_diagonal, block_diagonal_complex],
     "monarch": [monarch_rank_two, monarch_complex],
     "butterfly": [butterfly_pairs, butterfly_blocks, butterfly_complex],
+    "rms_norm": [rows, rows_short],
+    "swiglu": [gate_and_value, gate_and_value_short],
     "weight_only_linear": [stored_float, stored_bfloat16, stored_int8],
 }
 CASES = [

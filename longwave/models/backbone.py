@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longwave.mixers import Mixer
 from longwave.mixers.base import without_padding
+from longwave.nn import RMSNorm
 
 
 class Block(nn.Module):
@@ -14,7 +15,7 @@ class Block(nn.Module):
 
     Args:
         mixer: moves information along time.
-        norm: makes a norm of a width, such as nn.RMSNorm.
+        norm: makes a norm of a width, such as RMSNorm.
         channel: makes a channel mixer of a width, or None.
         dropout: probability, on both branches.
     """
@@ -22,7 +23,7 @@ class Block(nn.Module):
     def __init__(
         self,
         mixer: Mixer,
-        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        norm: Callable[[int], nn.Module] = RMSNorm,
         channel: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
     ):
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
     def __init__(
         self,
         mixers: Sequence[Mixer],
-        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        norm: Callable[[int], nn.Module] = RMSNorm,
         channel: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
     ):

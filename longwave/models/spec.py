@@ -13,7 +13,7 @@ from longwave.models.classifier import Classifier
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM
 from longwave.models.sashimi import Level, Sashimi
-from longwave.nn import MLP, SwiGLU
+from longwave.nn import MLP, RMSNorm, SwiGLU
 from longwave.spec import Parts, PartSpec, Spec, read_kind
 
 
@@ -67,7 +67,7 @@ class BackboneSpec(Spec):
         return [self.pattern[i % len(self.pattern)].build(d_model) for i in range(self.layers)]
 
     def _norm(self) -> Callable[[int], nn.Module]:
-        return partial(nn.RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
+        return partial(RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
 
     def _channel(self) -> Callable[[int], nn.Module] | None:
         return None if self.channel is None else self.channel.build

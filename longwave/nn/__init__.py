@@ -32,6 +32,7 @@ from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, re
 from longwave.nn.monarch import BlockdiagLinear, ButterflyLinear, MonarchLinear
 from longwave.nn.monarch_conv import monarch_conv
 from longwave.nn.mu_law import mu_law_decode, mu_law_encode
+from longwave.nn.norm import RMSNorm
 from longwave.nn.online_conv import Taps
 from longwave.nn.rotary import rotate
 from longwave.nn.s4nd import S4ND, SeparableConv
@@ -65,6 +66,7 @@ __all__ = [
     "MonarchLinear",
     "OutputGLU",
     "OutputLinear",
+    "RMSNorm",
     "S4DFilter",
     "SeparableConv",
     "ShiftFilter",

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longwave.ops import swiglu
+
 
 def hidden_width(expand: float, d_model: int) -> int:
     """expand * d_model, rounded, and at least 1.
@@ -32,8 +34,7 @@ class SwiGLU(nn.Module):
         self.up, self.down = nn.Linear(d_model, 2 * hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.up(x).unflatten(-1, (2, -1))))
 
 
 class MLP(nn.Module):

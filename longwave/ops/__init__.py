@@ -10,9 +10,11 @@ from longwave.ops.linear_attention import linear_attention
 from longwave.ops.linear_scan import linear_scan
 from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
 from longwave.ops.opaque import opaque
+from longwave.ops.rms_norm import rms_norm
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.short_conv import short_conv
 from longwave.ops.state_space_step import state_space_step
+from longwave.ops.swiglu import swiglu
 from longwave.ops.vandermonde import vandermonde, vandermonde_transpose
 from longwave.ops.weight_only_linear import weight_only_linear
 from longwave.ops.wkv import wkv
@@ -32,9 +34,11 @@ __all__ = [
     "monarch",
     "monarch_project",
     "opaque",
+    "rms_norm",
     "selective_scan",
     "short_conv",
     "state_space_step",
+    "swiglu",
     "vandermonde",
     "vandermonde_transpose",
     "weight_only_linear",

@@ -24,6 +24,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         [{"params": group, "max_lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()],
         lr=recipe.lr,
         betas=recipe.betas,
+        fused=True,  # one pass over the memory of a parameter
     )
 
 
