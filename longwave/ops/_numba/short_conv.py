@@ -14,13 +14,16 @@ from torch import Tensor
 from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel
 from longwave.ops._numba.simd import (
+    floats,
     fma,
     load,
+    load_first,
     prefetch,
     prefetch_to_write,
     sigmoid,
     splat,
     store,
+    store_first,
     widest,
     zero,
 )
@@ -35,18 +38,58 @@ WIDTH = 64  # channels of a tile: 64 rows of 64 floats are 16 KB
 SEGMENT = 1024  # rows of a task
 LINE = 16  # floats of a cache line
 
-_ONE = np.float32(1.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 def forward(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
     """y (B, L, C) and the last inputs."""
     (B, L, C), K = u.shape, weight.shape[1]
+    if L == 1:
+        return _single(u, weight, bias, state, silu)
     y = pool.empty(B, L, C)
     segment = _segment(K)
     tasks = B * -(-L // segment) * -(-C // WIDTH)
     arrays = (*_strided(u), pool.flat(state), pool.flat(weight), pool.flat(bias), pool.flat(y))
     pool.run(_forward, tasks, *arrays, L, C, K, segment, silu, scratch_size=_tile_rows(K) * 4 * WIDTH)
     return y.to(u.dtype), last_inputs(u, state, K)
+
+
+def _single(u: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """One step, on addresses: nothing but the arithmetic is worth a microsecond here."""
+    (B, _, C), K = u.shape, weight.shape[1]
+    x = u if u.dtype == torch.float32 and u.stride(2) == 1 else u.float().contiguous()
+    given = [t if t is None else t.float().contiguous() for t in (weight, bias, state)]
+    y, last = torch.empty(B, 1, C), torch.empty(B, K - 1, C)
+    places = [0 if t is None else t.data_ptr() for t in given]
+    _step(x.data_ptr(), x.stride(0), *places, y.data_ptr(), last.data_ptr(), B, C, K, silu)
+    return y.to(u.dtype), last.to(u.dtype)
+
+
+@kernel
+def _step(u, u_row, weight, bias, past, y, last, B, C, K, silu):
+    with_bias, with_past = bias != 0, past != 0
+    u, weight, bias, past, y, last = floats(u), floats(weight), floats(bias), floats(past), floats(y), floats(last)
+    for b in range(B):
+        o = b * (K - 1) * C
+        for c in range(C):
+            total = weight[c * K + K - 1] * u[b * u_row + c]
+            if with_bias:
+                total += bias[c]
+            if with_past:
+                for j in range(K - 1):
+                    total += weight[c * K + j] * past[o + j * C + c]
+            y[b * C + c] = total
+        for j in range(K - 2):
+            for c in range(C):
+                last[o + j * C + c] = past[o + (j + 1) * C + c] if with_past else _ZERO
+        if K > 1:
+            for c in range(C):
+                last[o + (K - 2) * C + c] = u[b * u_row + c]
+        if silu:
+            for c in range(0, C, LANES):
+                width = min(LANES, C - c)
+                x = load_first(R, y, b * C + c, width)
+                store_first(y, b * C + c, x * sigmoid(x), width)
 
 
 def backward(
