@@ -5,7 +5,7 @@ import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from longwave.ops.declaration import Declaration
-from longwave.ops.kernel import Kernel, is_plain, transformed, watched, without_autocast
+from longwave.ops.kernel import Kernel, key, transform, without_autocast
 
 OPS: dict[str, "Op"] = {}  # every op by name; the op contract tests walk this table
 
-WhyNot = Callable[..., str | None]
-
 FOLDERS = ("triton", "numba", "torch")  # of kernels, as _triton and so on, in the order in which they are tried
-CACHED = 1024  # kinds of calls that an op remembers
+KINDS = 1024  # of calls that an op remembers
 
 _FORCED = os.environ.get("LONGWAVE_BACKEND", "auto")
 
@@ -40,30 +38,23 @@ def forced() -> str:
     """The backend that LONGWAVE_BACKEND or use_backend names, or auto."""
     known = ["auto", *dict.fromkeys(name for op in OPS.values() for name in op.backends)]
     if _FORCED not in known:
-        nearest = difflib.get_close_matches(_FORCED, known, 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        hint = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(_FORCED, known, 1))
         raise ValueError(f"LONGWAVE_BACKEND: no op has a backend {_FORCED!r}; there are {', '.join(known)}{hint}")
     return _FORCED
 
 
 class Composed:
-    """A backend that is a function of torch's own differentiable operations."""
+    """A backend that is a function of torch's own differentiable operations, with the op's arguments."""
 
-    def __init__(self, run: Callable[..., Any], why_not: WhyNot, keywords: Sequence[str]):
-        self.run, self._why_not, self._keywords = run, why_not, keywords
+    def __init__(self, arguments: list[str], run: Callable[..., Any], why_not: Callable[..., str | None] | None):
+        self._arguments, self._run, self._why_not = arguments, run, why_not
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._call(self.run, inputs)
+        return self._run(**dict(zip(self._arguments, inputs)))
 
     def why_not(self, *inputs: Any) -> str | None:
         """The reason why it cannot run these inputs, or None."""
-        return self._call(self._why_not, inputs)
-
-    def _call(self, function: Callable[..., Any], inputs: tuple) -> Any:
-        if not self._keywords:
-            return function(*inputs)
-        count = len(inputs) - len(self._keywords)
-        return function(*inputs[:count], **dict(zip(self._keywords, inputs[count:])))
+        return None if self._why_not is None else self._why_not(**dict(zip(self._arguments, inputs)))
 
 
 class Op:
@@ -71,15 +62,13 @@ class Op:
 
     Used as a decorator on the reference. It names the axes of every tensor that goes in, and in ``returns`` of those
     that come out (see :class:`longwave.ops.declaration.Declaration`), so every backend may rely on the shapes and the
-    caller gets his own numbers in the error:
+    caller gets his own numbers in the error. What sizes must be beside that, ``check(*inputs)`` says by ValueError.
 
         @Op(u="B L C", k="C K", returns={"y": "B L C : u"})
         def causal_conv(u, k): ...
 
     A file of the op's name in ``_triton``, ``_numba`` or ``_torch`` is a backend (see
     :class:`longwave.ops.kernel.Kernel`). ``@causal_conv.backend("torch")`` makes one of a function of torch operations.
-
-    What sizes must be beside that, ``check(*inputs)`` says by raising ValueError.
 
     Calling the op takes the first backend whose ``why_not`` is None, in this order, and the reference last.
     ``backend="name"`` takes that one, or raises ValueError with the reason why it cannot run. The environment variable
@@ -90,8 +79,7 @@ class Op:
     __name__: str
 
     def __init__(self, *, returns: Mapping[str, str], check: Callable[..., None] | None = None, **tensors: str):
-        self._declared = tensors, returns
-        self._check = check
+        self._tensors, self._returns, self._check = tensors, returns, check
         self.backends: dict[str, Composed | Kernel] = {}
 
     def __call__(self, *args: Any, backend: str = "auto", **options: Any) -> Any:
@@ -99,12 +87,12 @@ class Op:
             return self._define(args[0])
         inputs = self._bound(args, options)
         run: Callable[..., Any]
-        key = None if torch.compiler.is_compiling() else _key(inputs)
-        if key is None:
+        kind = key(inputs)
+        if kind is None:
             run, device = self._choose(backend, inputs)
         else:
-            key = backend, _FORCED, torch.is_grad_enabled(), *key
-            run, device = self._known.get(key) or self._remember(key, inputs)
+            kind = backend, _FORCED, torch.is_grad_enabled(), *kind
+            run, device = self._known.get(kind) or self._remember(kind, inputs)
         with without_autocast(device):
             return run(*inputs)
 
@@ -113,14 +101,15 @@ class Op:
         self.backends = {name: Kernel(self.declaration, self.signature, name, module), **self.backends}
         self._known.clear()
 
-    def backend(self, name: str, why_not: WhyNot = lambda *args, **options: None) -> Callable:
-        """Take a function of torch operations as a backend, tried after the kernels; ``why_not`` as theirs."""
+    def backend(self, name: str, why_not: Callable[..., str | None] | None = None) -> Callable:
+        """Take a function of torch operations as a backend, the last to be tried but for the reference.
+
+        ``why_not``, with the same arguments, returns the reason why it cannot run them, or None.
+        """
 
         def register(run: Callable) -> Callable:
-            others = dict(self.backends)
-            reference = others.pop("reference")
-            composed = Composed(run, why_not, self._keywords)
-            self.backends = {**others, name: composed, "reference": reference}
+            others = {other: self.backends[other] for other in self.backends if other != "reference"}
+            self.backends = {**others, name: Composed(self.arguments, run, why_not), **self.backends}
             self._known.clear()
             return run
 
@@ -132,38 +121,31 @@ class Op:
 
     def _define(self, reference: Callable) -> "Op":
         functools.update_wrapper(self, reference)
+        self.declaration = Declaration(self.__name__, self._tensors, self._returns)
         self.signature = inspect.signature(reference)
         parameters = self.signature.parameters.values()
-        self.arguments = [parameter.name for parameter in parameters]
-        self._keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        self._defaults = [parameter.default for parameter in parameters]
+        self.arguments = [p.name for p in parameters]
+        self._defaults = [p.default for p in parameters]
         self._required = [p.name for p in parameters if p.default is p.empty]
-        self.declaration = Declaration(self.__name__, *self._declared)
+        self._positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
         self._known: dict[tuple, tuple[Callable[..., Any], torch.device]] = {}
-        self.backends = {"reference": Composed(reference, lambda *args, **options: None, self._keywords)}
-        here = Path(__file__).parent
+        self.backend("reference")(reference)
         for folder in reversed(FOLDERS):
-            if (here / f"_{folder}" / f"{self.__name__}.py").exists():
+            if (Path(__file__).parent / f"_{folder}" / f"{self.__name__}.py").exists():
                 self.kernel(folder, f"longwave.ops._{folder}.{self.__name__}")
         OPS[self.__name__] = self
         return self
 
     def _bound(self, args: tuple, options: dict[str, Any]) -> list[Any]:
         """All arguments in the order of the signature."""
-        inputs = [*args, *self._defaults[len(args) :]]
-        fits = len(args) <= len(self.arguments) - len(self._keywords)
-        for name in self._required[len(args) :]:
-            fits = fits and name in options
-        for name, value in options.items():
-            fits = fits and name in self.arguments[len(args) :]
-            if fits:
-                inputs[self.arguments.index(name)] = value
-        if not fits:
+        given = len(args)
+        fits = given <= self._positional and all(name in options for name in self._required[given:])
+        if not (fits and all(name in self.arguments[given:] for name in options)):
             try:
                 self.signature.bind(*args, **options)
             except TypeError as error:
                 raise TypeError(f"{self.__name__}: {error}") from None
-        return inputs
+        return [*args, *(options.get(name, self._defaults[i]) for i, name in enumerate(self.arguments[given:], given))]
 
     def _choose(self, name: str, inputs: list[Any]) -> tuple[Composed | Kernel, torch.device]:
         """The backend that is to run, and the device it runs on."""
@@ -172,7 +154,7 @@ class Op:
             self._check(*inputs)
         if name == "auto":
             named = forced()
-            name = "reference" if transformed() else named if named in self.backends else name
+            name = "reference" if transform() == "derivative" else named if named in self.backends else name
         if name == "auto":
             return next(backend for backend in self.backends.values() if backend.why_not(*inputs) is None), device
         if name not in self.backends:
@@ -181,32 +163,17 @@ class Op:
             raise ValueError(f"{self.__name__}: backend {name!r} cannot run this call: {reason}")
         return self.backends[name], device
 
-    def _remember(self, key: tuple, inputs: list[Any]) -> tuple[Callable[..., Any], torch.device]:
-        """What a call of this kind is to run; of a kernel, the shortest way that its gradient allows."""
-        backend, device = self._choose(key[0], inputs)
+    def _remember(self, kind: tuple, inputs: list[Any]) -> tuple[Callable[..., Any], torch.device]:
+        """What runs calls of this kind: of a kernel, the shortest way that its gradient allows."""
+        backend, device = self._choose(kind[0], inputs)
         run: Callable[..., Any] = backend
         if isinstance(backend, Kernel) and device.type != "meta":
             wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
             run = backend.recorded if wanted else backend.direct
-        if len(self._known) >= CACHED:
+        if len(self._known) >= KINDS:
             self._known.clear()
-        self._known[key] = run, device
+        self._known[kind] = run, device
         return run, device
-
-
-def _key(inputs: list[Any]) -> tuple | None:
-    """All that checks and choice depend on, or None for inputs that are more than what their shapes say."""
-    if watched():
-        return None
-    key: list[Any] = []
-    for x in inputs:
-        if not is_plain(x):
-            return None
-        if isinstance(x, Tensor):
-            key += x.shape, x.dtype, x.device, x.requires_grad
-        else:
-            key.append(x)
-    return tuple(key)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

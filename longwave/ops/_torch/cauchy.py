@@ -28,7 +28,8 @@ def backward(needed: set[str], dk: Tensor, v: Tensor, z: Tensor, w: Tensor) -> d
         dv[:, c] += ((d @ r.mT).conj_physical() + d @ q.mT).transpose(0, 1)
         r, q = r * r, q * q
         dw[c] += (((d @ r.mT).conj_physical() + d @ q.mT) * weights.conj_physical()).sum(1)
-        dz[s] -= (d * (weights @ r + weights.conj_physical() @ q)).sum((0, 1)).conj_physical()
+        if "z" in needed:
+            dz[s] -= (d * (weights @ r + weights.conj_physical() @ q)).sum((0, 1)).conj_physical()
     return {"v": dv, "z": dz, "w": dw}
 
 

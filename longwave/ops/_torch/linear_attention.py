@@ -65,11 +65,13 @@ def backward(
             dv_t = torch.bmm(scores.transpose(1, 2), dy_t).baddbmm_(k_t * to_end, dS)
             dq_t = torch.bmm(dscores, k_t).baddbmm_(dy_so_far, states[i].transpose(1, 2))
             dk_t = torch.bmm(dscores.transpose(1, 2), q_t).baddbmm_(v_t * to_end, dS.transpose(1, 2))
-            dtotal = (q_t * dq_t).sum(2, dtype=torch.float64) - (k_t * dk_t).sum(2, dtype=torch.float64)
-            dtotal[:, -1] += (states[i + 1] * dS).sum((1, 2), dtype=torch.float64)
-            ddecay_t = dtotal.flip(1).cumsum(1).flip(1)[..., None].masked_fill_(decay_t < NOTHING, 0.0)
-            for target, x in ((dq, dq_t), (dk, dk_t), (dv, dv_t), (ddecay[..., None], ddecay_t)):
+            for target, x in ((dq, dq_t), (dk, dk_t), (dv, dv_t)):
                 _put(target[b, t], x)
+            if "decay" in needed:
+                dtotal = (q_t * dq_t).sum(2, dtype=torch.float64) - (k_t * dk_t).sum(2, dtype=torch.float64)
+                dtotal[:, -1] += (states[i + 1] * dS).sum((1, 2), dtype=torch.float64)
+                ddecay_t = dtotal.flip(1).cumsum(1).flip(1)[..., None].masked_fill_(decay_t < NOTHING, 0.0)
+                _put(ddecay[..., None][b, t], ddecay_t)
             dS = torch.baddbmm(dS * over_all, q_t.transpose(1, 2), dy_so_far)
         dstate[b] = dS.view_as(dstate[b])
     return {"q": dq, "k": dk, "v": dv, "decay": ddecay, "state": dstate}

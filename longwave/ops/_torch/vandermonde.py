@@ -24,9 +24,10 @@ def backward(needed: set[str], dk: Tensor, x: Tensor, c: Tensor) -> dict[str, Te
     B, L = len(c), dk.shape[2]
     dx, dc = x.new_empty(x.shape), c.new_empty(c.shape)
     for s in blocks(x, 2 * B, L):
-        sums = 2 * modes_of_sum(*tables(x[s], L), grid(dk[:, s], L, x.real.dtype, derivative=True)).conj_physical()
+        sums = 2 * modes_of_sum(*tables(x[s], L), grid(dk[:, s], L, x.real.dtype, "x" in needed)).conj_physical()
         dc[:, s] = sums[:, :B].transpose(0, 1)
-        dx[s] = (sums[:, B:] * c[:, s].transpose(0, 1).conj_physical()).sum(1)
+        if "x" in needed:
+            dx[s] = (sums[:, B:] * c[:, s].transpose(0, 1).conj_physical()).sum(1)
     return {"x": dx, "c": dc}
 
 
