@@ -1,15 +1,22 @@
 """The contract every op keeps: each backend is the reference, forward and backward, at every awkward size."""
 
+import functools
+import importlib
 import inspect
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
-from longwave.ops import OPS, causal_conv, linear_scan, selective_scan
+from longwave.ops import OPS, causal_conv, dispatch, linear_scan, selective_scan, short_conv
 from longwave.ops import attention as attention_op
+from longwave.ops.dispatch import use_backend
 from longwave.ops.kernel import Kernel
 
 LENGTHS = [1, 2, 7, 63, 64, 65, 1000]
@@ -272,6 +279,30 @@ def leaves(args, kwargs):
     return [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
+def flat(op, args, kwargs):
+    """All arguments of a call, in the order of the signature, without their histories."""
+    bound = op.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in bound.arguments.values()]
+
+
+def is_differentiable(x):
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+KERNELS = [case for case in CASES if isinstance(case.values[0].backends[case.values[1]], Kernel)]
+
+
+def kernel_case(op, name, make, L=9):
+    """The kernel and its arguments, in the widest dtype that it takes."""
+    torch.manual_seed(0)
+    for dtype in (torch.float64, torch.float32):
+        args, kwargs = make(2, L, dtype)
+        if not (reason := op.why_not(name, *args, **kwargs)):
+            return op.backends[name], flat(op, args, kwargs)
+    return pytest.skip(reason)
+
+
 def assert_near(ours, theirs, tolerance):
     """Relative to the largest magnitude of the tensor: a sum's error follows its largest terms."""
     if theirs is None or ours is None:
@@ -371,32 +402,59 @@ def test_compiles_whole(op, name, make):
     if reason := op.why_not(name, *args, **kwargs):
         pytest.skip(reason)
     compiled = torch.compile(lambda *a, **k: op(*a, backend=name, **k), fullgraph=True, backend="aot_eager")
-    for a, b in zip(outputs(compiled(*args, **kwargs)), outputs(op(*args, backend=name, **kwargs)), strict=True):
+    results = []
+    for run in (compiled, functools.partial(op, backend=name)):
+        result = outputs(run(*args, **kwargs))
+        results.append([*result, *gradients(result, leaves(args, kwargs), [torch.ones_like(t) for t in result])])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def flat(op, args, kwargs):
-    """All arguments of a call, in the order of the signature, without their histories."""
-    bound = op.signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return [x.detach() if isinstance(x, torch.Tensor) else x for x in bound.arguments.values()]
+@pytest.mark.parametrize(("op", "name", "make"), CASES)
+def test_exports_for_any_length(op, name, make):
+    class Module(torch.nn.Module):
+        def forward(self, args, kwargs):
+            return op(*args, backend=name, **kwargs)
 
+    def inputs(L, dtype):
+        return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, make(2, L, dtype))
 
-def is_differentiable(x):
-    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
-
-
-KERNELS = [case for case in CASES if isinstance(case.values[0].backends[case.values[1]], Kernel)]
-
-
-def kernel_case(op, name, make, L=9):
-    """The kernel and its arguments, in the widest dtype that it takes."""
-    torch.manual_seed(0)
     for dtype in (torch.float64, torch.float32):
-        args, kwargs = make(2, L, dtype)
+        args, kwargs = inputs(9, dtype)
         if not (reason := op.why_not(name, *args, **kwargs)):
-            return op.backends[name], flat(op, args, kwargs)
-    return pytest.skip(reason)
+            break
+    else:
+        pytest.skip(reason)
+    sizes = tree_map(
+        lambda t: dict.fromkeys(range(t.ndim), Dim.AUTO) if isinstance(t, torch.Tensor) else None, [args, kwargs]
+    )
+    program = torch.export.export(Module(), (args, kwargs), dynamic_shapes=sizes).module()
+    for L in (9,) if op.__name__ == "vandermonde" else (9, 14):  # its length is a number, and stays as it was
+        args, kwargs = inputs(L, dtype)
+        for ours, theirs in zip(
+            outputs(program(args, kwargs)), outputs(op(*args, backend=name, **kwargs)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_what_is_exported_runs_where_no_op_was_called_before(name, tmp_path):
+    class Module(torch.nn.Module):
+        def forward(self, u, k):
+            return causal_conv(u, k, backend=name)
+
+    u, k = torch.randn(1, 7, 3), torch.randn(3, 7)
+    torch.export.save(torch.export.export(Module(), (u, k)), tmp_path / "conv.pt2")
+    torch.save({"u": u, "k": k, "y": causal_conv(u, k, backend=name)}, tmp_path / "values.pt")
+    code = (
+        "import sys, torch, longwave.ops\n"
+        "values = torch.load(sys.argv[2])\n"
+        "y = torch.export.load(sys.argv[1]).module()(values['u'], values['k'])\n"
+        "torch.testing.assert_close(y, values['y'])\n"
+    )
+    files = [str(tmp_path / file) for file in ("conv.pt2", "values.pt")]
+    run = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(("op", "name", "make"), KERNELS)
@@ -432,6 +490,18 @@ def test_results_are_as_declared(op, name, make):
         for result in (op(*args, backend=name, **kwargs), op(*args, backend="reference", **kwargs)):
             for ours, wanted in zip(outputs(result), declared, strict=True):
                 assert (ours.shape, ours.dtype) == (wanted.shape, wanted.dtype)
+
+
+@pytest.mark.parametrize(("op", "name", "make"), KERNELS)
+def test_autocast_does_not_reach_the_gradients(op, name, make):
+    """Where backward is called under it, as it should not be."""
+    kernel, inputs = kernel_case(op, name, make)
+    tensors = [x.requires_grad_() for x in inputs if is_differentiable(x)]
+    loss = sum(t.abs().sum() for t in outputs(kernel.recorded(*inputs)))
+    exact = torch.autograd.grad(loss, tensors, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch.autograd.grad(loss, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
 
 
 @pytest.mark.parametrize(("op", "name", "make"), KERNELS)
@@ -610,6 +680,126 @@ def test_a_backend_that_cannot_run_says_why():
         torch.testing.assert_close(linear_scan(*args), linear_scan(*args, backend="torch"))
     finally:
         del linear_scan.backends["tiny"]
+
+
+def test_a_misspelt_forced_backend_is_refused():
+    args, _ = scan(1, 3, torch.float32)
+    with (
+        use_backend("nubma"),
+        pytest.raises(ValueError, match=r"LONGWAVE_BACKEND: no .*'nubma'; .*did you mean numba\?"),
+    ):
+        linear_scan(*args)
+
+
+def test_a_kernel_differentiated_twice_refuses():
+    args, _ = scan(1, 3, torch.float64)
+    (first,) = torch.autograd.grad(linear_scan(*args, backend="torch").square().sum(), args[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_arguments_are_those_of_a_python_function():
+    u, weight = torch.ones(1, 3, 2), torch.ones(2, 2)
+    assert torch.equal(short_conv(weight=weight, u=u)[0], short_conv(u, weight)[0])
+    for args, options, words in (
+        ((u,), {}, "missing a required argument: 'weight'"),
+        ((u, weight, None, None, True), {}, "too many positional arguments"),
+        ((u, weight), {"u": u}, "multiple values for argument 'u'"),
+        ((u, weight), {"sliu": True}, "unexpected keyword argument 'sliu'"),
+    ):
+        with pytest.raises(TypeError, match=f"short_conv: .*{words}"):
+            short_conv(*args, **options)
+
+
+def test_what_an_op_remembers_of_its_calls_is_bounded(monkeypatch):
+    """And it is a matter of shapes, dtypes, options and gradients, not of values."""
+    monkeypatch.setattr(dispatch, "KINDS", 8)
+    linear_scan._known.clear()
+    for L in range(1, 30):
+        a, b = torch.rand(1, L, 2), torch.ones(1, L, 2)
+        for h0 in (torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2, requires_grad=True)):
+            exact = linear_scan(a, b, h0, backend="reference")
+            for ours in (linear_scan(a, b, h0), linear_scan(a.double(), b.double(), h0.double()).float()):
+                torch.testing.assert_close(ours, exact)
+                assert ours.requires_grad == h0.requires_grad
+    assert 0 < len(linear_scan._known) <= 8
+
+
+def test_every_file_of_kernels_is_a_backend():
+    files = list(Path(dispatch.__file__).parent.glob("_*/*.py"))
+    found = {(path.parent.name[1:], path.stem) for path in files if path.stem in OPS}
+    kernels = {
+        (name, op.__name__) for op in OPS.values() for name, kind in op.backends.items() if isinstance(kind, Kernel)
+    }
+    assert found == kernels
+    assert {folder for folder, _ in found} <= set(dispatch.FOLDERS)
+
+
+NEW_OP = """
+from torch import Tensor
+from longwave.ops.dispatch import Op
+
+@Op(x="B L C", w="C", returns={"y": "B L C : x"})
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    "y = w x."
+    return (x * w).to(x.dtype)
+"""
+NEW_BACKEND = """
+def forward(x, w):
+    return (x * w).to(x.dtype)
+
+def backward(needed, dy, x, w):
+    return {"x": dy * w, "w": (dy * x).sum((0, 1))}
+"""
+NEW_BACKEND_OF_AN_OLD_OP = """
+import torch
+
+def forward(a, b, h0):
+    h = [h0]
+    for t in range(a.shape[1]):
+        h.append(a[:, t] * h[-1] + b[:, t])
+    return torch.stack(h[1:], 1)
+
+def backward(needed, dh, a, h0, h):
+    db, carry = torch.empty_like(h), torch.zeros_like(h[:, 0])
+    for t in reversed(range(a.shape[1])):
+        db[:, t] = dh[:, t] + carry
+        carry = a[:, t].conj_physical() * db[:, t]
+    before = torch.cat([h0[:, None], h[:, :-1]], 1)
+    return {"a": db * before.conj_physical(), "b": db, "h0": carry}
+"""
+
+
+def scaled_inputs(B, L, dtype):
+    return [randn(B, L, 5, dtype=dtype), randn(5, dtype=dtype)], {}
+
+
+def test_what_a_new_op_and_a_new_backend_cost(tmp_path, monkeypatch, poisoned_memory):
+    """Nothing but what is in these strings, and the contract holds for them."""
+    (tmp_path / "toys").mkdir()
+    texts = {"__init__": "", "scaled": NEW_BACKEND, "linear_scan": NEW_BACKEND_OF_AN_OLD_OP, "op": NEW_OP}
+    for file, text in texts.items():
+        (tmp_path / "toys" / f"{file}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    new = importlib.import_module("toys.op").scaled
+    try:
+        for op, makes in ((new, [scaled_inputs]), (linear_scan, [scan, scan_complex])):
+            op.kernel("toy", f"toys.{op.__name__}")
+            for make in makes:
+                for L in (1, 7, 65):
+                    test_backend_is_the_reference(op, "toy", make, L, poisoned_memory)
+                test_gradcheck(op, "toy", make)
+                test_compiles_whole(op, "toy", make)
+                test_exports_for_any_length(op, "toy", make)
+                test_custom_ops_are_registered_right(op, "toy", make)
+                test_each_result_alone_has_its_gradients(op, "toy", make)
+                test_tangents_are_those_of_the_reference(op, make, torch.float64)
+        with pytest.raises(ValueError, match=r"scaled: w must be \(C\) with C = 4 as in x; got shape \(5,\)"):
+            new(torch.ones(1, 2, 4), torch.ones(5))
+    finally:
+        del OPS["scaled"]
+        linear_scan.backends.pop("toy", None)
+        linear_scan._known.clear()
 
 
 def test_wrong_shapes_are_named():

@@ -74,7 +74,7 @@ def _sdpa(
 ) -> Tensor:
     dtype, (q, k, v) = q.dtype, _heads(q, k, v)
     L, T = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # a size that is not known yet compares as a symbol
     if mask is None and (not causal or L == T or L == 1):
         is_causal = bool(causal and L > 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)
@@ -88,8 +88,10 @@ def _sdpa(
             q, k[:, :, :seen], v[:, :, :seen], allowed, scale=scale, enable_gqa=grouped
         )
 
+    if L <= QUERY_CHUNK:
+        return rows(q, 0).transpose(1, 2).to(dtype)
     # Recomputed in the backward pass, so that autograd keeps no mask of all L x T.
-    chunks = list(zip(q.split(QUERY_CHUNK, dim=2), range(0, L, QUERY_CHUNK)))
-    keep = len(chunks) == 1 or not torch.is_grad_enabled()
-    ys = [rows(*chunk) if keep else checkpoint(rows, *chunk, use_reentrant=False) for chunk in chunks]
+    chunks = zip(q.split(QUERY_CHUNK, dim=2), range(0, L, QUERY_CHUNK))
+    again = torch.is_grad_enabled()
+    ys = [checkpoint(rows, *chunk, use_reentrant=False) if again else rows(*chunk) for chunk in chunks]
     return torch.cat(ys, dim=2).transpose(1, 2).to(dtype)

@@ -1,5 +1,7 @@
 """Few rows through weights that are read as they are stored; see rows.py."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     """What the kernels have no form for."""
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
         return f"weights are {weight.dtype}; the kernels read float32, bfloat16 and int8"
-    if (B := x.shape[:-1].numel()) > MOST:
+    if (B := math.prod(x.shape[:-1])) > MOST:
         return f"x has {B} rows; the kernels are for at most {MOST}"
     return None
 
