@@ -11,6 +11,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -352,6 +353,22 @@ def test_the_progress_line_moves_at_every_step(tiny, tmp_path, monkeypatch):
     )
     train(tiny("log_every=8"), tmp_path / "run")
     assert shown == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("start", "words"), [(0, "33 min on this machine for the 996"), (950, "92 s on this machine for the 46")]
+)
+def test_a_run_says_how_long_it_will_take(tmp_path, monkeypatch, capsys, start, words):
+    """From three steps behind the first, which compiles; also where a run goes on."""
+    now = [0.0]
+    monkeypatch.setattr("longwave.train.monitor.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Monitor(tmp_path, 1000, start, "loss") as monitor:
+        for step, seconds in enumerate((60, 1, 2, 3, 50, 50), start + 1):
+            now[0] += seconds
+            monitor.step(step)
+    said = capsys.readouterr().err
+    assert f"about {words} steps left, evaluations apart" in said
+    assert said.count("about") == 1
 
 
 def test_the_seed_decides_everything(tiny, tmp_path):

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longwave.train.checkpoint import write_text
 
 METRICS = "metrics.jsonl"
+WARM_UP, MEASURED = 1, 3  # steps: those that compile, and those that tell how long all will take
 
 
 class Monitor:
@@ -63,8 +64,14 @@ class Monitor:
             self.board.close()
 
     def step(self, step: int) -> None:
-        """After every step: the bar moves."""
+        """After every step: the bar moves; soon after the start, how long all of it will take here."""
         self.progress.update(self.bar, completed=step)
+        if step == self.start + WARM_UP:
+            self.warm = time.monotonic()
+        if step == self.start + WARM_UP + MEASURED and step < self.steps:
+            left = self.steps - step
+            seconds = (time.monotonic() - self.warm) / MEASURED * left
+            self.say(f"about {duration(seconds)} on this machine for the {left:,} steps left, evaluations apart")
 
     def train(self, step: int, loss: float, lr: float, norm: float, tokens: int) -> None:
         """After ``step`` steps, ``tokens`` inputs after the last call: loss in nats a scored token, tokens a second."""
@@ -97,6 +104,13 @@ class Monitor:
             raise OSError(f"{self.file} cannot be written: {error.strerror}") from error
         for name, value in numbers.items():
             self.board.add_scalar(name, value, step)
+
+
+def duration(seconds: float) -> str:
+    """40 s, 4 min or 3.5 h: what an estimate is good for."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
