@@ -88,8 +88,8 @@ class Attention(Mixer, name="attention"):
         if self.dwconv_qkv is not None:
             conv = self.dwconv_qkv
             qkv, short = padded_short_conv(silence(qkv, padding), conv.weight[:, 0], conv.bias, short, padding)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, H, P) each
-        q, k = self._turned(q, start), self._turned(k, start)
+        qk, v = qkv.unflatten(-1, (3 * self.heads, -1)).tensor_split([2 * self.heads], dim=2)  # (B, L, 2 H or H, P)
+        q, k = self._turned(qk, start).chunk(2, dim=2)
         if state is not None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
             past, seen = (append_time(state.k, k), append_time(state.v, v)), append_time(state.seen, real)
