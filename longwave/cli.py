@@ -1,4 +1,4 @@
-"""The command line: train | eval | generate | list | show | inspect | doctor | bench."""
+"""The command line: train | eval | generate | distill | list | show | inspect | doctor | bench."""
 
 import codecs
 import logging
@@ -227,6 +227,26 @@ def generate(
     _tell_state(model, begin, tokens.state, written, time.monotonic() - start)
     _note(f"run: {run}")
     _note_own_text()
+
+
+@app.command(epilog="Examples:\n\n- `longwave distill runs/mine --order 16 --out distilled`")
+def distill(
+    run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken), a checkpoint or a saved model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new model, which longwave.models.load reads.")],
+    order: Annotated[int, typer.Option(help="State size of every fitted filter, even.")] = 16,
+) -> None:
+    """Fit filters without a state space, as those of hyena, by a few modes each: a model of constant state."""
+    from longwave import models
+
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another --out")
+    result = models.distill(*models.load(run), order)
+    models.save(out, result.model, result.spec)
+    print(f"{'error of':32}{'median':>12}{'greatest':>12}")
+    for name, errors in result.filters.items():
+        print(f"{name:32}{errors.median().item():12.2e}{errors.max().item():12.2e}")
+    print(f"{'logits':32}{result.logits:12.2e}")
+    _note(f"model: {out}")
 
 
 @app.command(

@@ -20,6 +20,7 @@ import yaml
 
 from longwave import cli
 from longwave.mixers import MIXERS
+from longwave.models import LMSpec, load, save
 from longwave.models.runs import find, saved_steps
 from longwave.tasks import TASKS
 from longwave.tasks.text import BOOKS
@@ -102,7 +103,7 @@ def test_start_up_is_quick():
 def test_help_names_the_commands(call, arguments):
     code, out, _ = call(*arguments)
     assert code == 0
-    for command in ("train", "eval", "generate", "list", "show", "doctor"):
+    for command in ("train", "eval", "generate", "distill", "list", "show", "doctor"):
         assert re.search(rf"\b{command} ", out), command
 
 
@@ -385,6 +386,20 @@ def test_an_error_is_two_lines_and_code_2(call, trained, tmp_path, monkeypatch, 
     assert len(err.splitlines()) <= 2
     assert len(err) < 1000
     assert list(tmp_path.iterdir()) == []
+
+
+def test_distill_writes_a_model_and_says_how_near_it_is(call, tmp_path):
+    spec = LMSpec(d_model=4, vocab=7, pattern=[{"kind": "hyena", "max_len": 32, "width": 4, "emb_dim": 3}])
+    save(tmp_path / "old", spec.build(), spec)
+    command = "distill", tmp_path / "old", "--order", "4", "--out", tmp_path / "new"
+    code, out, _ = call(*command)
+    assert code == 0
+    assert re.search(r"^backbone\.layers\.0\.mixer +\d\.\d+e[+-]\d+ +\d\.\d+e[+-]\d+$", out, re.M)
+    assert re.search(r"^logits +\d\.\d+e[+-]\d+$", out, re.M)
+    assert load(tmp_path / "new")[1].pattern[0].kind == "laughing_hyena"
+    code, _, err = call(*command)
+    assert code == 2
+    assert "is there already; name another --out" in err
 
 
 def test_generate_wants_a_text_model(call, trained, tmp_path):

@@ -6,10 +6,11 @@ from longwave.mixers.bidirectional import Bidirectional
 from longwave.mixers.bigs import BiGS
 from longwave.mixers.butterfly_conv import ButterflyConv
 from longwave.mixers.ckconv import CKConv
+from longwave.mixers.conv import Conv
 from longwave.mixers.dss import DSS, DSSSoftmax
 from longwave.mixers.gss import GSS
 from longwave.mixers.h3 import H3
-from longwave.mixers.hyena import Hyena, HyenaTwoSided
+from longwave.mixers.hyena import Hyena, HyenaTwoSided, LaughingHyena
 from longwave.mixers.liquid_s4 import LiquidS4
 from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
@@ -35,9 +36,11 @@ __all__ = [
     "Bidirectional",
     "ButterflyConv",
     "CKConv",
+    "Conv",
     "DSSSoftmax",
     "Hyena",
     "HyenaTwoSided",
+    "LaughingHyena",
     "LiquidS4",
     "LongConvMixer",
     "Mamba",

@@ -5,12 +5,23 @@ those of the authors' HyenaOperator (github.com/HazyResearch/safari). The two-si
 al. (2023) "Monarch Mixer", arXiv:2310.12109, sec. 4 and app. (M2-BERT).
 """
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, WholeMixer
-from longwave.nn import HyenaFilter, Taps, conv_with_past, derived, online_length
+from longwave.nn import (
+    HyenaFilter,
+    ModalFilter,
+    Taps,
+    conv_with_past,
+    derived,
+    init_conv_state,
+    long_conv,
+    online_length,
+)
 from longwave.nn.padding import padded_short_conv, silence
 from longwave.ops import causal_conv
 
@@ -20,8 +31,31 @@ class HyenaState(NamedTuple):
     pasts: tuple[Tensor, ...]  # order - 1 times (B, t, D): every gated input so far
 
 
-class HyenaLayer(Mixer):
-    """What the two layers share: projections with a short convolution behind them, and implicit filters.
+class HyenaGates(Mixer):
+    """What all layers share: projections with a short convolution behind them."""
+
+    def __init__(self, d_model: int, order: int, d_conv: int):
+        super().__init__()
+        if order < 2 or d_conv < 1:
+            raise ValueError(f"hyena needs order >= 2 and d_conv >= 1; got order = {order}, d_conv = {d_conv}")
+        self.d_model, self.order = d_model, order
+        inner = (order + 1) * d_model
+        self.in_proj, self.out_proj = nn.Linear(d_model, inner), nn.Linear(d_model, d_model)
+        self.short_filter = nn.Conv1d(inner, inner, d_conv, groups=inner)
+
+    def project(
+        self, x: Tensor, short: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """(x_0, the gates in the order of their use, v, the short convolution's state), from x (B, L, D)."""
+        conv = self.short_filter
+        u = silence(self.in_proj(x), padding)
+        u, short = padded_short_conv(u, conv.weight[:, 0], conv.bias, short, padding)
+        first, *gates, v = silence(u, padding).chunk(self.order + 1, dim=-1)
+        return first, gates[::-1], v, short
+
+
+class HyenaLayer(HyenaGates):
+    """What the two layers with implicit filters share.
 
     Attributes:
         filters: names of the implicit filters; the first has the weights of the present input too.
@@ -45,13 +79,7 @@ class HyenaLayer(Mixer):
         fastest: float = 0.3,
         shift: float = 0.0,
     ):
-        super().__init__()
-        if order < 2 or d_conv < 1:
-            raise ValueError(f"hyena needs order >= 2 and d_conv >= 1; got order = {order}, d_conv = {d_conv}")
-        self.d_model, self.order = d_model, order
-        inner = (order + 1) * d_model
-        self.in_proj, self.out_proj = nn.Linear(d_model, inner), nn.Linear(d_model, d_model)
-        self.short_filter = nn.Conv1d(inner, inner, d_conv, groups=inner)
+        super().__init__(d_model, order, d_conv)
         for name in self.filters:
             filter = HyenaFilter(
                 d_model * (order - 1),
@@ -67,16 +95,6 @@ class HyenaLayer(Mixer):
                 skip=name == self.filters[0],
             )
             self.register_module(name, filter)
-
-    def project(
-        self, x: Tensor, short: Tensor | None, padding: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """(x_0, the gates in the order of their use, v, the short convolution's state), from x (B, L, D)."""
-        conv = self.short_filter
-        u = silence(self.in_proj(x), padding)
-        u, short = padded_short_conv(u, conv.weight[:, 0], conv.bias, short, padding)
-        first, *gates, v = silence(u, padding).chunk(self.order + 1, dim=-1)
-        return first, gates[::-1], v, short
 
     def by_order(self, t: Tensor) -> tuple[Tensor, ...]:
         """A filter's tensor (D (order - 1), ...), feature by feature, as order - 1 times (D, ...)."""
@@ -126,6 +144,57 @@ class Hyena(HyenaLayer, name="hyena"):
             v, past = conv_with_past(v, k, past, padding, skip=bias, gate_in=gate)
             kept.append(past)
         return self.out_proj(v * first), None if state is None else HyenaState(short, tuple(kept))
+
+
+class LaughingHyenaState(NamedTuple):
+    short: Tensor  # (B, K-1, (order+1) D) the short convolution's past
+    hidden: tuple[Tensor, ...]  # order - 1 times (B, D, N/2) complex
+
+
+class LaughingHyena(HyenaGates, name="laughing_hyena"):
+    """LaughingHyena: Hyena with filters of few free modes, so that its state is constant; what Hyena is distilled into.
+
+    Source: Massaroli et al. (2023) "Laughing Hyena Distillery", arXiv:2310.18780, sec. 3; see
+    :func:`longwave.models.distill`.
+
+    Args:
+        d_model: D.
+        d_state: N, even, real state size of each filter, see :class:`longwave.nn.ModalFilter`.
+        order, d_conv: as in :class:`Hyena`.
+    Raises:
+        ValueError: for an odd d_state, order < 2 or d_conv < 1.
+    """
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"d_state": 4}, {"d_state": 2, "order": 3, "d_conv": 4})
+
+    def __init__(self, d_model: int, d_state: int = 16, order: int = 2, d_conv: int = 3):
+        super().__init__(d_model, order, d_conv)
+        self.filters = nn.ModuleList(ModalFilter(d_model, d_state) for _ in range(order - 1))
+        self.bias = nn.Parameter(torch.empty(order - 1, d_model))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.bias.normal_()
+
+    def modes(self) -> Iterator[ModalFilter]:
+        """The filters, of one order after the other."""
+        return cast("Iterator[ModalFilter]", iter(self.filters))
+
+    def init_state(self, batch: int) -> LaughingHyenaState:
+        weight = self.short_filter.weight
+        inner, _, K = weight.shape
+        hidden = tuple(init_conv_state(filter, batch) for filter in self.modes())
+        return LaughingHyenaState(weight.new_zeros(batch, K - 1, inner), hidden)
+
+    def mix(self, x: Tensor, state: LaughingHyenaState | None, padding: Tensor | None):
+        short, hidden = (None, [None] * (self.order - 1)) if state is None else state
+        first, gates, v, short = self.project(x, short, padding)
+        after = []
+        for gate, filter, bias, h in zip(gates, self.modes(), self.bias, hidden):
+            v, h = long_conv(v, filter, h, padding, skip=bias, gate_in=gate)
+            after.append(h)
+        return self.out_proj(v * first), None if state is None else LaughingHyenaState(short, tuple(after))
 
 
 class HyenaTwoSided(WholeMixer, HyenaLayer, name="hyena_two_sided"):

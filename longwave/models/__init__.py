@@ -2,6 +2,7 @@
 
 from longwave.models.backbone import Backbone, BackboneState, Block
 from longwave.models.classifier import Classifier
+from longwave.models.distill import Distilled, distill
 from longwave.models.generate import Sampling, Stream, generate, stream
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM, MaskedLMHead
@@ -19,6 +20,7 @@ __all__ = [
     "Block",
     "Classifier",
     "ClassifierSpec",
+    "Distilled",
     "Held",
     "LMSpec",
     "Level",
@@ -32,6 +34,7 @@ __all__ = [
     "SashimiState",
     "Score",
     "Stream",
+    "distill",
     "generate",
     "load",
     "load_state",

@@ -55,7 +55,15 @@ class MLP(nn.Module):
 
 
 class OutputLinear(nn.Linear):
-    """W gelu(x): what follows the convolution in DSS."""
+    """W gelu(x): what follows the convolution in DSS.
+
+    Args:
+        d_in: width of x.
+        d_out: width of the result.
+    """
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out)
 
     @staticmethod
     def around(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

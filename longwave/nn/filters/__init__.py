@@ -11,6 +11,7 @@ from longwave.nn.filters.dplr import DenseStateSpace, DPLRFilter, DPLRStateSpace
 from longwave.nn.filters.dss import DSSFilter, DSSSoftmaxFilter
 from longwave.nn.filters.gss import GSSFilter, SharedStateSpace
 from longwave.nn.filters.implicit import HyenaFilter
+from longwave.nn.filters.modal import ModalFilter
 from longwave.nn.filters.shift import ShiftFilter
 from longwave.nn.filters.taps import FreeFilter, Smooth, SmoothFrequencies
 from longwave.spec import Parts
@@ -29,6 +30,7 @@ FILTERS: Parts[Filter, FilterSpec] = Parts(
         "flexconv": FlexConvFilter,
         "free": FreeFilter,
         "hyena": HyenaFilter,
+        "modal": ModalFilter,
         "shift": ShiftFilter,
     },
 )
@@ -49,6 +51,7 @@ __all__ = [
     "FreeFilter",
     "GSSFilter",
     "HyenaFilter",
+    "ModalFilter",
     "S4DFilter",
     "SharedStateSpace",
     "ShiftFilter",
