@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from longwave.mixers import MIXERS
-from longwave.models import LMSpec, generate, load, save
+from longwave.models import ClassifierSpec, LMSpec, MaskedLMSpec, SashimiSpec, generate, load, save
 from longwave.nn import Filter, OutputGLU, WeightOnlyLinear, weight_only
 from longwave.ops import weight_only_linear
 from longwave.ops._numba import rows
@@ -337,6 +337,25 @@ class TestModels:
         (tmp_path / "config.json").write_text(json.dumps({**config, "vocab": 12}))
         with pytest.raises(ValueError, match=r"of another model: embedding.weight has shape \(11, 16\)"):
             load(tmp_path, weights=form)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MaskedLMSpec(d_model=16, pattern=[{"kind": "hyena_two_sided", "max_len": 32}], layers=1, vocab=11),
+        ClassifierSpec(d_model=16, pattern=["s5"], layers=2, vocab=11, classes=3),
+        SashimiSpec(d_model=8, layers=1, vocab=11, pool=[2]),
+    ],
+    ids=["masked", "classifier", "sashimi"],
+)
+def test_other_models_are_near_themselves(spec, tmp_path):
+    torch.manual_seed(0)
+    model = spec.build().eval()
+    save(tmp_path, model, spec)
+    small, _ = load(tmp_path, weights="int8")
+    ids = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
+    exact, ours = (y[0] if isinstance(y, tuple) else y for y in (model(ids), small(ids)))
+    assert 0 < (ours - exact).norm() <= 0.05 * exact.norm()
 
 
 PEAK = """

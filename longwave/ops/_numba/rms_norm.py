@@ -43,7 +43,7 @@ def backward(needed: set[str], dy: Tensor, x: Tensor, weight: Tensor, eps: float
 
 
 @kernel
-def _scale(w, x, o, D, eps):
+def row_scale(w, x, o, D, eps):
     """1 / sqrt(mean(x^2) + eps) of a row."""
     full = lanes_of(w)
     whole = D - D % full
@@ -63,7 +63,7 @@ def _forward(start, stop, scratch, w, x, weight, y, rows, D, eps):
     whole, rest = D - D % full, D % full
     for r in range(start * ROWS, min(stop * ROWS, rows)):
         o = r * D
-        scale = splat(w, _scale(w, x, o, D, eps))
+        scale = splat(w, row_scale(w, x, o, D, eps))
         for i in range(0, whole, full):
             store(y, o + i, load(w, x, o + i) * scale * load(w, weight, i))
         if rest:
@@ -80,7 +80,7 @@ def _backward(start, stop, scratch, w, x, weight, dy, dx, sums, rows, D, eps):
         at = task * D
         for r in range(task * ROWS, min((task + 1) * ROWS, rows)):
             o = r * D
-            s = _scale(w, x, o, D, eps)
+            s = row_scale(w, x, o, D, eps)
             scale = splat(w, s)
             total = zero(w)
             for i in range(0, whole, full):

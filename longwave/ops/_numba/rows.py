@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel, tell_once
+from longwave.ops._numba.rms_norm import row_scale
 from longwave.ops._numba.simd import (
     _call,
     _filled,
@@ -46,6 +47,7 @@ from longwave.ops._numba.simd import (
     widest,
     zero,
 )
+from longwave.ops._numba.swiglu import gated
 
 BYTE, HALF, INT, LONG, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 R = widest  # lanes of a register
@@ -307,11 +309,7 @@ def part(x, o, k, K):
 @kernel
 def norm_row(x, o, weight, eps, z, to, K):
     """z = x / sqrt(mean x^2 + eps) * weight, for rows that begin at o and to."""
-    total = zero(R)
-    for k in range(0, K, LANES):
-        v = part(x, o, k, K)
-        total = fma(v, v, total)
-    scale = splat(R, np.float32(1 / np.sqrt(sum_lanes(total) / K + eps)))
+    scale = splat(R, row_scale(R, x, o, K, eps))
     for k in range(0, K, LANES):
         store_first(z, to + k, part(x, o, k, K) * scale * part(weight, 0, k, K), min(LANES, K - k))
 
@@ -329,7 +327,7 @@ def swiglu_row(x, o, z, K):
     """z = a sigmoid(a) b  of a row [a | b]."""
     for k in range(0, K, LANES):
         a, b = part(x, o, k, K), part(x, o + K, k, K)
-        store_first(z, k, a * sigmoid(a) * b, min(LANES, K - k))
+        store_first(z, k, gated(a, b), min(LANES, K - k))
 
 
 @kernel

@@ -29,7 +29,7 @@ def backward(needed: set[str], dy: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 @kernel
-def _gated(gate, value):
+def gated(gate, value):
     return gate * sigmoid(gate) * value
 
 
@@ -40,10 +40,10 @@ def _forward(start, stop, scratch, w, x, y, rows, H):
     for r in range(start * ROWS, min(stop * ROWS, rows)):
         gate, value, out = 2 * r * H, (2 * r + 1) * H, r * H
         for i in range(0, whole, full):
-            store(y, out + i, _gated(load(w, x, gate + i), load(w, x, value + i)))
+            store(y, out + i, gated(load(w, x, gate + i), load(w, x, value + i)))
         if rest:
             a, b = load_first(w, x, gate + whole, rest), load_first(w, x, value + whole, rest)
-            store_first(y, out + whole, _gated(a, b), rest)
+            store_first(y, out + whole, gated(a, b), rest)
 
 
 @kernel
