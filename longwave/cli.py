@@ -336,26 +336,31 @@ def inspect(
     "- `longwave bench models --save`\n\n- `longwave bench memory --only s4d --only attention`"
 )
 def bench(
-    what: Annotated[str, typer.Argument(help="ops, models or memory.")] = "ops",
+    what: Annotated[str, typer.Argument(help="ops, models, memory, generate or online.")] = "ops",
     only: Annotated[list[str] | None, typer.Option(help="Names of ops, or of mixers; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved pairs a row, of which the median is taken.")] = 7,
     save: Annotated[bool, typer.Option(help="Append JSON lines to benchmarks/results and draw plots there.")] = False,
 ) -> None:
-    """Measure ops or whole models beside their peers in one process, or the memory of mixers as sequences grow."""
+    """Measure ops, models and generation beside their peers in one process, or the memory of mixers as texts grow."""
     import torch
 
     from longwave import bench as benches
     from longwave.errors import shown, unknown
 
-    if what not in ("ops", "models", "memory"):
-        raise ValueError(unknown("bench", what, ("ops", "models", "memory")))
+    kinds = ("ops", "models", "memory", "generate", "online")
+    if what not in kinds:
+        raise ValueError(unknown("bench", what, kinds))
     threads, columns = sorted({1, torch.get_num_threads()}), benches.COLUMNS
     if what == "ops":
         measured = benches.bench_ops(only or [], threads, repeats)
+    elif what in ("models", "online") and only:
+        raise ValueError(f"bench {what} measures them all; leave out --only {shown(only[0])}")
     elif what == "models":
-        if only:
-            raise ValueError(f"bench models measures them all; leave out --only {shown(only[0])}")
         measured = benches.bench_models(repeats)
+    elif what == "generate":
+        measured, columns = benches.bench_generate(only or [], repeats, threads), benches.GENERATE_COLUMNS
+    elif what == "online":
+        measured, columns = benches.bench_online(), benches.ONLINE_COLUMNS
     else:
         measured, columns = benches.bench_memory(only or []), benches.MEMORY_COLUMNS
     rows = []

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from longwave.bench import ONLINE_COLUMNS, bench_online, lines, plot, save
+from longwave.bench import ONLINE_COLUMNS, bench_generate, bench_online, lines, plot, save
 from longwave.bench import report as report_module
 from longwave.bench.cases import CASES
 from longwave.bench.ops import measure, why_not
@@ -41,3 +41,14 @@ def test_online_rows_say_what_a_token_costs():
     (row,) = bench_online((300,), channels=8, steps=64)
     assert set(row) == set(ONLINE_COLUMNS)
     assert 0 < row["median_us"] <= row["worst_us"]
+
+
+def test_generation_rows_say_what_a_token_costs():
+    threads = torch.get_num_threads()
+    rows = list(bench_generate(["s4d", "attention"], 1, [1]))
+    torch.set_num_threads(threads)
+    assert [(row["op"], row["L"]) for row in rows] == [(name, L) for L in (16, 1000) for name in ("s4d", "attention")]
+    assert all(row["ms"] > 0 for row in rows)
+    assert rows[0]["target"] != rows[1]["target"]
+    with pytest.raises(ValueError, match=r"no causal mixer is called 's4e'; .*did you mean 's4'"):
+        list(bench_generate(["s4e"], 1, [1]))

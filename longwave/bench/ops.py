@@ -54,7 +54,7 @@ def _runner(run: Callable[..., Any], inputs: list[Any], mode: str) -> Callable[[
     return both if mode == "both" else forward
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """How long a call takes."""
     start = time.perf_counter()
     run()
