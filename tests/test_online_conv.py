@@ -1,7 +1,9 @@
 """The online convolution: what it computes, what it shares between states, and how its work is spread."""
 
+import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -53,9 +55,9 @@ def count_parts(monkeypatch, taps, past):
     make = online.parts_for(past, taps.k, online.BLOCK)[0]
     original, runs = make.run, []
 
-    def counted(self, begin, end, past):
+    def counted(self, begin, end, *inputs):
         runs.append((self.U, end - begin))
-        original(self, begin, end, past)
+        original(self, begin, end, *inputs)
 
     monkeypatch.setattr(make, "run", counted)
     return runs
@@ -88,11 +90,13 @@ def test_float32_is_as_exact_as_float32_allows(block, backend, sizes, B, C):
     assert (y - exact).norm() <= 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("width", ["eight", "widest"])
 @pytest.mark.parametrize("C", [16, 40])
-def test_tiles_that_take_many_parts(monkeypatch, poisoned_memory, C):
+def test_tiles_that_take_many_parts(monkeypatch, poisoned_memory, C, width):
     """Parts so small that one group of channels takes many of them, in memory that nobody has cleared."""
     kernels = pytest.importorskip("longwave.ops._numba.online_conv")
     monkeypatch.setattr(kernels, "GRAIN", 64)
+    monkeypatch.setattr(kernels, "widest", getattr(kernels, width))
     x, k = noise(2, 3000, C, dtype=torch.float32), noise(C, 3000, seed=1, dtype=torch.float32)
     exact = causal_conv(x.double(), k.double())
     with poisoned_memory():
@@ -234,6 +238,24 @@ def test_layers_without_a_state_space_decode_with_it(many_levels, monkeypatch, n
     assert y.requires_grad
 
 
+@pytest.mark.parametrize(("name", "options"), LAYERS, ids=[name for name, _ in LAYERS])
+def test_rows_of_different_lengths_go_on(many_levels, name, options):
+    """A padded prompt, then steps: each row is as it is alone."""
+    torch.manual_seed(0)
+    layer, x = MIXERS[name](4, max_len=300, **options).double(), noise(2, 240, 4)
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[1, 90:] = False
+    with torch.no_grad(), frozen(layer):
+        y, state = layer(x[:, :200], layer.init_state(2), mask=mask)
+        steps = []
+        for t in range(200, 240):
+            y, state = layer(x[:, t : t + 1], state)
+            steps.append(y)
+        alone = torch.cat([x[1:, :90], x[1:, 200:]], dim=1)
+        exact = torch.cat([layer(x[:1])[0][:, 200:], layer(alone)[0][:, 90:]])
+    torch.testing.assert_close(torch.cat(steps, dim=1), exact, rtol=1e-8, atol=1e-8)
+
+
 def test_more_taps_are_prepared_as_they_are_needed(monkeypatch):
     monkeypatch.setitem(vars(sys.modules["longwave.nn.long_conv"]), "PREPARED", 4)  # the function has its name
     layer, x = MIXERS["long_conv"](2, max_len=2000, squash=0.0).double(), noise(1, 1200, 2)
@@ -246,3 +268,14 @@ def test_more_taps_are_prepared_as_they_are_needed(monkeypatch):
             ys.append(y)
         torch.testing.assert_close(torch.cat(ys, dim=1), layer(x)[0], rtol=1e-8, atol=1e-8)
     assert lengths == [256, 1024, 2000]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_state_does_not_keep_the_taps(many_levels, dtype):
+    x, taps = noise(1, T, 16, dtype=dtype), Taps(noise(16, T, seed=1, dtype=dtype))
+    past = run(x[:, :100], taps, [1])[1]
+    held = weakref.ref(taps)
+    del taps
+    gc.collect()
+    assert past.shape[1] == 100
+    assert held() is None

@@ -72,6 +72,8 @@ def conv_with_past(
         assert isinstance(k, Tensor)
         return convolve(u, k, skip=skip, gate_in=gate_in, gate_out=gate_out), None
     x = u if gate_in is None else u * gate_in
+    if isinstance(k, Taps) and padding is not None:  # the past moves, and what was computed ahead for it is lost
+        k = k.first(past.shape[1] + u.shape[1])
     if isinstance(k, Taps):
         y, past = online_conv(x, past, k)
         y = y if skip is None else torch.addcmul(y, x, skip.to(y.dtype))

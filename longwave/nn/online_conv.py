@@ -19,6 +19,7 @@ computed. No answer depends on it.
 
 import math
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -46,17 +47,21 @@ class Taps:
             self.k = torch.cat([self.k[:1] + skip.to(k.dtype), self.k[1:]])
         self.spectra: dict[Any, dict] = {}  # by what makes the tiles
 
+    def first(self, length: int) -> Tensor:
+        """The first taps, (C, length) or (E, D, length)."""
+        return self.k[:length].movedim(0, -1)
+
 
 class _Tile:
     """A tile on its way, which every state that has its inputs may bring forward and use."""
 
     def __init__(self, make: Any, taps: Taps, U: int, S: int, B: int):
-        self.U, self.start, self.work = U, (S - 1) * U, make(taps.k, taps.spectra.setdefault(make, {}), U, S, B)
+        self.U, self.start, self.work = U, (S - 1) * U, make(taps.k, U, S, B)
         self.lock, self.done = threading.Lock(), 0
         self.wants: float = self.start
         self.ahead = (U // BLOCK * 0.618) % 1  # tiles of different lengths do not take their parts at the same steps
 
-    def bring_forward(self, t: int, past: Tensor) -> float:
+    def bring_forward(self, t: int, past: Tensor, taps: Taps) -> float:
         """Compute what is to be there at step t, from the inputs before it; returns the step that wants more."""
         if t < self.wants:
             return self.wants
@@ -64,7 +69,7 @@ class _Tile:
         target = parts if t >= due else min(parts, int(parts * (t - self.start) / self.U + self.ahead))
         with self.lock:
             if target > self.done:
-                self.work.run(self.done, target, past)
+                self.work.run(self.done, target, past, taps.k, taps.spectra.setdefault(type(self.work), {}))
                 self.done = target
             following = self.start + math.ceil((self.done + 1 - self.ahead) * self.U / parts)
             self.wants = math.inf if self.done == parts else min(due, max(t + 1, following))
@@ -75,41 +80,42 @@ class _Line:
     """The tiles beside one allocation of past inputs, for the step that comes next."""
 
     def __init__(self, taps: Taps, past: Tensor, before: "_Line | None"):
-        self.taps, self.layout, self.wake, self.end = taps, _layout(past), 0.0, 0
+        self.taps = weakref.ref(taps)  # states do not keep them
+        self.layout, self.wake, self.end = _layout(past), 0.0, 0
         self.make, self.table, self.near = parts_for(past, taps.k, BLOCK)
         self.tiles: dict[tuple[int, int], _Tile] = {}
-        if before is not None and before.taps is taps and before.make is self.make:
+        if before is not None and before.taps() is taps and before.make is self.make:
             self.tiles = before.tiles
         self.ready: Any = None
 
-    def prepare(self, past: Tensor, t: int) -> None:
+    def prepare(self, past: Tensor, t: int, taps: Taps) -> None:
         """Have all tiles as they should be at step t, from the inputs before it."""
         if t >= self.end:
-            self._enter(past, t)
-        self.wake = min([self.end, *(tile.bring_forward(t, past) for tile in self.tiles.values())])
+            self._enter(past, t, taps)
+        self.wake = min([self.end, *(tile.bring_forward(t, past, taps) for tile in self.tiles.values())])
 
-    def _enter(self, past: Tensor, t: int) -> None:
+    def _enter(self, past: Tensor, t: int, taps: Taps) -> None:
         """The tiles that add to the block of BLOCK where step t is, and those that are computed meanwhile."""
         tiles: dict[tuple[int, int], _Tile] = {}
-        U, T = BLOCK, len(self.taps.k)
+        U, T = BLOCK, len(taps.k)
         while t >= U:
             for S in range(max(2, t // U), t // U + 2):
                 if S * U < T:
                     known = self.tiles.get((U, S))
-                    tiles[U, S] = known or _Tile(self.make, self.taps, U, S, len(past))
-                    tiles[U, S].bring_forward(t, past)
+                    tiles[U, S] = known or _Tile(self.make, taps, U, S, len(past))
+                    tiles[U, S].bring_forward(t, past, taps)
             U *= 2
         self.tiles, self.end = tiles, (t // BLOCK + 1) * BLOCK
         self.ready = self.table([tile.work for (U, S), tile in tiles.items() if t >= S * U])
 
-    def outputs(self, past: Tensor, t: int) -> Tensor:
+    def outputs(self, past: Tensor, t: int, taps: Taps) -> Tensor:
         """What comes from step t on, from past (B, t + L, C): (B, L, C)."""
         ys, total = [], past.shape[1]
         while t < total:
             if t >= self.wake:
-                self.prepare(past, t)
+                self.prepare(past, t, taps)
             n = int(min(total, self.wake)) - t
-            ys.append(self.near(past, self.taps.k, self.ready, t, n, max(0, (t // BLOCK - 1) * BLOCK)))
+            ys.append(self.near(past, taps.k, self.ready, t, n, max(0, (t // BLOCK - 1) * BLOCK)))
             t += n
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)
 
@@ -130,14 +136,14 @@ def online_conv(u: Tensor, past: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
     t, L, before = past.shape[1], u.shape[1], _line(past)
     past = append_time(past, u, room=len(taps.k))
     line = _line(past)
-    if line is None or line.taps is not taps:
+    if line is None or line.taps() is not taps:
         line = _Line(taps, past, before)
         storage: Any = past.untyped_storage()
         storage.longwave_line = line
     if L <= BLOCK or t + L >= L * CHUNK:
-        return line.outputs(past, t).to(u.dtype), past
-    y = convolve(past, taps.k[: t + L].movedim(0, -1))[:, t:].to(u.dtype)
-    line.prepare(past, t + L)
+        return line.outputs(past, t, taps).to(u.dtype), past
+    y = convolve(past, taps.first(t + L))[:, t:].to(u.dtype)
+    line.prepare(past, t + L, taps)
     return y, past
 
 

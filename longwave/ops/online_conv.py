@@ -19,8 +19,7 @@ class Tile:
     """One tile of every row of a batch.
 
     Args:
-        k: (T, C) taps, or (T, E, D) of a matrix for every lag; the kernels take the former.
-        spectra: what other tiles with these taps have left for it, and it for them.
+        k: (T, C) taps, or (T, E, D) of a matrix for every lag; the kernels take the former. Only its sizes are kept.
         U: steps of a block, even.
         S: which block, >= 2.
         B: rows.
@@ -29,8 +28,8 @@ class Tile:
         at: the first step of the block.
     """
 
-    def __init__(self, k: Tensor, spectra: dict, U: int, S: int, B: int):
-        self.k, self.spectra, self.U = k, spectra, U
+    def __init__(self, k: Tensor, U: int, S: int, B: int):
+        self.U = U
         self.P = U * (1 + S % 2)
         self.first, self.at = (S - 1) * U - self.P, S * U
         self.span = max(1, GRAIN // (self.P + U))  # channels of a part
@@ -38,21 +37,23 @@ class Tile:
         self.y = k.new_empty(B, U, k.shape[1])
         self.inputs: Tensor | None = None
 
-    def run(self, begin: int, end: int, past: Tensor) -> None:
+    def run(self, begin: int, end: int, past: Tensor, k: Tensor, spectra: dict) -> None:
         """Compute parts ``begin`` to ``end`` - 1, each once and in order.
 
         Args:
             past: (B, t, C) or (B, t, D) inputs from the first step on, t >= (S - 1) U; at every call the same as far
                 as that.
+            k: the taps.
+            spectra: what other tiles with these taps have left for it, and it for them.
         """
-        n, dense = self.P + self.U, self.k.ndim == 3
+        n, dense = self.P + self.U, k.ndim == 3
         x = past[:, self.first : self.first + self.P].to(self.y.dtype)
         for part in range(begin, end):
             c = slice(part * self.span, (part + 1) * self.span)
             key = self.U, n, part
-            if (k_f := self.spectra.get(key)) is None:  # made by whoever comes first
-                taps = self.k[self.U : self.U + n, c].to(self.y.dtype)
-                k_f = self.spectra[key] = torch.fft.rfft(taps.movedim(0, -1).contiguous(), n)
+            if (k_f := spectra.get(key)) is None:  # made by whoever comes first
+                taps = k[self.U : self.U + n, c].to(self.y.dtype)
+                k_f = spectra[key] = torch.fft.rfft(taps.movedim(0, -1).contiguous(), n)
             if dense:
                 if self.inputs is None:
                     self.inputs = torch.fft.rfft(x.mT.contiguous(), n)

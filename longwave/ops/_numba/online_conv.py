@@ -25,7 +25,7 @@ from longwave.ops._numba.causal_conv import (
     unite_tile,
     write,
 )
-from longwave.ops._numba.jit import kernel
+from longwave.ops._numba.jit import kernel, tell_once
 from longwave.ops._numba.simd import (
     eight,
     floats,
@@ -181,6 +181,7 @@ def kept(k: Tensor, U: int) -> bool:
 
 def begin(k: Tensor, block: int) -> None:
     """Make what all tiles of blocks of ``block``, 2 ``block``, ... steps look up."""
+    tell_once()
     for U in (block << e for e in range((len(k) // block).bit_length())):
         tables(U, 4), tables(3 * U // 2, 3)
 
@@ -188,8 +189,8 @@ def begin(k: Tensor, block: int) -> None:
 class Tile:
     """See :class:`longwave.ops.online_conv.Tile`, whose arguments and attributes these are."""
 
-    def __init__(self, k: Tensor, spectra: dict, U: int, S: int, B: int):
-        self.k, self.spectra, self.U, self.B, self.C = k, spectra, U, B, k.shape[1]
+    def __init__(self, k: Tensor, U: int, S: int, B: int):
+        self.U, self.B, self.C = U, B, k.shape[1]
         self.P = U * (1 + S % 2)
         self.first, self.at = (S - 1) * U - self.P, S * U
         self.M, self.radix = (self.P + U) // 2, 3 if S % 2 else 4
@@ -206,7 +207,7 @@ class Tile:
         self.points = self.spectrum = torch.empty(0)
         self.fresh = False
 
-    def run(self, begin: int, end: int, past: Tensor) -> None:
+    def run(self, begin: int, end: int, past: Tensor, k: Tensor, spectra: dict) -> None:
         """Parts ``begin`` to ``end`` - 1, of ``self.parts``."""
         U, C, M = self.U, self.C, self.M
         while begin < end:
@@ -214,9 +215,9 @@ class Tile:
             stop = min(self.slices, part + end - begin)
             key = U, self.radix, group
             if part == 0:
-                self.fresh = key not in self.spectra
+                self.fresh = key not in spectra
                 if not self.fresh:
-                    self.spectrum = self.spectra[key]
+                    self.spectrum = spectra[key]
                 elif self.keep or not len(self.spectrum):
                     self.spectrum = torch.empty(self.size)
                 self.points = self.points if len(self.points) else torch.empty(self.size)
@@ -225,17 +226,17 @@ class Tile:
                 self.w,
                 self.y.data_ptr() + 4 * (row * self.groups + group) * U * self.span,
                 past.data_ptr() + 4 * (row * past.stride(0) + self.first * C + channel),
-                self.k.data_ptr() + 4 * (U * C + channel),
+                k.data_ptr() + 4 * (U * C + channel),
                 self.spectrum.data_ptr(),
                 self.points.data_ptr(),
                 pool.scratch((TILE + 2) * self.w.lanes),
                 self.fresh,
                 *((0, 4, 1) if self.slices == 1 else (part, stop, self.slices // 4)),
-                *(C, min(self.span, C - channel), self.span, self.P, min(2 * M, len(self.k) - U)),
+                *(C, min(self.span, C - channel), self.span, self.P, min(2 * M, len(k) - U)),
                 *(M, self.radix, *tables(M, self.radix)),
             )
             if stop == self.slices and self.keep:
-                self.spectra[key] = self.spectrum
+                spectra[key] = self.spectrum
             begin += stop - part
         if end == self.parts:
             self.points = self.spectrum = torch.empty(0)
