@@ -774,15 +774,9 @@ def forward(
 
 
 def backward(
-    needed: set[str],
-    dy: Tensor,
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None,
-    gate_in: Tensor | None,
-    gate_out: Tensor | None,
-    k_future: Tensor | None,
-) -> dict[str, Tensor]:
+    needed: set[str], dy: Tensor, u: Tensor, k: Tensor, skip: Tensor | None, gate_in: Tensor | None,
+    gate_out: Tensor | None, k_future: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Float32 gradients; those of the gates only where they are needed."""
     B, L, C = u.shape
     K, F, M, radix = _plan(u, k, k_future)

@@ -57,14 +57,7 @@ def saved(k: Tensor, *others: Tensor | None) -> Tensor:
 
 
 def backward(
-    needed: set[str],
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    saved: Tensor,
+    needed: set[str], dy: Tensor | None, dlast: Tensor | None, k: Tensor, v: Tensor, w: Tensor, u: Tensor, saved: Tensor
 ) -> dict[str, Tensor]:
     """All gradients in one pass, float32."""
     B, L, C = k.shape

@@ -26,15 +26,9 @@ def forward(
 
 
 def backward(
-    needed: set[str],
-    dy: Tensor,
-    u: Tensor,
-    k: Tensor,
-    skip: Tensor | None,
-    gate_in: Tensor | None,
-    gate_out: Tensor | None,
-    k_future: Tensor | None,
-) -> dict[str, Tensor]:
+    needed: set[str], dy: Tensor, u: Tensor, k: Tensor, skip: Tensor | None, gate_in: Tensor | None,
+    gate_out: Tensor | None, k_future: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """One more FFT of the input where the taps or the outer gate want a gradient, one back for every kind of these."""
     L = u.shape[1]
     K, M, n, work = _geometry(u, k, k_future)

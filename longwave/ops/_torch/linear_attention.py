@@ -28,15 +28,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor
 
 
 def backward(
-    needed: set[str],
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
+    needed: set[str], dy: Tensor | None, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None,
     state: Tensor | None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Chunks from the last to the first, after a pass over the states alone.
 
     The gradient of the summed decays follows from the others, as exp(sum up to t) multiplies whatever q[t] does and
