@@ -20,9 +20,14 @@ ROOT = Path(__file__).parent.parent
 MODULES = [m.name for m in pkgutil.walk_packages(longwave.__path__, "longwave.")]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-def test_readme_python_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [(page.name, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_python_of_pages_runs(page, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, page, "exec"), {})
 
 
 def test_readme_has_python():
