@@ -8,7 +8,7 @@ import torch
 from longwave.bench import ONLINE_COLUMNS, bench_generate, bench_online, lines, plot, save
 from longwave.bench import report as report_module
 from longwave.bench.cases import CASES
-from longwave.bench.ops import measure, why_not
+from longwave.bench.ops import measure, traffic, why_not
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.baseline}")
@@ -31,10 +31,18 @@ def test_rows_are_recorded_and_drawn(tmp_path, monkeypatch):
     assert [row["L"] for row in written] == [64, 64, 128, 128]
     assert {"commit", "machine", "torch", "malloc", "threads"} <= set(written[0])
     assert [path.name for path in plot([{**row, "threads": 1} for row in rows])] == ["causal_conv.png"]
+    assert rows[0]["gb_per_second"] > 0
     (_, header), (row, line) = lines([{**rows[0], "target": 1e9}])
     assert header.split()[0] == "op"
     assert row["op"] == "causal_conv"
     assert line.endswith(f"missed: {CASES[0].note}")
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("forward", (1, 1)), ("both", (3, 2))])
+def test_the_floor_counts_what_must_be_moved(mode, passes):
+    """Of causal_conv: u (1, L, 16), k (16, L) and D (16,) go in, y (1, L, 16) comes out."""
+    into, out = 64 * 16 + 16 * 64 + 16, 64 * 16
+    assert traffic(CASES[0], 64, mode) == (out, 4 * (passes[0] * into + passes[1] * out))
 
 
 def test_online_rows_say_what_a_token_costs():

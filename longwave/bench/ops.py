@@ -1,6 +1,7 @@
 """Time and memory of the ops beside their baselines: interleaved in one process, medians, ratios."""
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import itertools
@@ -91,6 +92,36 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+@functools.cache
+def bandwidth() -> float:
+    """Bytes read and written a nanosecond, which is GB/s, by a copy of 256 MB on one thread: the best of nine, in the
+    thread's own time, as a copy is long enough to be interrupted on a busy machine.
+    """
+    source = torch.ones(2**26)
+    target, threads = torch.zeros_like(source), torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = []
+    for _ in range(9):
+        start = time.thread_time()
+        target.copy_(source)
+        times.append(time.thread_time() - start)
+    torch.set_num_threads(threads)
+    return 2 * source.nbytes / min(times) / 1e9
+
+
+def traffic(case: Case, L: int, mode: str) -> tuple[int, int]:
+    """Elements of the results, and the least bytes to be moved: forward, inputs and results once; backward, inputs and
+    the gradients of the results again, and those of the inputs.
+    """
+    inputs = case.inputs(L)
+    with torch.no_grad():
+        results = [t for t in tree_leaves(case.ours(*inputs)) if isinstance(t, torch.Tensor)]
+    given = [t for t in inputs if isinstance(t, torch.Tensor)]
+    into, out = (sum(t.nbytes for t in tensors) for tensors in (given, results))
+    moved = into + out if mode == "forward" else 3 * into + 2 * out
+    return sum(t.numel() for t in results), moved
+
+
 def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dict[str, Any]:
     """One row: medians of ours and theirs, in turn, the median of the pairs' ratios, and peak memory.
 
@@ -106,6 +137,7 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
     pairs = [(_settled(ours), _settled(theirs)) for _ in range(repeats)]
     a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
     target = case.targets.get((mode, malloc)) if case.target_from <= L else None
+    elements, moved = traffic(case, L, mode)
     return {
         "op": case.name,
         "against": case.baseline,
@@ -119,6 +151,9 @@ def measure(case: Case, L: int, mode: str, malloc: str, repeats: int = 7) -> dic
         "target": target if torch.get_num_threads() == 1 else None,
         "peak_mb": round(memory[0], 1),
         "baseline_peak_mb": round(memory[1], 1),
+        "elements": elements,
+        "bytes": moved,
+        "gb_per_second": round(bandwidth(), 1),
         "note": case.note,
     }
 

@@ -52,7 +52,9 @@ def save(name: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def plot(rows: list[dict[str, Any]]) -> list[Path]:
-    """For each op, time and peak memory against length on one thread, log-log, as benchmarks/results/OP.png."""
+    """For each op on one thread, nanoseconds and bytes an element of the result against length, as
+    benchmarks/results/OP.png; the floor is the time in which memory moves what must be read and written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,23 +65,30 @@ def plot(rows: list[dict[str, Any]]) -> list[Path]:
         mine = [r for r in rows if r["op"] == name and r["threads"] == 1 and r["malloc"] == "default"]
         if not mine:
             continue
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
         for mode, style in (("forward", "--"), ("both", "-")):
             for against in dict.fromkeys(r["against"] for r in mine):
                 part = sorted((r for r in mine if r["mode"] == mode and r["against"] == against), key=lambda r: r["L"])
                 L = [r["L"] for r in part]
-                left.plot(L, [r["ms"] for r in part], "o" + style, color="tab:blue", label=f"longwave, {mode}")
-                left.plot(
-                    L, [r["baseline_ms"] for r in part], "s" + style, color="tab:gray", label=f"{against}, {mode}"
-                )
+                for side, label, color in (("ms", "longwave", "tab:blue"), ("baseline_ms", against, "tab:gray")):
+                    ns = [r[side] * 1e6 / r["elements"] for r in part]
+                    left.plot(L, ns, "o" + style, color=color, label=f"{label}, {mode}")
                 if mode == "both":
-                    right.plot(L, [r["peak_mb"] for r in part], "o-", color="tab:blue", label="longwave")
-                    right.plot(L, [r["baseline_peak_mb"] for r in part], "s-", color="tab:gray", label=against)
-        left.set(title=f"{name}: time, one thread", xlabel="L", ylabel="ms", xscale="log", yscale="log")
-        right.set(title="peak memory, forward + backward", xlabel="L", ylabel="MB", xscale="log", yscale="log")
+                    for side, label, color in (
+                        ("peak_mb", "longwave", "tab:blue"),
+                        ("baseline_peak_mb", against, "tab:gray"),
+                    ):
+                        held = [r[side] * 2**20 / r["elements"] for r in part]
+                        right.plot(L, held, "o-", color=color, label=label)
+            floor = sorted((r["L"], r["bytes"] / r["gb_per_second"] / r["elements"]) for r in mine if r["mode"] == mode)
+            left.plot(*zip(*floor), style, color="tab:red", linewidth=1, label=f"floor: bandwidth of memory, {mode}")
+        left.set(title=f"{name}: time, one thread", xlabel="L", ylabel="ns an element", xscale="log", yscale="log")
+        right.set(
+            title="peak memory, forward + backward", xlabel="L", ylabel="bytes an element", xscale="log", yscale="log"
+        )
         for axis in (left, right):
             axis.grid(alpha=0.3, which="both")
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
         RESULTS.mkdir(parents=True, exist_ok=True)
         paths.append(RESULTS / f"{name.replace(' + ', '_').replace(' ', '_')}.png")
         figure.savefig(paths[-1], dpi=100)
