@@ -10,6 +10,7 @@ from official import GOLDEN, Case, convolved, drawn, error, golden, load, named,
 from torch import Tensor
 
 from longwave.models.generate import generate
+from longwave.nn import weight_only
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
 from longwave.official import SYSTEMS, from_official
 from longwave.official.s4_kernel import StateSpaceConv
@@ -370,6 +371,16 @@ def test_one_row_one_step_and_odd_lengths(path):
         short = {k: t.narrow(axis, 0, few) for k, t in inputs.items() for axis in times(t, length)}
         if len(short) == len(inputs):
             assert all(t.isfinite().all() for t in outputs(case, module, **short))
+
+
+@one_of_each
+def test_weights_may_be_kept_in_fewer_bits(path):
+    case = load(path)
+    module, inputs = case.module(torch.float32).eval(), case.inputs(torch.float32)
+    exact = outputs(case, module, **inputs)
+    for ours, theirs in zip(outputs(case, weight_only(module, "bf16"), **inputs), exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= 0.03 * theirs.norm()
 
 
 def times(t: Tensor, length: int | None) -> list[int]:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.errors import choose
-from longwave.nn.filters.base import Filter
 from longwave.ops import weight_only_linear
 from longwave.ops.weight_only_linear import packed
 
@@ -82,8 +81,9 @@ class WeightOnlyLinear(nn.Module):
 def weight_only(model: nn.Module, form: str, *, group: int | None = None) -> nn.Module:
     """Keep the weights of a model's Linears in fewer bits, for inference; the model is changed and returned.
 
-    Filters stay as they are: what follows from them is derived once. So does an embedding, of which a token reads one
-    row, also where it is tied to a head that does not: rounding it would add half as much again to the logits' error.
+    Filters, and what says ``makes_taps``, stay as they are: what follows from them is derived once. So does an
+    embedding, of which a token reads one row, also where it is tied to a head that does not: rounding it would add half
+    as much again to the logits' error.
 
     Args:
         model: a model, a mixer or a Linear; put into evaluation mode, and none of its parameters asks for a gradient.
@@ -100,7 +100,7 @@ def weight_only(model: nn.Module, form: str, *, group: int | None = None) -> nn.
         raise ValueError("the weights of this model are converted already; convert the float model")
     if _is_linear(model):
         return WeightOnlyLinear(model, form, group)
-    filters = {part for module in model.modules() if isinstance(module, Filter) for part in module.modules()}
+    filters = {part for module in model.modules() if hasattr(module, "makes_taps") for part in module.modules()}
     parents = [parent for parent in model.modules() if not (parent in filters or _is_linear(parent))]
     made: WeakKeyDictionary[nn.Module, WeightOnlyLinear] = WeakKeyDictionary()  # a Linear that is left goes at once
     for parent in parents:

@@ -156,6 +156,7 @@ class CKConvLayer(nn.Module):
     """
 
     train_length: Tensor
+    makes_taps = True
 
     def __init__(self, in_channels: int, out_channels: int, net: nn.Module, bias: bool):
         super().__init__()

@@ -47,6 +47,7 @@ class ContinuousConv(nn.Module):
     """
 
     train_length: Tensor
+    makes_taps = True
 
     def __init__(
         self,

@@ -1,11 +1,10 @@
 """Monarch Mixer's sequence mixer of github.com/HazyResearch/m2 (commit 7d359e8): M2-BERT's layer and the causal one."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers import Hyena, HyenaTwoSided
-from longwave.nn import HyenaFilter
+from longwave.nn import HyenaFilter, without_bias
 from longwave.official.source import Alias, Flag, Name, Names, Size, Source, System, Turn, inside
 from longwave.ops import causal_conv
 
@@ -31,7 +30,7 @@ class MonarchMixer(nn.Module):
             return y
         k, *ahead = (filter(x.shape[1]) for filter in self.residual)
         r = causal_conv(x, k, skip=self.residual[0].bias, k_future=ahead[0] if ahead else None)
-        return y + F.linear(r, self.model.out_proj.weight)
+        return y + without_bias(self.model.out_proj, r)
 
 
 def _gate_first(t: Tensor) -> Tensor:

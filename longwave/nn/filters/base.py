@@ -20,10 +20,12 @@ class Filter(nn.Module, abc.ABC):
         channels: C, how many there are.
         support: steps after which every filter is zero, or None: a convolution needs to remember only support - 1
             past inputs.
+        makes_taps: says of a module of any kind that its weights are those of a filter.
     """
 
     channels: int
     support: int | None = None
+    makes_taps = True
 
     @abc.abstractmethod
     def forward(self, length: int) -> Tensor:
