@@ -253,16 +253,16 @@ def test_dss_by_its_formula(options, length):
 def test_an_imported_dss_resumes():
     module, _ = drawn("dss", {"d_model": 3, "d_state": 4, "version": "exp", "channels": 2, "hyper_act": "id"})
     u = series(2, 3, 11)
-    state, ys = module.layer.conv.init_state(2), []
+    state, ys = module.model.conv.init_state(2), []
     for piece in u.split([1, 6, 1, 3], dim=2):
         y, state = module(piece, state=state).values()
         ys.append(y)
     assert error(torch.cat(ys, dim=2), module(u)) < 1e-9
     for options in ({"version": "softmax"}, {"version": "exp", "max_kernel_length": 3}):
         with pytest.raises(ValueError, match="neither is a recurrence"):
-            drawn("dss", {"d_model": 3, "d_state": 4, **options})[0].layer.conv.init_state(2)
+            drawn("dss", {"d_model": 3, "d_state": 4, **options})[0].model.conv.init_state(2)
     with pytest.raises(ValueError, match="looks ahead"):
-        drawn("dss", {"d_model": 3, "version": "exp", "bidirectional": True})[0].layer.conv.init_state(2)
+        drawn("dss", {"d_model": 3, "version": "exp", "bidirectional": True})[0].model.conv.init_state(2)
 
 
 @pytest.mark.parametrize("version", ["softmax", "exp", "exp-re-im", "exp-no-scale", "clip", "clip-no-scale"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longwave.mixers import MIXERS
 from longwave.mixers.liquid_s4 import BILINEAR
 from longwave.official import SYSTEMS, from_official
-from longwave.official.s4model import BatchNorm
+from longwave.official.blocks import BatchNorm
 
 ACT = {"gelu": F.gelu, "tanh": torch.tanh, "relu": F.relu, "glu": F.glu, "id": lambda x: x, None: lambda x: x}
 TRANSFORMED = {"exp": torch.exp, "softplus": F.softplus, "relu": lambda x: F.relu(x) + 1e-4}

@@ -123,7 +123,7 @@ def s4nd_kernels(case: Case, module) -> dict[str, Tensor]:
 
 
 def dss_kernels(case: Case, module) -> dict[str, Tensor]:
-    return {"k": module.layer.conv.kernel(case.config["L"])}
+    return {"k": module.model.conv.kernel(case.config["L"])}
 
 
 def s4v3_kernels(case: Case, module) -> dict[str, Tensor]:

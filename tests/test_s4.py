@@ -14,7 +14,7 @@ from longwave.nn import DenseStateSpace, DPLRFilter, hippo, init_conv_state, lon
 from longwave.nn.hippo import MEASURES, low_rank
 from longwave.official import SYSTEMS, from_official
 from longwave.official.s4v3 import v3_to_v4
-from longwave.official.system import under
+from longwave.official.source import under
 from longwave.ops import cauchy
 
 FOLDER = Path(__file__).parent / "golden"

@@ -1,4 +1,4 @@
-"""What several sources share: faces of official modules, small layers, and the block around one long convolution."""
+"""What several sources share: the call of an official module, small layers, the block around one long convolution."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,19 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.nn import Filter
-from longwave.official.system import Shapes
+from longwave.mixers import Mixer
 
 Elementwise = Literal[
     "gelu", None, "id", "identity", "linear", "relu", "elu", "tanh", "sigmoid", "softplus", "silu", "swish"
 ]
-Activation = Literal["glu"] | Elementwise
 ELEMENTWISE: dict[str | None, Callable[[], nn.Module]] = {
+    **dict.fromkeys((None, "id", "identity", "linear"), nn.Identity),
     "gelu": nn.GELU,
-    None: nn.Identity,
-    "id": nn.Identity,
-    "identity": nn.Identity,
-    "linear": nn.Identity,
     "relu": nn.ReLU,
     "elu": nn.ELU,
     "tanh": nn.Tanh,
@@ -29,6 +24,7 @@ ELEMENTWISE: dict[str | None, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
 }
+Activation = Literal["glu"] | Elementwise
 ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {"glu": partial(nn.GLU, dim=-1), **ELEMENTWISE}
 
 
@@ -43,88 +39,69 @@ def output_linear(d_in: int, d_out: int, activation: str | None) -> nn.Module:
     return nn.Identity() if activation is None else linear_activation(d_in, d_out, activation)
 
 
-def shapes_of(name: str, make: Callable[..., nn.Module], *args: Any) -> Shapes:
-    """The keys of the module that ``make`` makes of the arguments, under a name, with their shapes."""
-    with torch.device("meta"):
-        module = make(*args)
-    return {f"{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
-
-
-class MixerFace(nn.Module):
-    """A mixer behind the call of an official layer:  y = module(x=x).
+class Call(nn.Module):
+    """A module of ours behind the call of an official one:  call(*inputs) = run(model, *inputs).
 
     Args:
-        model: the mixer, or what is called like one; with state, call it itself.
-        transposed: x and y are (B, D, L) rather than (B, L, D).
-        reverse: it reads the sequence from its end.
+        model: ours, with its own call and state.
+        run: what the official call does with it.
     """
 
-    def __init__(self, model: nn.Module, transposed: bool = False, reverse: bool = False):
+    def __init__(self, model: nn.Module, run: Callable[..., Any]):
         super().__init__()
-        self.model, self.transposed, self.reverse = model, transposed, reverse
+        self.model, self.run = model, run
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2) if self.transposed else x
-        y, _ = self.model(x.flip(1) if self.reverse else x)
-        y = y.flip(1) if self.reverse else y
-        return y.transpose(1, 2) if self.transposed else y
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Official inputs -> official outputs, a dict where there are several."""
+        return self.run(self.model, *inputs, **named)
 
 
-class LMFace(nn.Module):
-    """A language model behind the call of an official one:  logits = module(input_ids=ids).
+def mixed(mixer: nn.Module, x: Tensor) -> Tensor:
+    """A mixer without state, x (B, L, D) -> y (B, L, D)."""
+    return mixer(x)[0]
+
+
+def mixed_transposed(mixer: nn.Module, x: Tensor) -> Tensor:
+    """A mixer without state, x (B, D, L) -> y (B, D, L)."""
+    return mixer(x.transpose(1, 2))[0].transpose(1, 2)
+
+
+def logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """A language model without state: input_ids (B, L) -> logits (B, L, V); it does not look at positions."""
+    return model(input_ids)[0]
+
+
+def kernel_rows(filter: nn.Module, features: int, length: int) -> Tensor:
+    """The taps of a filter whose K rows are of as many features each, one after another: k (K, features, length)."""
+    return filter(length).unflatten(0, (-1, features))
+
+
+def by_either_name(
+    layer: nn.Module, u: Tensor | None = None, x: Tensor | None = None, state: Tensor | None = None
+) -> Any:
+    """A layer of its input by either name."""
+    given = u if x is None else x
+    if given is None or (u is not None and x is not None):
+        raise ValueError("give the input of the layer once, as u or as x")
+    return layer(given, state)
+
+
+class Formula(nn.Module):
+    """Weights by their official names, and a function of them:  y = run(weights, *inputs).
 
     Args:
-        model: ours; generation takes it as it is.
-        positioned: whether it can be told positions; else it does not look at them.
+        run: takes this module, whose attributes the weights are, and the inputs.
+        shapes: of the weights, by name.
     """
 
-    def __init__(self, model: nn.Module, positioned: bool = False):
+    def __init__(self, run: Callable[..., Any], **shapes: tuple[int, ...]):
         super().__init__()
-        self.model, self.positioned = model, positioned
+        self.run = run
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """input_ids (B, L), position_ids (B, L) or None -> logits (B, L, V)."""
-        positions = {"position_ids": position_ids} if self.positioned else {}
-        return self.model(input_ids, **positions)[0]
-
-
-class NamedInput(nn.Module):
-    """A layer by either name of its input, u or x.
-
-    Args:
-        layer: takes the input, and a state or None.
-    """
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(
-        self, u: Tensor | None = None, x: Tensor | None = None, state: Tensor | None = None
-    ) -> Tensor | dict[str, Any]:
-        """That of the layer."""
-        given = u if x is None else x
-        if given is None or (u is not None and x is not None):
-            raise ValueError("give the input of the layer once, as u or as x")
-        return self.layer(given, state)
-
-
-class KernelFace(nn.Module):
-    """A kernel of a fixed length:  k = module().
-
-    Args:
-        filter: K rows of H channels, one after the other.
-        features: H.
-        length: of the kernel.
-    """
-
-    def __init__(self, filter: Filter, features: int, length: int):
-        super().__init__()
-        self.filter, self.features, self.length = filter, features, length
-
-    def forward(self) -> Tensor:
-        """k (K, H, length)."""
-        return self.filter(self.length).unflatten(0, (-1, self.features))
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.run(self, *inputs, **named)
 
 
 class Multiplied(nn.Module):
@@ -167,7 +144,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of three axes -> the same shape."""
+        """x of any axes -> the same shape."""
         statistics = (self.running_mean, self.running_var)
         y = F.batch_norm(
             x.movedim(self.axis, 1), *statistics, self.weight, self.bias, self.training, self.momentum, 1e-5
@@ -187,8 +164,8 @@ class ScalarNorm(nn.Module):
         return self.s / sd * (x - mean + self.m)
 
 
-class FeedForward(nn.Module):
-    """fc2(act(fc1 x)) with the call of a mixer, though it mixes no time: the authors' blocks have one layer each.
+class FeedForward(Mixer):
+    """fc2(act(fc1 x)), a mixer that mixes nothing: the authors' blocks have one layer each.
 
     Args:
         d_model: D.
@@ -196,7 +173,7 @@ class FeedForward(nn.Module):
         activation: name of act.
     """
 
-    name, causal = "FFN", True
+    name = "FFN"
 
     def __init__(self, d_model: int, hidden: int, activation: str | None = "gelu"):
         super().__init__()
@@ -205,10 +182,9 @@ class FeedForward(nn.Module):
         self.act, self.fc2 = ACTIVATIONS[activation](), nn.Linear(hidden, d_model)
 
     def init_state(self, batch: int) -> tuple[()]:
-        """None that would need keeping."""
         return ()
 
-    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, padding: Tensor | None) -> tuple[Tensor, Any]:
         return self.fc2(self.act(self.fc1(x))), state
 
 
@@ -222,7 +198,7 @@ class ResidualBlock(nn.Module):
         residual: of x and the mixer's output; None for their sum.
     """
 
-    def __init__(self, mixer: nn.Module, norm: nn.Module, prenorm: bool, residual: nn.Module | None = None):
+    def __init__(self, mixer: Mixer, norm: nn.Module, prenorm: bool, residual: nn.Module | None = None):
         super().__init__()
         self.mixer: Any = mixer
         self.norm, self.prenorm, self.residual = norm, prenorm, residual
@@ -239,13 +215,13 @@ class ResidualBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """y = out(activation(k * x + D x)), several filters a feature, in the layout of the authors.
+    """y = out(k * x + D x), several filters a feature, in the layout of the authors.
 
     Source: FFTConv and S4Block of github.com/state-spaces/s4, LongConv of github.com/HazyResearch/safari.
 
     Args:
-        conv: (u (B, L, K H), skip (K H), state or None) -> (y (B, L, K H), next state or None); row c H + h is
-            filter c of feature h.
+        conv: (u (B, L, K H), skip (K H), state or None, and where they are given numbers of steps of padding)
+            -> (y (B, L, K H), next state or None); row c H + h is filter c of feature h.
         d_model: H.
         channels: K, filters a feature.
         out: what follows the convolution, on the last axis.
@@ -254,80 +230,18 @@ class ConvBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        conv: nn.Module,
-        d_model: int,
-        channels: int,
-        out: nn.Module,
-        *,
-        transposed: bool,
-        swapped: bool = False,
+        self, conv: nn.Module, d_model: int, channels: int, out: nn.Module, *, transposed: bool, swapped: bool = False
     ):
         super().__init__()
         self.conv, self.out, self.transposed, self.swapped = conv, out, transposed, swapped
         self.D = nn.Parameter(torch.zeros(channels, d_model))
 
-    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor | dict[str, Any]:
+    def forward(self, x: Tensor, state: Tensor | None = None, padding: Tensor | None = None) -> Tensor | dict[str, Any]:
         """x -> y, or with a state {"y": y, "next_state": the state after the last step}."""
         u = torch.cat([x.movedim(1, -1) if self.transposed else x] * len(self.D), dim=-1)
-        y, state = self.conv(u, self.D.flatten(), state)
+        y, state = self.conv(u, self.D.flatten(), state, *([] if padding is None else [padding]))
         if self.swapped:
             y = y.unflatten(-1, self.D.shape).transpose(-1, -2).flatten(-2)
         y = self.out(y)
         y = y.movedim(-1, 1) if self.transposed else y
         return y if state is None else {"y": y, "next_state": state}
-
-
-class Call(nn.Module):
-    """A module of ours behind the call of an official one:  call(*inputs) = run(model, *inputs).
-
-    Args:
-        model: ours, with its own call and state.
-        run: what the official call does with it.
-    """
-
-    def __init__(self, model: nn.Module, run: Callable[..., Any]):
-        super().__init__()
-        self.model, self.run = model, run
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Official inputs -> official outputs, a dict where there are several."""
-        return self.run(self.model, *inputs, **named)
-
-
-def mixed(mixer: nn.Module, x: Tensor) -> Tensor:
-    """A mixer without state, x (B, L, D) -> y (B, L, D)."""
-    return mixer(x)[0]
-
-
-def mixed_transposed(mixer: nn.Module, x: Tensor) -> Tensor:
-    """A mixer without state, x (B, D, L) -> y (B, D, L)."""
-    return mixer(x.transpose(1, 2))[0].transpose(1, 2)
-
-
-def logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """A language model without state: input_ids (B, L) -> logits (B, L, V); it does not look at positions."""
-    return model(input_ids)[0]
-
-
-def kernel_rows(filter: nn.Module, features: int, length: int) -> Tensor:
-    """The taps of a filter whose K rows are of as many features each, one after another: k (K, features, length)."""
-    return filter(length).unflatten(0, (-1, features))
-
-
-class Formula(nn.Module):
-    """Weights by their official names, and a function of them:  y = run(weights, *inputs).
-
-    Args:
-        run: takes this module, whose attributes the weights are, and the inputs.
-        shapes: of the weights, by name.
-    """
-
-    def __init__(self, run: Callable[..., Any], **shapes: tuple[int, ...]):
-        super().__init__()
-        self.run = run
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self.run(self, *inputs, **named)

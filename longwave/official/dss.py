@@ -1,29 +1,27 @@
 """Modules of github.com/ag1988/dss (commit 777084e): the standalone DSS layer and its kernel."""
 
+from functools import partial
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.nn import DSSFilter, Filter, long_conv
-from longwave.nn.filters.dss import (
-    EPSILON,
-    ClipEigenvalues,
-    ExpEigenvalues,
-    ExpReImEigenvalues,
-    softmax_taps,
-    steps,
-)
+from longwave.nn import DSSFilter, Filter
+from longwave.nn.filters.dss import EIGENVALUES, EPSILON, ClipEigenvalues, softmax_taps, steps
 from longwave.nn.module import at_least_float32
 from longwave.official.blocks import (
     ELEMENTWISE,
+    Call,
     ConvBlock,
-    KernelFace,
     Multiplied,
-    NamedInput,
+    by_either_name,
+    kernel_rows,
     linear_activation,
 )
-from longwave.official.system import Choice, Options, Shapes, Size, State, System, prefixed, under
-from longwave.ops import causal_conv
+from longwave.official.replicas.conv import Conv
+from longwave.official.source import COLUMN, Flag, Name, Names, Size, Source, System, Turn, flat, inside
+
+Act = Literal["gelu", None, "id", "identity", "linear", "tanh", "relu", "swish", "silu", "sigmoid"]
 
 
 def run_softmax_taps(modes: Tensor, step: Tensor, W: Tensor, length: int, epsilon: float = EPSILON) -> Tensor:
@@ -58,165 +56,95 @@ class RunSoftmaxFilter(Filter):
         return run_softmax_taps(modes, steps(modes, log_dt), torch.view_as_complex(W), length, self.epsilon)
 
 
-class DSSConv(nn.Module):
-    """The convolution of the authors' DSS.
+class DSS(Source):
+    """The layer, or where ``kernel_only`` its kernel, which names the sizes differently."""
 
-    Args:
-        filter: one row a channel; where bidirectional as many again, which look ahead.
-        max_kernel_length: taps of the kernel that are used, or None for all.
-        bidirectional: whether half of the rows look ahead.
-    """
-
-    def __init__(self, filter: Filter, max_kernel_length: int | None, bidirectional: bool):
-        super().__init__()
-        self.filter, self.max_kernel_length, self.bidirectional = filter, max_kernel_length, bidirectional
-
-    def kernel(self, length: int) -> Tensor:
-        """The rows of the filter that a sequence of this length meets."""
-        return self.filter(min(self.max_kernel_length or length, length))
-
-    def init_state(self, batch: int) -> Tensor:
-        """Zeros (B, C, N), complex; the official layer has no state, ours has one where the kernel allows it."""
-        return self._recurrent().realize().rest(batch)
-
-    def forward(self, u: Tensor, skip: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """u (B, L, C), state (B, C, N) from :meth:`init_state` -> y (B, L, C) and the state, or None without one."""
-        if state is not None:
-            return long_conv(u, self._recurrent(), state, skip=skip)
-        k, L = self.kernel(u.shape[1]), u.shape[1]
-        if not self.bidirectional:
-            return causal_conv(u, k, skip=skip), None
-        behind, ahead = k.chunk(2)
-        # On a circle of L + K steps the taps ahead end at 2 K: where K < L that is not its end, so they look behind.
-        n = L + k.shape[1]
-        circle = F.pad(torch.cat([behind, ahead.flip(1)], dim=1), (0, L - k.shape[1]))
-        return causal_conv(u, circle[:, :L], skip=skip, k_future=circle[:, n - L + 1 :].flip(1)), None
-
-    def _recurrent(self) -> DSSFilter:
-        if self.bidirectional:
-            raise ValueError("bidirectional = True has no state: it looks ahead")
-        if self.max_kernel_length or not isinstance(self.filter, DSSFilter):
-            raise ValueError("there is no state with max_kernel_length or version = 'softmax': neither is a recurrence")
-        return self.filter
-
-
-def _width(o: Options) -> tuple[int, int]:
-    """(H, N), which the kernel and the layer name differently."""
-    names = ("H", "N") if o.kernel_only else ("d_model", "d_state")
-    H, N = (getattr(o, name) for name in names)
-    if H is None:
-        raise ValueError(f"the option {names[0]!r} is missing")
-    return H, 64 if N is None else N
-
-
-def _channels(o: Options) -> int:
-    return o.channels * (1 if o.hyper_act is None else 2)
-
-
-def _rows(o: Options) -> int:
-    """How many filters a feature has."""
-    return o.channels if o.kernel_only else _channels(o) * (2 if o.bidirectional else 1)
-
-
-def _eigenvalue_keys(o: Options) -> dict[str, str]:
-    """Ours to the official key, of the kernel's eigenvalues."""
-    if "exp" in o.version:
-        im = "log_im" if "im" in o.version else "im"
-        return {"Lambda.log_neg_re": "Lambda_log_neg_re", f"Lambda.{im}": f"Lambda_{im}"}
-    return {"Lambda" if o.version == "softmax" else "Lambda.re_im": "Lambda"}
-
-
-def _keys(o: Options) -> Shapes:
-    H, N = _width(o)
-    pair = () if "exp" in o.version else (2,)
-    kernel: Shapes = dict.fromkeys(_eigenvalue_keys(o).values(), (N, *pair))
-    kernel |= {"log_dt": (H, 2) if o.sep_dt_re_im else (H,), "W": (_rows(o), H, N, 2)}
-    if o.kernel_only:
-        return kernel
-    linear = "output_linear" if o.postact is None else "output_linear.0"
-    widened = H * (2 if o.postact == "glu" else 1)
-    return {
-        "D": (_channels(o), H),
-        **prefixed("kernel.", kernel),
-        f"{linear}.weight": (widened, o.channels * H),
-        f"{linear}.bias": (widened, 1) if o.transposed else (widened,),
-    }
-
-
-def _filter(o: Options) -> Filter:
-    H, N = _width(o)
-    C = _rows(o) * H
-    if o.version == "softmax":
-        return RunSoftmaxFilter(C, N, o.epsilon)
-    eigenvalues: nn.Module
-    if "clip" in o.version:
-        eigenvalues = ClipEigenvalues(N, o.max_real_Lambda)
-    else:
-        eigenvalues = (ExpReImEigenvalues if "im" in o.version else ExpEigenvalues)(N)
-    return DSSFilter(C, N, eigenvalues=eigenvalues, discretization="none" if "no-scale" in o.version else "zoh")
-
-
-def _build(o: Options) -> nn.Module:
-    H, _ = _width(o)
-    filter = _filter(o)
-    if o.kernel_only:
-        length = o.L if o.length is None else o.length
-        if length is None:
-            raise ValueError("a kernel alone needs the option 'L', its length")
-        return KernelFace(filter, H, length)
-    first = nn.Identity() if o.hyper_act is None else Multiplied(o.hyper_act)
-    out = nn.Sequential(first, ELEMENTWISE[o.activation](), linear_activation(o.channels * H, H, o.postact))
-    conv = DSSConv(filter, o.max_kernel_length, o.bidirectional)
-    return NamedInput(ConvBlock(conv, H, _channels(o), out, transposed=o.transposed))
-
-
-def _convert(state: State, o: Options) -> State:
-    inside = "" if o.kernel_only else "kernel."
-    ours = {key: state[inside + name] for key, name in _eigenvalue_keys(o).items()}
-    log_dt = state[inside + "log_dt"]
-    log_dt = log_dt if o.sep_dt_re_im else log_dt[:, None].expand(-1, 2)
-    ours |= {"log_dt": log_dt.repeat(_rows(o), 1), "W": state[inside + "W"].flatten(0, 1)}
-    if o.kernel_only:
-        return prefixed("filter.", ours)
-    linear = under("output_linear.", state)
-    return {
-        **prefixed("layer.conv.filter.", ours),
-        "layer.D": state["D"],
-        **{f"layer.out.2.{key}": t.flatten() if key.endswith("bias") else t for key, t in linear.items()},
-    }
-
-
-VERSIONS = ("softmax", "exp", "exp-re-im", "exp-no-scale", "clip", "clip-no-scale")
-_ACTIVATIONS = ("gelu", None, "id", "identity", "linear", "tanh", "relu", "swish", "silu", "sigmoid")
-
-DSS = System(
-    options={
-        "d_model": Size(None),
-        "d_state": Size(None),
-        "channels": 1,
-        "bidirectional": False,
-        "activation": Choice(*_ACTIVATIONS),
-        "postact": Choice("glu", *_ACTIVATIONS, default=None),
-        "weight_norm": Choice(False),
-        "hyper_act": Choice(*_ACTIVATIONS, default=None),
-        "transposed": True,
-        "max_kernel_length": Size(None),
-        "version": Choice(*VERSIONS),
-        "sep_dt_re_im": True,
-        "epsilon": 1e-7,
-        "max_real_Lambda": 1e-4,
-        "kernel_only": False,
-        "H": Size(None),
-        "N": Size(None),
-        "L": Size(None),
-        "length": Size(None),
-    },
-    ignored=frozenset(
+    ignored = frozenset(
         {"l_max", "dt_min", "dt_max", "trainable", "lr", "Lambda_init", "initializer", "dropout", "verbose"}
-    ),
-    keys=_keys,
-    build=_build,
-    convert=_convert,
-)
+    )
+    d_model: Size | None = None
+    d_state: Size | None = None
+    channels: Size = 1
+    bidirectional: Flag = False
+    activation: Act = "gelu"
+    postact: Literal["glu"] | Act = None
+    weight_norm: Literal[False] = False
+    hyper_act: Act = None
+    transposed: Flag = True
+    max_kernel_length: Size | None = None
+    version: Literal["softmax", "exp", "exp-re-im", "exp-no-scale", "clip", "clip-no-scale"] = "softmax"
+    sep_dt_re_im: Flag = True
+    epsilon: float = 1e-7
+    max_real_Lambda: float = 1e-4
+    kernel_only: Flag = False
+    H: Size | None = None
+    N: Size | None = None
+    L: Size | None = None
+    length: Size | None = None
 
-SYSTEMS = {"dss": DSS}
+    def features(self) -> int:
+        """H."""
+        name = "H" if self.kernel_only else "d_model"
+        if (H := getattr(self, name)) is None:
+            raise ValueError(f"the option {name!r} is missing")
+        return H
+
+    @property
+    def filters(self) -> int:
+        """Of a feature, in one direction."""
+        return self.channels * (1 if self.kernel_only or self.hyper_act is None else 2)
+
+    @property
+    def rows(self) -> int:
+        """Filters of a feature."""
+        return self.filters * (2 if self.bidirectional and not self.kernel_only else 1)
+
+    def filter(self) -> Filter:
+        """All rows of the kernel."""
+        N = (self.N if self.kernel_only else self.d_state) or 64
+        C = self.rows * self.features()
+        if self.version == "softmax":
+            return RunSoftmaxFilter(C, N, self.epsilon)
+        clipped = self.version.startswith("clip")
+        kind = "exp_re_im" if self.version == "exp-re-im" else "exp"
+        modes = ClipEigenvalues(N, self.max_real_Lambda) if clipped else EIGENVALUES[kind](N)
+        return DSSFilter(C, N, eigenvalues=modes, discretization="none" if "no-scale" in self.version else "zoh")
+
+    def build(self) -> nn.Module:
+        H, K, filter = self.features(), self.filters, self.filter()
+        if self.kernel_only:
+            length = self.length or self.L
+            if length is None:
+                raise ValueError("a kernel alone needs the option 'L', its length")
+            return Call(filter, partial(kernel_rows, features=H, length=length))
+        out = nn.Sequential(
+            nn.Identity() if self.hyper_act is None else Multiplied(self.hyper_act),
+            ELEMENTWISE[self.activation](),
+            linear_activation(self.channels * H, H, self.postact),
+        )
+        conv = Conv(filter, self.max_kernel_length, self.bidirectional, adjacent=True)
+        return Call(ConvBlock(conv, H, K, out, transposed=self.transposed), by_either_name)
+
+    def names(self) -> Names:
+        H = self.features()
+        kernel = [
+            Name("log_dt", "log_dt", Turn(self._copied, lambda t: t[:H] if self.sep_dt_re_im else t[:H, 0])),
+            Name("W", "W", flat(H)),
+            Name("Lambda_log_neg_re", "Lambda.log_neg_re"),
+            Name("Lambda_log_im", "Lambda.log_im"),
+            Name("Lambda_im", "Lambda.im"),
+            Name("Lambda", "Lambda.re_im"),
+            Name("Lambda", "Lambda"),
+        ]
+        if self.kernel_only:
+            return inside("", "model.", kernel)
+        biases = [Name(f"output_linear.{key}", f"out.2.{key}", COLUMN) for key in ("bias", "0.bias") if self.transposed]
+        layer = [Name("D", "D"), *inside("kernel.", "conv.filter.", kernel), *biases, Name("output_linear.", "out.2.")]
+        return inside("", "model.", layer)
+
+    def _copied(self, log_dt: Tensor) -> Tensor:
+        """For every row, and for real and imaginary parts."""
+        return (log_dt if self.sep_dt_re_im else log_dt[:, None].expand(-1, 2)).repeat(self.rows, 1)
+
+
+SYSTEMS = {"dss": System(DSS)}

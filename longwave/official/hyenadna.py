@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from longwave.models.lm import LM
 from longwave.official.safari_hyena import StandaloneHyena
-from longwave.official.safari_lm import Layer, LMBackbone, PositionedLM, released
-from longwave.official.source import Flag, Name, Names, Size, State, System, inside, part
+from longwave.official.safari_lm import LMBackbone, PositionedLM, released
+from longwave.official.source import Flag, Layer, Name, Names, Size, State, System, inside, part
 
 
 class Operator(StandaloneHyena):

@@ -1,33 +1,36 @@
 """Modules of github.com/state-spaces/s4 (commit e757cef): S4Block, its kernels by themselves, and the minimal S4D."""
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from longwave.mixers import S4D
-from longwave.mixers.base import zero_padding
+from longwave.mixers import S4D, Mixer
 from longwave.official.blocks import (
     ACTIVATIONS,
     ELEMENTWISE,
+    Activation,
+    Call,
     ConvBlock,
-    MixerFace,
+    Elementwise,
+    mixed,
+    mixed_transposed,
     output_linear,
-    shapes_of,
 )
-from longwave.official.s4_kernel import (
-    TRANSFORMS,
-    StateKernelFace,
-    StateSpaceConv,
-    build_kernel,
-    convert_kernel,
-    kernel_shapes,
-)
-from longwave.official.system import Choice, Number, Options, Shapes, Size, State, System, prefixed, under
+from longwave.official.s4_kernel import KERNEL, Kernel, KernelParts, StateSpaceConv, kernel_alone
+from longwave.official.source import Flag, Name, Names, One, Size, Source, System, Turn, inside
+
+Named = Literal["dplr", "nplr", "s4", "diag", "s4d", None]
+NamedDiagonal = Literal["diag", "s4d", None]
 
 
-class S4Layer(nn.Module):
-    """The authors' S4Block with the call of a mixer.
+class S4State(NamedTuple):
+    h: Tensor  # (B, H, P) complex
+
+
+class S4Layer(Mixer):
+    """The authors' S4Block as a mixer.
 
     Args:
         block: takes x (B, L, D), and with a state returns y and next_state.
@@ -37,172 +40,138 @@ class S4Layer(nn.Module):
 
     name = "S4Block"
 
-    def __init__(self, block: nn.Module, d_model: int, causal: bool):
+    def __init__(self, block: ConvBlock, d_model: int, causal: bool):
         super().__init__()
         self.block: Any = block
-        self.d_model, self.causal = d_model, causal
+        self.d_model, self.causal = d_model, causal  # type: ignore[misc]
 
-    def init_state(self, batch: int) -> Any:
-        """See :class:`longwave.mixers.Mixer`, as the next."""
-        return self.block.conv.init_state(batch)
+    def init_state(self, batch: int) -> S4State:
+        return S4State(self.block.conv.init_state(batch))
 
-    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        x = zero_padding(x, mask)
-        return (self.block(x), None) if state is None else tuple(self.block(x, state).values())
-
-
-def _channels(o: Options) -> int:
-    return o.channels * (2 if o.activation == "glu" else 1)
+    def mix(self, x: Tensor, state: S4State | None, padding: Tensor | None) -> tuple[Tensor, S4State | None]:
+        if state is None:
+            return self.block(x), None
+        y, h = self.block(x, state.h, padding).values()
+        return y, S4State(h)
 
 
-def _final_act(o: Options) -> str | None:
-    if o.postact is not None and o.final_act is not None:
-        raise ValueError(f"final_act = {o.final_act!r} must be None where postact = {o.postact!r} is given")
-    return o.final_act if o.postact is None else o.postact
+class BlockParts(KernelParts):
+    """The options of S4Block but for those that a model gives all of its blocks."""
+
+    ignored = KernelParts.ignored | {"drop_kernel", "gate_act", "initializer", "weight_norm"}
+    swap_channels: Flag = False
+    activation: Activation = "gelu"
+    mult_act: Elementwise = None
+    final_act: Activation = "glu"
+    postact: Activation = None
+    gate: None = None
+    bottleneck: None = None
 
 
-def _directions(o: Options) -> int:
-    return 2 if o.bidirectional else 1
+class Block(BlockParts, Kernel):
+    """The options of S4Block."""
+
+    bidirectional: Flag = False
+    transposed: Flag = True
+
+    def build(self) -> ConvBlock:
+        if self.postact is not None and self.final_act is not None:
+            raise ValueError(f"final_act = {self.final_act!r} must be None where postact = {self.postact!r} is given")
+        H, K = self.d_model, self.channels * (2 if self.activation == "glu" else 1)
+        filter = self.filter(K * (2 if self.bidirectional else 1))
+        out = nn.Sequential(
+            ACTIVATIONS[self.activation](),
+            ELEMENTWISE[self.mult_act](),
+            output_linear(self.channels * H, H, self.postact or self.final_act),
+        )
+        conv = StateSpaceConv(filter, self.support, self.bidirectional)
+        return ConvBlock(conv, H, K, out, transposed=self.transposed, swapped=self.swap_channels)
+
+    def names(self) -> Names:
+        kernel = inside("layer.kernel.", "conv.filter.", KERNEL)
+        return [Name("layer.D", "D"), *kernel, Name("output_linear.", "out.2.")]
+
+    def mixer(self) -> Mixer:
+        """The layer of a model, which is not transposed."""
+        return S4Layer(self.build(), self.d_model, not self.bidirectional)
+
+    def mixer_names(self) -> Names:
+        """Of :meth:`mixer`."""
+        return inside("", "block.", self.names())
 
 
-def _block_keys(o: Options) -> Shapes:
-    H, K = o.d_model, _channels(o)
-    kernel = kernel_shapes(o, K * _directions(o))
-    return {
-        "layer.D": (K, H),
-        **prefixed("layer.kernel.", kernel),
-        **shapes_of("output_linear", output_linear, o.channels * H, H, _final_act(o)),
-    }
+class S4Block(Block):
+    """S4Block with any of the kernels."""
+
+    mode: Named = "dplr"
+    kernel: Named = None
+    rank: Size = 1
 
 
-def _build_block(o: Options) -> ConvBlock:
-    H, K = o.d_model, _channels(o)
-    support = None if o.l_max is None else round(o.l_max / o.rate)
-    conv = StateSpaceConv(build_kernel(o, K * _directions(o)), support, o.bidirectional)
-    out = nn.Sequential(
-        ACTIVATIONS[o.activation](), ELEMENTWISE[o.mult_act](), output_linear(o.channels * H, H, _final_act(o))
-    )
-    return ConvBlock(conv, H, K, out, transposed=o.transposed, swapped=o.swap_channels)
+class S4DBlock(Block):
+    """S4Block with the diagonal kernel, which has no rank."""
+
+    mode: NamedDiagonal = Field("dplr", validate_default=True)
+    kernel: NamedDiagonal = None
 
 
-def _convert_block(state: State, o: Options) -> State:
-    kernel = convert_kernel(under("layer.kernel.", state))
-    return {
-        "D": state["layer.D"],
-        **prefixed("conv.filter.", kernel),
-        **prefixed("out.2.", under("output_linear.", state)),
-    }
-
-
-_TRAINING = {"dropout", "tie_dropout", "lr", "wd", "verbose", "dt_min", "dt_max"}
-_INIT = {"init", "measure", "real_random", "real_scale", "imag_random", "imag_scale", "B_random", "B_init", "B_scale"}
-_INIT |= {"P_scale", "normalize", "B_clip", "diagonalize_precision", "deterministic", "backend"}
-
-_DIAGONAL = {
-    "d_model": Size(),
-    "d_state": 64,
-    "channels": 1,
-    "n_ssm": Size(None),
-    "l_max": Size(None),
-    "rate": Number(1.0, above=0),
-    "disc": Choice("zoh", "bilinear", "dss"),
-    "is_real": False,
-    "dt_tie": True,
-    "dt_fast": False,
-    "dt_transform": Choice(*TRANSFORMS),
-    "real_transform": Choice(*TRANSFORMS),
-    "imag_transform": Choice(*TRANSFORMS, default="none"),
-    "bandlimit": Number(None),
-}
-_BLOCK = {
-    **_DIAGONAL,
-    "bidirectional": False,
-    "swap_channels": False,
-    "transposed": True,
-    "activation": Choice(*ACTIVATIONS, default="gelu"),
-    "mult_act": Choice(*ELEMENTWISE, default=None),
-    "final_act": Choice(*ACTIVATIONS),
-    "postact": Choice(*ACTIVATIONS, default=None),
-    "gate": Choice(None),
-    "bottleneck": Choice(None),
-}
-_IGNORED = _TRAINING | _INIT | {"drop_kernel", "gate_act", "initializer", "weight_norm"}
-
-S4D_BLOCK = System(
-    options={
-        **_BLOCK,
-        "mode": Choice("diag", "s4d", None, default="dplr"),
-        "kernel": Choice(None, "diag", "s4d"),
-    },
-    ignored=frozenset(_IGNORED | {"rank"}),
-    keys=_block_keys,
-    build=_build_block,
-    convert=_convert_block,
-)
-
-S4_BLOCK = System(
-    options={
-        **_BLOCK,
-        "mode": Choice("dplr", "nplr", "s4", "diag", "s4d", None),
-        "kernel": Choice(None, "dplr", "nplr", "s4", "diag", "s4d"),
-        "rank": 1,
-    },
-    ignored=frozenset(_IGNORED),
-    keys=_block_keys,
-    build=_build_block,
-    convert=_convert_block,
-)
-
-
-def _kernel_system(mode: str, **more: Any) -> System:
+class KernelAlone(Kernel):
     """A kernel class of the repository by itself; L and rate, of its call, are among the options."""
-    return System(
-        options={**_DIAGONAL, **more, "mode": Choice(mode), "kernel": Choice(None)},
-        ignored=frozenset(_TRAINING | _INIT | ({"rank"} - set(more))),
-        keys=lambda o: kernel_shapes(o, o.channels),
-        build=lambda o: StateKernelFace(build_kernel(o, o.channels), o.L),
-        convert=lambda state, o: prefixed("filter.", convert_kernel(state)),
-    )
+
+    L: Any = None
+
+    def build(self) -> nn.Module:
+        return Call(self.filter(self.channels), partial(kernel_alone, length=self.L))
+
+    def names(self) -> Names:
+        return inside("", "model.", KERNEL)
 
 
-S4_KERNEL = _kernel_system("dplr", rank=1, L=None)
-S4D_KERNEL = _kernel_system("diag", L=Size())
+class S4KernelAlone(KernelAlone):
+    """SSMKernelDPLR."""
+
+    mode: Literal["dplr"] = "dplr"
+    kernel: None = None
+    rank: Size = 1
 
 
-def _minimal_keys(o: Options) -> Shapes:
-    H, P = o.d_model, o.d_state // 2
-    return {
-        "D": (H,),
-        "kernel.C": (H, P, 2),
-        "kernel.log_dt": (H,),
-        "kernel.log_A_real": (H, P),
-        "kernel.A_imag": (H, P),
-        "output_linear.0.weight": (2 * H, H, 1),
-        "output_linear.0.bias": (2 * H,),
-    }
+class S4DKernelAlone(KernelAlone):
+    """SSMKernelDiag."""
+
+    mode: Literal["diag"] = "diag"
+    kernel: None = None
+    L: Size
 
 
-def _convert_minimal(state: State, o: Options) -> State:
-    A = state["kernel.A_imag"]
-    ours = {key: state[key] for key in ("D", "kernel.C", "kernel.log_dt", "kernel.log_A_real", "kernel.A_imag")}
-    ours["kernel.B"] = torch.stack([torch.ones_like(A), torch.zeros_like(A)], dim=-1)
-    ours["output_linear.weight"] = state["output_linear.0.weight"][..., 0]
-    ours["output_linear.bias"] = state["output_linear.0.bias"]
-    return prefixed("model.", ours)
+class MinimalS4D(Source):
+    """The S4D of the minimal implementation, which has no B."""
 
+    ignored = frozenset({"dropout", "tie_dropout", "lr", "wd", "verbose", "dt_min", "dt_max"})
+    d_model: Size
+    d_state: Size = 64
+    transposed: Flag = True
+    rate: One = 1
 
-S4D_MINIMAL = System(
-    options={"d_model": Size(), "d_state": 64, "transposed": True, "rate": Choice(1.0)},
-    ignored=frozenset(_TRAINING),
-    keys=_minimal_keys,
-    build=lambda o: MixerFace(S4D(o.d_model, o.d_state // 2 * 2), o.transposed),
-    convert=_convert_minimal,
-)
+    def build(self) -> nn.Module:
+        mixer: Any = S4D(self.d_model, self.d_state // 2 * 2)
+        mixer.kernel.B.data.copy_(mixer.kernel.B.new_tensor([1.0, 0.0]).expand_as(mixer.kernel.B))
+        return Call(mixer, mixed_transposed if self.transposed else mixed)
+
+    def names(self) -> Names:
+        tap = Turn(lambda t: t[..., 0], lambda t: t[..., None])
+        return [
+            Name("D", "model.D"),
+            Name((), "model.kernel.B"),
+            Name("output_linear.0.weight", "model.output_linear.weight", tap),
+            Name("output_linear.0.", "model.output_linear."),
+            Name("", "model."),
+        ]
+
 
 SYSTEMS = {
-    "s4": S4_BLOCK,
-    "s4kernel": S4_KERNEL,
-    "s4d": S4D_BLOCK,
-    "s4dkernel": S4D_KERNEL,
-    "s4dmin": S4D_MINIMAL,
+    "s4": System(S4Block),
+    "s4kernel": System(S4KernelAlone),
+    "s4d": System(S4DBlock),
+    "s4dkernel": System(S4DKernelAlone),
+    "s4dmin": System(MinimalS4D),
 }

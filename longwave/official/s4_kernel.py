@@ -2,35 +2,91 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.nn import DenseStateSpace, Filter, StateSpace, StateSpaceFilter, long_conv
+from longwave.nn import DenseStateSpace, Filter, StateSpace, StateSpaceFilter
 from longwave.nn.filters.diagonal import DISCRETIZATIONS
 from longwave.nn.filters.dplr import discretize, real_coordinates
 from longwave.nn.module import at_least_float32
 from longwave.official.dss import run_softmax_taps
-from longwave.official.system import Options, Shapes, State
+from longwave.official.source import Flag, Name, Names, Positive, Size, Source, Turn
 from longwave.ops import causal_conv
 
-
-def _none(x: Tensor) -> Tensor:
-    return x
-
-
-def _relu(x: Tensor) -> Tensor:
-    return F.relu(x) + 1e-4
-
-
+Transform = Literal["exp", "none", "relu", "sigmoid", "softplus"]
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,
-    "none": _none,
-    "relu": _relu,
+    "none": lambda x: x,
+    "relu": lambda x: F.relu(x) + 1e-4,
     "sigmoid": torch.sigmoid,
     "softplus": F.softplus,
 }
+
+
+def _length(trained: Tensor) -> Tensor:
+    if int(trained) < 0:
+        raise ValueError(f"'l_kernel' is the length that C is for, >= 0; got {int(trained)}")
+    return trained.long()
+
+
+LENGTH = Turn(_length, lambda t: t)
+
+
+class KernelParts(Source):
+    """The options of a kernel of the repository but for those that a model gives all of its kernels."""
+
+    ignored = frozenset(
+        {"dropout", "tie_dropout", "lr", "wd", "verbose", "dt_min", "dt_max", "init", "measure", "real_random"}
+        | {"real_scale", "imag_random", "imag_scale", "B_random", "B_init", "B_scale", "P_scale", "normalize", "B_clip"}
+        | {"diagonalize_precision", "deterministic", "backend"}
+    )
+    channels: Size = 1
+    n_ssm: Size | None = None
+    l_max: Size | None = None
+    disc: Literal["zoh", "bilinear", "dss"] = "zoh"
+    is_real: Flag = False
+    dt_tie: Flag = True
+    dt_fast: Flag = False
+    dt_transform: Transform = "exp"
+    real_transform: Transform = "exp"
+    imag_transform: Transform = "none"
+    bandlimit: float | None = None
+    mode: Any = None
+    kernel: Any = None
+    rank: Any = 1
+
+
+class Kernel(KernelParts):
+    """The options of a kernel, in a layer or alone."""
+
+    d_model: Size
+    d_state: Size = 64
+    rate: Positive = 1.0
+
+    def filter(self, rows: int) -> "OfficialFilter":
+        """Of ``rows`` channels a feature."""
+        systems, name = self.n_ssm or self.d_model, self.mode or self.kernel
+        if (self.mode is None) == (self.kernel is None):
+            raise ValueError(f"give one of mode and kernel; got mode = {self.mode!r}, kernel = {self.kernel!r}")
+        if self.d_model % systems:
+            raise ValueError(f"n_ssm = {systems} does not divide d_model = {self.d_model}")
+        system = DiagonalSystem(self, rows, systems)
+        if name in ("dplr", "nplr", "s4"):
+            if self.is_real:
+                raise ValueError(f"is_real = True is not carried over for mode = {name!r}, only for 'diag'")
+            return DPLRFilter(system, self.rank, self.l_max)
+        return DSSFilter(system) if self.disc == "dss" else DiagonalFilter(system, self.disc)
+
+    @property
+    def support(self) -> int | None:
+        """Taps of the kernel that are used, or None for all."""
+        return None if self.l_max is None else round(self.l_max / self.rate)
+
+
+KERNEL: Names = [Name("l_kernel", "l_kernel", LENGTH), Name("P", "P"), Name("", "system.")]
 
 
 class DiagonalSystem(nn.Module):
@@ -40,46 +96,23 @@ class DiagonalSystem(nn.Module):
     real part may be negative, and a step may differ from mode to mode.
 
     Args:
-        features: H.
-        modes: P, of the state.
+        o: the options.
         channels: K, filters a feature; they share all but C.
         systems: S, how many different (A, B) there are; features h, h + S, ... share one.
-        tied: one step size a feature, else one a mode.
-        real: A, B and C have no imaginary part.
-        dt, real_part, imag_part: transforms of the parameters.
-        fast: the step size is transformed after a sinh.
-        rate: factor on all steps.
-        bandlimit: in half sampling rates; modes that oscillate faster are silent.
     """
 
-    def __init__(
-        self,
-        features: int,
-        modes: int,
-        channels: int,
-        systems: int,
-        *,
-        tied: bool,
-        real: bool,
-        dt: str,
-        real_part: str,
-        imag_part: str,
-        fast: bool,
-        rate: float,
-        bandlimit: float | None,
-    ):
+    def __init__(self, o: Kernel, channels: int, systems: int):
         super().__init__()
-        self.real, self.fast, self.rate, self.bandlimit = real, fast, rate, bandlimit
-        self.transform_dt, self.transform_real, self.transform_imag = (
-            TRANSFORMS[name] for name in (dt, real_part, imag_part)
-        )
-        pair = () if real else (2,)
-        self.inv_dt = nn.Parameter(torch.zeros(features, 1 if tied else modes))
-        self.A_real = nn.Parameter(torch.zeros(systems, modes))
-        if not real:
-            self.A_imag = nn.Parameter(torch.zeros(systems, modes))
-        self.B = nn.Parameter(torch.zeros(1, systems, modes, *pair))
-        self.C = nn.Parameter(torch.zeros(channels, features, modes, *pair))
+        self.real, self.fast, self.rate, self.bandlimit = o.is_real, o.dt_fast, o.rate, o.bandlimit
+        names = (o.dt_transform, o.real_transform, o.imag_transform)
+        self.transform_dt, self.transform_real, self.transform_imag = (TRANSFORMS[name] for name in names)
+        H, P, pair = o.d_model, o.d_state if o.is_real else o.d_state // 2, () if o.is_real else (2,)
+        self.inv_dt = nn.Parameter(torch.zeros(H, 1 if o.dt_tie else P))
+        self.A_real = nn.Parameter(torch.zeros(systems, P))
+        if not o.is_real:
+            self.A_imag = nn.Parameter(torch.zeros(systems, P))
+        self.B = nn.Parameter(torch.zeros(1, systems, P, *pair))
+        self.C = nn.Parameter(torch.zeros(channels, H, P, *pair))
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt (H, 1 or P), A (H, P), B (H, P), C (K, H, P)."""
@@ -117,7 +150,8 @@ class DiagonalFilter(StateSpaceFilter):
         self.system, self.discretize = system, DISCRETIZATIONS[discretization]
         self.channels = system.C.shape[0] * system.C.shape[1]
 
-    def realize(self) -> StateSpace:
+    def realize(self, length: int | None = None) -> StateSpace:
+        """The system, whatever the length."""
         dt, A, B, C = self.system()
         a, b = self.discretize(A, dt)
         return StateSpace(a.repeat(len(C), 1), (b * B).repeat(len(C), 1), C.flatten(0, 1))
@@ -186,17 +220,6 @@ def _undo(c: Tensor, a: Tensor, length: int) -> Tensor:
     return rows.transpose(0, 1).to(c.dtype)
 
 
-class _Realized(StateSpaceFilter):
-    """A system that is realised already, as a filter."""
-
-    def __init__(self, system: DenseStateSpace):
-        super().__init__()
-        self.system, self.channels = system, len(system.c)
-
-    def realize(self) -> DenseStateSpace:
-        return self.system
-
-
 class DSSFilter(Filter):
     """The softmax kernel of DSS as S4D has it: every mode is normalised over the length, so every tap depends on it.
 
@@ -225,11 +248,16 @@ class StateSpaceConv(nn.Module):
             u[t + 1 + s].
         support: taps of the kernel that are used, or None for all.
         bidirectional: whether half of the rows look ahead.
+        late: the authors' ``shift`` in version 3: a step late, but for the skip.
     """
 
-    def __init__(self, filter: Filter, support: int | None, bidirectional: bool):
+    def __init__(self, filter: "OfficialFilter", support: int | None, bidirectional: bool, late: bool = False):
         super().__init__()
-        self.filter, self.support, self.bidirectional = filter, support, bidirectional
+        self.filter, self.support, self.bidirectional, self.late = filter, support, bidirectional, late
+
+    def kernel(self, length: int) -> Tensor:
+        """The rows of the filter that a sequence of this length meets."""
+        return self.filter(length if self.support is None else min(length, self.support))
 
     def init_state(self, batch: int) -> Tensor:
         """Zeros (B, H, P), complex."""
@@ -237,28 +265,34 @@ class StateSpaceConv(nn.Module):
         zeros = filter.realize().rest(batch)[:, : filter.system.C.shape[1]]
         return zeros if zeros.is_complex() else torch.complex(*zeros.chunk(2, dim=2))
 
-    def forward(self, u: Tensor, skip: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """u (B, L, C), state (B, H, P) complex, as its real view (B, H, P, 2), or real where the system is."""
+    def forward(
+        self, u: Tensor, skip: Tensor, state: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """u (B, L, C), state (B, H, P) complex, as its real view (B, H, P, 2), or real where the system is; padding
+        (B,) as in :func:`longwave.nn.long_conv`."""
         L = u.shape[1]
+        if self.late and (self.support or L) < L:
+            raise ValueError(f"with shift = True, L = {L} must not exceed l_max = {self.support}")
         if state is None:
-            k = self.filter(L if self.support is None else min(L, self.support))
-            future = None
+            k, ahead = self.kernel(L), None
             if self.bidirectional:
-                k, future = k.chunk(2)
-            return causal_conv(u, k, skip=skip, k_future=future), None
+                k, ahead = k.chunk(2)
+            return causal_conv(u, F.pad(k, (1, 0)) if self.late else k, skip=skip, k_future=ahead), None
         filter = self._stateful(L)
-        h = as_complex_state(filter.system, state, len(u))
+        system = filter.realize(L)
+        h = _for_every_channel(filter, as_complex_state(filter.system, state, len(u)))
+        y = causal_conv(u, system.taps(L), skip=skip)
+        y = (y + system.response(h, L).transpose(1, 2)).to(u.dtype)
+        h = system.advance(h, u, padding)[:, : filter.system.C.shape[1]]  # every channel of a feature has the same
         if isinstance(filter, DPLRFilter):
-            y, h = long_conv(u, _Realized(filter.realize(L)), _for_every_channel(filter, h), skip=skip)
             h = torch.complex(*h.detach().chunk(2, dim=2))  # the authors carry it without gradient
-        else:
-            y, h = long_conv(u, filter, _for_every_channel(filter, h), skip=skip)
-        h = h[:, : filter.system.C.shape[1]]  # one system a feature: every channel has the same state
         if state.is_complex():
             return y, h
         return y, h.real if filter.system.real else torch.view_as_real(h)
 
     def _stateful(self, length: int) -> "DiagonalFilter | DPLRFilter":
+        if self.late:
+            raise ValueError("shift = True has no state: the official one is not late")
         if self.bidirectional:
             raise ValueError("bidirectional = True has no state: it looks ahead")
         if not isinstance(self.filter, DiagonalFilter | DPLRFilter):
@@ -290,102 +324,20 @@ def _for_every_channel(filter: DiagonalFilter | DPLRFilter, h: Tensor) -> Tensor
 OfficialFilter = DiagonalFilter | DPLRFilter | DSSFilter
 
 
-class StateKernelFace(nn.Module):
-    """A kernel by itself:  k = module(),  or with a state also what it adds to the outputs.
+def kernel_alone(filter: Any, state: Tensor | None = None, *, length: int | None) -> Tensor | dict[str, Tensor]:
+    """k (K, H, length); with a state {"k": ..., "k_state": (B, K, H, length)}, what it adds to the outputs.
 
     Args:
-        filter: gives the taps, rows c H + h.
-        length: how many, or None for those of the length that the kernel was trained at.
+        filter: an OfficialFilter.
+        length: None for that which the kernel was trained at.
     """
-
-    filter: OfficialFilter
-
-    def __init__(self, filter: OfficialFilter, length: int | None):
-        super().__init__()
-        self.filter, self.length = filter, length
-
-    def forward(self, state: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """k (K, H, L); with a state {"k": ..., "k_state": (B, K, H, L)}."""
-        filter, length = self.filter, self.length
-        if length is None and isinstance(filter, DPLRFilter):
-            length = round(int(filter.l_kernel) / filter.system.rate)
-        assert length is not None
-        channels = len(filter.system.C)
-        k = filter(length).unflatten(0, (channels, -1))
-        if state is None:
-            return k
-        if not isinstance(filter, DiagonalFilter | DPLRFilter):
-            raise ValueError("disc = 'dss' has no state: every tap of its kernel depends on the length")
-        h = _for_every_channel(filter, as_complex_state(filter.system, state))
-        system = filter.realize(length) if isinstance(filter, DPLRFilter) else filter.realize()
-        return {"k": k, "k_state": system.response(h, length).unflatten(1, (channels, -1))}
-
-
-def _modes(o: Options) -> int:
-    return o.d_state if o.is_real else o.d_state // 2
-
-
-def _systems(o: Options) -> int:
-    return o.d_model if o.n_ssm is None else o.n_ssm
-
-
-def _low_rank(o: Options) -> bool:
-    """Whether the kernel is SSMKernelDPLR rather than SSMKernelDiag."""
-    name = o.mode if o.kernel is None else o.kernel
-    return name in ("dplr", "nplr", "s4")
-
-
-def kernel_shapes(o: Options, channels: int) -> Shapes:
-    """The keys of a kernel of ``channels`` filters a feature, with their shapes."""
-    H, P, S = o.d_model, _modes(o), _systems(o)
-    pair = () if o.is_real else (2,)
-    shapes: Shapes = {
-        "inv_dt": (H, 1 if o.dt_tie else P),
-        "C": (channels, H, P, *pair),
-        "B": (1, S, P, *pair),
-        "A_real": (S, P),
-    }
-    if not o.is_real:
-        shapes["A_imag"] = (S, P)
-    if _low_rank(o):
-        shapes |= {"P": (o.rank, S, P, 2), "l_kernel": ()}
-    return shapes
-
-
-def build_kernel(o: Options, channels: int) -> OfficialFilter:
-    """The filter of a kernel, channels times d_model rows."""
-    S = _systems(o)
-    if (o.mode is None) == (o.kernel is None):
-        raise ValueError(f"give one of mode and kernel; got mode = {o.mode!r}, kernel = {o.kernel!r}")
-    if S < 1 or o.d_model % S:
-        raise ValueError(f"n_ssm = {S} does not divide d_model = {o.d_model}")
-    system = DiagonalSystem(
-        o.d_model,
-        _modes(o),
-        channels,
-        S,
-        tied=o.dt_tie,
-        real=o.is_real,
-        dt=o.dt_transform,
-        real_part=o.real_transform,
-        imag_part=o.imag_transform,
-        fast=o.dt_fast,
-        rate=o.rate,
-        bandlimit=o.bandlimit,
-    )
-    if _low_rank(o):
-        if o.is_real:
-            raise ValueError(f"is_real = True is not carried over for mode = {o.mode or o.kernel!r}, only for 'diag'")
-        return DPLRFilter(system, o.rank, o.l_max)
-    return DSSFilter(system) if o.disc == "dss" else DiagonalFilter(system, o.disc)
-
-
-def convert_kernel(state: State) -> State:
-    """Official tensors of a kernel to those of :func:`build_kernel`."""
-    ours = {f"system.{key}": tensor for key, tensor in state.items() if key not in ("P", "l_kernel")}
-    if "P" in state:
-        length = int(state["l_kernel"])
-        if length < 0:
-            raise ValueError(f"'l_kernel' is the length that C is for, >= 0; got {length}")
-        ours |= {"P": state["P"], "l_kernel": state["l_kernel"].long()}
-    return ours
+    if length is None:
+        length = round(int(filter.l_kernel) / filter.system.rate)
+    channels = len(filter.system.C)
+    k = filter(length).unflatten(0, (channels, -1))
+    if state is None:
+        return k
+    if isinstance(filter, DSSFilter):
+        raise ValueError("disc = 'dss' has no state: every tap of its kernel depends on the length")
+    h = _for_every_channel(filter, as_complex_state(filter.system, state))
+    return {"k": k, "k_state": filter.realize(length).response(h, length).unflatten(1, (channels, -1))}

@@ -1,28 +1,39 @@
 """SequenceModel of github.com/state-spaces/s4 (commit e757cef), in its Lightning checkpoints under ``model.``."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.errors import choose
-from longwave.official.blocks import ACTIVATIONS, ELEMENTWISE, BatchNorm, FeedForward, MixerFace, ResidualBlock
-from longwave.official.s4 import S4_BLOCK, under
-from longwave.official.sashimi import S4Layer, ScalarNorm
-from longwave.official.system import (
-    Anything,
-    Choice,
-    Number,
-    Options,
-    Shapes,
+from longwave.mixers import Mixer
+from longwave.mixers.base import WholeMixer
+from longwave.official.blocks import (
+    Activation,
+    BatchNorm,
+    Call,
+    Elementwise,
+    FeedForward,
+    ResidualBlock,
+    ScalarNorm,
+    mixed,
+)
+from longwave.official.s4 import S4Block
+from longwave.official.source import (
+    CONSTANT,
+    Flag,
+    Layer,
+    Name,
+    Names,
+    Positive,
     Size,
-    State,
+    Source,
     System,
-    prefixed,
-    read_part,
+    inside,
+    part,
+    unused,
 )
 
 
@@ -86,26 +97,26 @@ class Affine(nn.Module):
         return self.alpha * x + self.affine * y
 
 
-class Joined(nn.Module):
+class Joined(WholeMixer):
     """W [f(x) | g(x)]: the authors' ``bidirectional`` around a layer, whose g does not hear x in reverse.
 
     Args:
-        layer, reverse_layer: f and g.
-        d_model: D.
+        layer, reverse_layer: f and g, each of width D.
     """
 
-    causal = False
+    name = "bidirectional"
 
-    def __init__(self, layer: nn.Module, reverse_layer: nn.Module, d_model: int):
+    def __init__(self, layer: Mixer, reverse_layer: Mixer):
         super().__init__()
-        self.layer, self.reverse_layer = layer, reverse_layer
-        self.bidirectional_linear = nn.Linear(2 * d_model, d_model)
+        self.layer, self.reverse_layer, self.d_model = layer, reverse_layer, layer.d_model
+        self.bidirectional_linear = nn.Linear(2 * self.d_model, self.d_model)
 
-    def forward(self, x: Tensor, state: None = None, *, mask: Tensor | None = None) -> tuple[Tensor, None]:
-        return self.bidirectional_linear(torch.cat([self.layer(x)[0], self.reverse_layer(x)[0]], dim=-1)), None
+    def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        both = [layer.mix(x, None, padding)[0] for layer in (self.layer, self.reverse_layer)]
+        return self.bidirectional_linear(torch.cat(both, dim=-1))
 
 
-class SequenceModel(nn.Module):
+class Blocks(nn.Module):
     """Blocks in a row, then a norm.
 
     Args:
@@ -150,176 +161,126 @@ def _named(what: str, option: Any, known: set[str]) -> tuple[str | None, dict[st
     return name, arguments
 
 
-def _norm(o: Options, features: int) -> nn.Module:
-    name, arguments = _named("norm", o.norm, {"scalar"})
-    table = {
-        "none": nn.Identity,
-        "layer": lambda: nn.LayerNorm(features),
-        "batch": lambda: BatchNorm(features),
-        "instance": InstanceNorm,
-        "group": lambda: GroupNorm(features),
-    }
-    if name == "layer" and o.transposed and arguments.get("scalar", True):
-        return ScalarNorm()
-    return choose("norm", name or "none", table)()
+class FFN(Source):
+    """FFN."""
+
+    ignored = frozenset({"initializer", "dropout", "tie_dropout", "transposed"})
+    d_model: Size
+    expand: float = 2.0
+    d_output: None = None
+    activation: Activation = "gelu"
+
+    def mixer(self) -> Mixer:
+        """The layer, freshly drawn."""
+        return FeedForward(self.d_model, int(self.expand * self.d_model), self.activation)
+
+    def mixer_names(self) -> Names:
+        """Of :meth:`mixer`."""
+        return [Name("ff.0." if self.activation is None else "ff.0.0.", "fc1."), Name("ff.2.", "fc2.")]
 
 
-def _residual(o: Options, i: int) -> nn.Module:
-    """That of block i, counted from 1."""
-    name, arguments = _named("residual", o.residual, {"alpha", "beta", "scalar", "gamma", "power", "l2"})
-    alpha, beta = arguments.get("alpha", 1.0), arguments.get("beta", 1.0)
-    if name in ("R", "residual"):
-        return Residual(alpha, beta)
-    if name in ("A", "affine"):
-        return Affine(alpha, 1 if arguments.get("scalar", True) else o.d_model)
-    if name in ("D", "decay"):
-        weight = i ** -arguments.get("power", 0.5)
-        return Residual((1 - weight**2) ** 0.5 if arguments.get("l2", True) else 1 - weight, weight)
-    if name in (None, "F", "N", "none", "ff", "feedforward"):
-        return Residual(0.0, 1.0)
-    raise ValueError(f"residual = {name!r} is not carried over; longwave has R, A, D, F, N, by these or longer names")
+class S4InModel(S4Block):
+    """S4Block as a layer, where glu has no channels, unlike in the standalone block."""
+
+    activation: Elementwise = "gelu"
+    layer: Literal["fftconv"] = "fftconv"
 
 
-def _ffn_hidden(o: Options) -> int:
-    return int(o.expand * o.d_model)
+LAYERS: dict[str, type[S4InModel | FFN]] = {"s4": S4InModel, "ffn": FFN}
 
 
-def _ffn_keys(o: Options) -> Shapes:
-    hidden, first = _ffn_hidden(o), "ff.0" if o.activation is None else "ff.0.0"
-    widened = hidden * (2 if o.activation == "glu" else 1)
-    return {
-        f"{first}.weight": (widened, o.d_model),
-        f"{first}.bias": (widened,),
-        "ff.2.weight": (o.d_model, hidden),
-        "ff.2.bias": (o.d_model,),
-    }
+class SequenceModel(Source):
+    """SequenceModel."""
+
+    ignored = frozenset({"dropout", "tie_dropout", "track_norms", "dropinp"})
+    d_model: Size
+    layer: Any
+    n_layers: Size = 1
+    n_repeat: Size = 1
+    transposed: Flag = False
+    prenorm: Flag = True
+    bidirectional: Flag = False
+    residual: Any = None
+    norm: Any = None
+    pool: Any = None
+    rate: Positive = 1.0
+
+    def layers(self) -> list[Layer]:
+        """Those of every depth."""
+        found: list[Layer] = []
+        for config in self.layer if isinstance(self.layer, list | tuple) else [self.layer]:
+            name = config.get("_name_") if isinstance(config, Mapping) else config
+            run = {"rate": self.rate} if name == "s4" else {}
+            source = choose("layer", str(name), LAYERS)
+            found.append(part("layer", source, config, **run, d_model=self.d_model, transposed=False))
+        return found * (self.n_layers * self.n_repeat)
+
+    def make_norm(self) -> nn.Module:
+        """One of the norms."""
+        name, arguments = _named("norm", self.norm, {"scalar"})
+        D = self.d_model
+        table = {
+            "none": nn.Identity,
+            "layer": lambda: nn.LayerNorm(D),
+            "batch": lambda: BatchNorm(D),
+            "instance": InstanceNorm,
+            "group": lambda: GroupNorm(D),
+        }
+        if name == "layer" and self.transposed and arguments.get("scalar", True):
+            return ScalarNorm()
+        return choose("norm", name or "none", table)()
+
+    def norm_names(self) -> Names:
+        """Of one norm."""
+        norm = self.make_norm()
+        transposed = isinstance(norm, nn.LayerNorm) and self.transposed
+        running = [Name(f"norm.norm.{key}", f"norm.{key}", CONSTANT) for key in ("running_mean", "running_var")]
+        counted = [unused("norm.norm.num_batches_tracked")] if isinstance(norm, BatchNorm) else []
+        return [*running, *counted, Name("norm.norm.ln." if transposed else "norm.norm.", "norm.")]
+
+    def make_residual(self, i: int) -> nn.Module:
+        """That of block i, counted from 1."""
+        name, arguments = _named("residual", self.residual, {"alpha", "beta", "scalar", "gamma", "power", "l2"})
+        alpha, beta = arguments.get("alpha", 1.0), arguments.get("beta", 1.0)
+        if name in ("R", "residual"):
+            return Residual(alpha, beta)
+        if name in ("A", "affine"):
+            return Affine(alpha, 1 if arguments.get("scalar", True) else self.d_model)
+        if name in ("D", "decay"):
+            weight = i ** -arguments.get("power", 0.5)
+            return Residual((1 - weight**2) ** 0.5 if arguments.get("l2", True) else 1 - weight, weight)
+        if name in (None, "F", "N", "none", "ff", "feedforward"):
+            return Residual(0.0, 1.0)
+        raise ValueError(
+            f"residual = {name!r} is not carried over; longwave has R, A, D, F, N, by these or longer names"
+        )
+
+    def build(self) -> nn.Module:
+        if self.bidirectional and self.transposed:
+            raise ValueError("bidirectional = True needs transposed = False; the official model fails with it")
+        pool, factors = _named("pool", self.pool, {"stride", "pool", "expand"})
+        if pool not in (None, "sample") or any(factor != 1 for factor in factors.values()):
+            raise ValueError(
+                f"pool = {self.pool!r} is not carried over: longwave has none, or 'sample' with factors of 1"
+            )
+        blocks = []
+        for i, layer in enumerate(self.layers(), 1):
+            mixer = Joined(layer.mixer(), layer.mixer()) if self.bidirectional else layer.mixer()
+            blocks.append(ResidualBlock(mixer, self.make_norm(), self.prenorm, self.make_residual(i)))
+        model = Blocks(blocks, self.make_norm() if self.prenorm else nn.Identity())
+        return Call(model, mixed).eval()  # batch norm by its running statistics
+
+    def names(self) -> Names:
+        table: Names = []
+        for i, layer in enumerate(self.layers()):
+            mixer = inside("layer.", "", layer.mixer_names())
+            if self.bidirectional:
+                both = [(f"{one}.", f"{one}.", layer.mixer_names()) for one in ("layer", "reverse_layer")]
+                mixer = [name for one in both for name in inside(*one)]
+                mixer.append(Name("bidirectional_linear.", "bidirectional_linear."))
+            block = [*self.norm_names(), *inside("", "mixer.", mixer), Name("residual.", "residual.")]
+            table += inside(f"layers.{i}.", f"layers.{i}.", block)
+        return inside("", "model.", [*table, *(self.norm_names() if self.prenorm else [])])
 
 
-FFN_LAYER = System(
-    options={
-        "d_model": Size(),
-        "expand": 2.0,
-        "d_output": Choice(None),
-        "activation": Choice(*ACTIVATIONS, default="gelu"),
-    },
-    ignored=frozenset({"initializer", "dropout", "tie_dropout", "transposed"}),
-    keys=_ffn_keys,
-    build=lambda o: FeedForward(o.d_model, _ffn_hidden(o), o.activation),
-    convert=lambda state, o: {
-        f"{'fc2' if key.startswith('ff.2') else 'fc1'}.{key.rpartition('.')[2]}": tensor
-        for key, tensor in state.items()
-    },
-)
-
-S4_LAYER = replace(
-    S4_BLOCK,
-    options={
-        **S4_BLOCK.options,
-        "activation": Choice(*ELEMENTWISE, default="gelu"),  # unlike in the standalone block, glu has no channels
-        "layer": Choice("fftconv"),
-    },
-    build=lambda o: S4Layer(S4_BLOCK.build(o), o.d_model, not o.bidirectional),
-    convert=lambda state, o: prefixed("block.", S4_BLOCK.convert(state, o)),
-)
-
-LAYERS = {"s4": S4_LAYER, "ffn": FFN_LAYER}
-
-
-def _layers(o: Options) -> list[tuple[System, Options]]:
-    """What every layer is, and its options."""
-    configs = []
-    for config in o.layer if isinstance(o.layer, list | tuple) else [o.layer]:
-        name = config.get("_name_") if isinstance(config, Mapping) else config
-        system = choose("layer", str(name), LAYERS)
-        run = {"rate": o.rate} if name == "s4" else {}
-        configs.append((system, read_part("layer", system.read, config, **run, d_model=o.d_model, transposed=False)))
-    return configs * (o.n_layers * o.n_repeat)
-
-
-def _parts(o: Options) -> tuple[str, ...]:
-    """The layers within a block, by their official names."""
-    return ("layer", "reverse_layer") if o.bidirectional else ("layer",)
-
-
-def _norm_keys(o: Options) -> Shapes:
-    """Of one norm, official: those of ours, and what ours does not count."""
-    norm = _norm(o, o.d_model)
-    shapes: Shapes = {f"norm.norm.{key}": tuple(tensor.shape) for key, tensor in norm.state_dict().items()}
-    if isinstance(norm, BatchNorm):
-        shapes["norm.norm.num_batches_tracked"] = ()
-    elif isinstance(norm, nn.LayerNorm) and o.transposed:
-        return {key.replace("norm.norm.", "norm.norm.ln."): shape for key, shape in shapes.items()}
-    return shapes
-
-
-def _keys(o: Options) -> Shapes:
-    keys: Shapes = {}
-    for i, (system, options) in enumerate(_layers(o)):
-        inner = {f"{part}.{key}": shape for part in _parts(o) for key, shape in system.keys(options).items()}
-        inner |= _norm_keys(o)
-        inner |= {f"residual.{key}": tuple(t.shape) for key, t in _residual(o, i + 1).state_dict().items()}
-        if o.bidirectional:
-            inner |= {"bidirectional_linear.weight": (o.d_model, 2 * o.d_model)}
-            inner |= {"bidirectional_linear.bias": (o.d_model,)}
-        keys |= prefixed(f"layers.{i}.", inner)
-    return {**keys, **(_norm_keys(o) if o.prenorm else {})}
-
-
-def _build(o: Options) -> nn.Module:
-    if o.bidirectional and o.transposed:
-        raise ValueError("bidirectional = True needs transposed = False; the official model fails with it")
-    pool, factors = _named("pool", o.pool, {"stride", "pool", "expand"})
-    if pool not in (None, "sample") or any(factor != 1 for factor in factors.values()):
-        raise ValueError(f"pool = {o.pool!r} is not carried over: longwave has none, or 'sample' with factors of 1")
-    blocks = []
-    for i, (system, options) in enumerate(_layers(o)):
-        layer = system.build(options)
-        if o.bidirectional:
-            layer = Joined(layer, system.build(options), o.d_model)
-        blocks.append(ResidualBlock(layer, _norm(o, o.d_model), o.prenorm, _residual(o, i + 1)))
-    model = SequenceModel(blocks, _norm(o, o.d_model) if o.prenorm else nn.Identity())
-    return MixerFace(model).eval()  # batch norm by its running statistics
-
-
-def _convert_norm(state: State) -> State:
-    """Tensors of one norm, keys without ``norm.norm.``."""
-    ours = {key.removeprefix("ln."): t for key, t in state.items() if key != "num_batches_tracked"}
-    return {f"norm.{key}": t.detach() if key.startswith("running_") else t for key, t in ours.items()}
-
-
-def _convert(state: State, o: Options) -> State:
-    ours: State = {}
-    for i, (system, options) in enumerate(_layers(o)):
-        block = under(f"layers.{i}.", state)
-        inner = _convert_norm(under("norm.norm.", block))
-        for part in _parts(o):
-            place = f"mixer.{part}" if o.bidirectional else "mixer"
-            converted = system.convert(under(f"{part}.", block), options)
-            inner |= prefixed(f"{place}.", converted)
-        inner |= {key: t for key, t in block.items() if key.startswith("residual.")}
-        inner |= {f"mixer.{key}": t for key, t in block.items() if key.startswith("bidirectional_linear.")}
-        ours |= prefixed(f"layers.{i}.", inner)
-    return prefixed("model.", {**ours, **_convert_norm(under("norm.norm.", state))})
-
-
-S4_MODEL = System(
-    options={
-        "d_model": Size(),
-        "layer": Anything(),
-        "n_layers": 1,
-        "n_repeat": 1,
-        "transposed": False,
-        "prenorm": True,
-        "bidirectional": False,
-        "residual": None,
-        "norm": None,
-        "pool": None,
-        "rate": Number(1.0, above=0),
-    },
-    ignored=frozenset({"dropout", "tie_dropout", "track_norms", "dropinp"}),
-    keys=_keys,
-    build=_build,
-    convert=_convert,
-)
-
-SYSTEMS = {"s4model": S4_MODEL}
+SYSTEMS = {"s4model": System(SequenceModel)}

@@ -14,7 +14,7 @@ from longwave.official.blocks import Call, mixed
 from longwave.official.replicas.conv import Conv
 from longwave.official.replicas.hyena import H3Conv, WholeSequences
 from longwave.official.safari_longconv import KernelOptions
-from longwave.official.source import Flag, Name, Names, One, Size, Source, System, Turn, inside
+from longwave.official.source import FIRST, Flag, Name, Names, One, Size, Source, System, Turn, inside
 
 LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {  # of the authors' transforms of -Re A
     "exp": lambda x: x,
@@ -23,7 +23,6 @@ LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {  # of the authors' transfo
     "sigmoid": F.logsigmoid,
     "softplus": lambda x: torch.log(F.softplus(x)),
 }
-FIRST = Turn(lambda t: t[0], lambda t: t[None])
 
 
 class H3Layer(Source):

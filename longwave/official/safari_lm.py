@@ -7,7 +7,7 @@ attention at some, in the order norm, mixer, norm, MLP; the head is the embeddin
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from longwave.official.source import (
     Alias,
     Count,
     Flag,
+    Layer,
     Name,
     Names,
     Size,
@@ -34,13 +35,6 @@ from longwave.official.source import (
     part,
     under,
 )
-
-
-class Layer(Protocol):
-    """The options of a layer: what its mixer is, and the names of its tensors."""
-
-    def mixer(self) -> Mixer: ...
-    def mixer_names(self) -> Names: ...
 
 
 class MHA(Source):

@@ -19,12 +19,7 @@ from longwave.official.blocks import (
 )
 from longwave.official.replicas.conv import BlockConv, Conv, SpectrumSmoothing
 from longwave.official.safari_block_fft import BlockOptions
-from longwave.official.source import Flag, Name, Names, Positive, Size, Source, System, Turn, inside, numbered, part
-
-
-def flat(features: int) -> Turn:
-    """(K, features, ...), filter by filter, in one axis."""
-    return Turn(lambda t: t.flatten(0, 1), lambda t: t.unflatten(0, (-1, features)))
+from longwave.official.source import Flag, Name, Names, Positive, Size, Source, System, flat, inside, numbered, part
 
 
 class KernelOptions(Source):

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar, Union, get_args, get_origin
 
 import torch
 from annotated_types import Ge, Gt
@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from longwave.errors import nearest, shown
+from longwave.mixers import Mixer
 from longwave.spec import Spec, explain
 
 RUN = frozenset({"L", "batch", "length", "prefill"})  # how an official run was made, not what the module is
@@ -48,6 +49,17 @@ AS_IT_IS = Turn(_itself, _itself)
 WHOLE = Turn(lambda t: t.long(), _itself)  # whole numbers stay exact in a checkpoint of any dtype
 
 
+FIRST = Turn(lambda t: t[0], lambda t: t[None])  # without an axis of 1 in front
+CONSTANT = Turn(lambda t: t.detach(), _itself)  # of running statistics there is no gradient
+COLUMN = Turn(lambda t: t[:, 0], lambda t: t[:, None])  # without an axis of 1 behind the first
+TAP = Turn(lambda t: t.flatten(1) if t.ndim > 1 else t, lambda t: t[..., None] if t.ndim > 1 else t)  # a 1-tap map
+
+
+def flat(features: int) -> Turn:
+    """(K, features, ...), filter by filter, in one axis."""
+    return Turn(lambda t: t.flatten(0, 1), lambda t: t.unflatten(0, (-1, features)))
+
+
 class Name(NamedTuple):
     """Official tensors and those of ours that they become; of the first line that fits, if the module has them.
 
@@ -77,6 +89,17 @@ def unused(official: str, *shape: int) -> Name:
     return Name(official, (), Turn(lambda t: (), lambda: torch.empty(shape, device="meta")))
 
 
+def weight_norm(official: str, ours: str, points: int = 0) -> Name:
+    """A matrix kept as directions and lengths of its rows, with so many axes of 1 behind."""
+
+    def joined(g: Tensor, v: Tensor) -> Tensor:
+        return g.flatten(1) * v.flatten(1) / torch.linalg.vector_norm(v.flatten(1), dim=1, keepdim=True)
+
+    ones = (1,) * points
+    parted = Turn(joined, lambda w: (w.new_empty(len(w), 1, *ones), w.reshape(*w.shape, *ones)))
+    return Name((f"{official}.weight_g", f"{official}.weight_v"), f"{ours}weight", parted)
+
+
 def inside(official: str, ours: str, names: Iterable[Name | Alias]) -> Names:
     """The names of a part of a module, with what stands before them there and here."""
 
@@ -94,6 +117,13 @@ def inside(official: str, ours: str, names: Iterable[Name | Alias]) -> Names:
 def numbered(count: int, official: str, ours: str, names: Iterable[Name | Alias]) -> Names:
     """:func:`inside` for as many equal parts, whose numbers are where the prefixes have {}."""
     return [name for i in range(count) for name in inside(official.format(i), ours.format(i), names)]
+
+
+class Layer(Protocol):
+    """The options of a layer of a model: what its mixer is, and the names of the mixer's tensors."""
+
+    def mixer(self) -> Mixer: ...
+    def mixer_names(self) -> Names: ...
 
 
 def _several(x: T | tuple[T, ...]) -> tuple[T, ...]:
@@ -182,7 +212,11 @@ class Source(Spec):
             return handler({name: value for name, value in data.items() if name in fields or name not in ignored})
         except ValidationError as error:
             worst = ["extra_forbidden", "missing"]
-            faults = sorted(error.errors(), key=lambda fault: (*worst, fault["type"]).index(fault["type"]))
+
+            def order(fault: Any) -> tuple[int, bool]:  # what is said comes before a default that is not carried over
+                return (*worst, fault["type"]).index(fault["type"]), fault["loc"][0] not in data
+
+            faults = sorted(error.errors(), key=order)
             said = {fault["loc"][0]: cls._sentence(fault["type"], str(fault["loc"][0]), data) for fault in faults}
             worded: Any = [
                 {"type": PydanticCustomError("value_error", "{it}", {"it": it}), "loc": (name,), "input": data}
@@ -199,7 +233,7 @@ class Source(Spec):
             return f"the option {name!r} is missing"
         field = cls.model_fields[name]
         rule = field.description or allowed(field.annotation, field.metadata)
-        return f"the option {name} = {shown(config[name])} {rule}"
+        return f"the option {name} = {shown(config.get(name, field.default))} {rule}"
 
     def tensors(self) -> Shapes:
         """The official names and shapes that the options ask for."""

@@ -76,7 +76,9 @@ class Conv(nn.Module):
         if self.bidirectional:
             raise ValueError("bidirectional = True has no state: it looks ahead")
         if self.support is not None or not isinstance(self.filter, StateSpaceFilter):
-            raise ValueError("there is no state: a kernel of fixed length, or over the length, is no recurrence")
+            raise ValueError(
+                "there is no state for a kernel of fixed length, or over the length: neither is a recurrence"
+            )
         return self.filter
 
 

@@ -11,19 +11,10 @@ from torch import Tensor, nn
 from longwave.nn.module import at_least_float32
 from longwave.official.s4_kernel import StateSpaceConv
 
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _lecun(x: Tensor) -> Tensor:
-    return 1.7159 * torch.tanh(0.666 * x)
-
-
 CONTRACTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: _identity,
+    None: lambda x: x,
     "tanh": torch.tanh,
-    "lecun": _lecun,
+    "lecun": lambda x: 1.7159 * torch.tanh(0.666 * x),
 }
 
 
@@ -126,7 +117,7 @@ class KB(nn.Module):
         """Products (B, H, L) -> what they add to y (B, K H, L)."""
         b, _ = self.stash()
         H, L = products[0].shape[1:]
-        k = conv.filter(L if conv.support is None else min(L, conv.support))
+        k = conv.kernel(L)
         n = k.shape[1] + L
         if conv.bidirectional:
             behind, ahead = k.chunk(2)
