@@ -28,9 +28,9 @@ from longwave.official import (
     safari_longconv,
     sashimi,
 )
-from longwave.official.system import Choice, Family, Options, System, mapping
+from longwave.official.source import Source, System, mapping
 
-SYSTEMS: dict[str, Any] = {
+SYSTEMS: dict[str, System] = {
     **s4.SYSTEMS,
     **s4v3.SYSTEMS,
     **s4model.SYSTEMS,
@@ -53,7 +53,7 @@ SYSTEMS: dict[str, Any] = {
     **sashimi.SYSTEMS,
 }
 
-__all__ = ["SYSTEMS", "Choice", "Family", "Options", "System", "from_official"]
+__all__ = ["SYSTEMS", "Source", "System", "from_official"]
 
 
 def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tensor]) -> nn.Module:

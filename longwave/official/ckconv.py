@@ -3,29 +3,34 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.nn.filters.ckconv import Siren, evaluate
-from longwave.nn.module import at_least_float32
 from longwave.official.blocks import BatchNorm
-from longwave.official.system import (
-    Choice,
-    Family,
-    Number,
-    Options,
-    Shapes,
+from longwave.official.replicas.correlation import correlate
+from longwave.official.source import (
+    WHOLE,
+    Flag,
+    Name,
+    Names,
+    Positive,
     Size,
-    State,
+    Source,
     System,
-    prefixed,
-    under,
+    Turn,
+    inside,
+    numbered,
+    unused,
+    weight_norm,
 )
 
+Activation = Literal["ReLU", "LeakyReLU", "Swish"]
+Norm = Literal["", "LayerNorm", "BatchNorm"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "LeakyReLU": nn.LeakyReLU, "Swish": nn.SiLU}
-NORMS = ("", "LayerNorm", "BatchNorm")
 
 
 def norm_layer(name: str, channels: int) -> nn.Module:
@@ -49,96 +54,36 @@ class KernelMLP(nn.Module):
 
     def __init__(self, sizes: list[int], activation: str, norm: str, bias: bool):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv1d(a, b, 1, bias=bias) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(norm_layer(norm, size) for size in sizes[1:-1])
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, positions: Tensor) -> Tensor:
         """positions (P, dim) -> (P, out)."""
-        h = positions.T[None]
+        h = positions
         for layer, norm in zip(self.layers[:-1], self.norms):
-            h = self.activation(norm(layer(h)))
-        return self.layers[-1](h)[0].T
+            h = self.activation(norm(layer(h).T[None])[0].T)
+        return self.layers[-1](h)
 
 
-def mlp_keys(sizes: list[int], dim: int, norm: str, bias: bool, stride: int, weight_norm: bool) -> Shapes:
-    """The official keys of a network of linear maps, ``stride`` entries apart, and of the norms behind them."""
-    keys: Shapes = {}
-    for i, (a, b) in enumerate(pairwise(sizes)):
-        name, points = f"kernel_net.{i * stride}", (1,) * dim
-        if weight_norm:
-            keys |= {f"{name}.weight_g": (b, 1, *points), f"{name}.weight_v": (b, a, *points)}
-        else:
-            keys[f"{name}.weight"] = (b, a, *points)
-        if bias:
-            keys[f"{name}.bias"] = (b,)
-        if norm and i + 2 < len(sizes):
-            at = f"kernel_net.{(i + 1) * stride - 2}"
-            if norm == "LayerNorm":
-                keys |= {f"{at}.layer_norm.{key}": (b,) for key in ("weight", "bias")}
-            else:
-                keys |= {f"{at}.{key}": (b,) for key in ("weight", "bias", "running_mean", "running_var")}
-                keys[f"{at}.num_batches_tracked"] = ()
-    return keys
+def points(dim: int) -> Turn:
+    """A matrix that is a convolution of one point in ``dim`` dimensions there."""
+    ones = (1,) * dim
+    return Turn(lambda t: t.flatten(1) if t.ndim > 1 else t, lambda t: t.reshape(*t.shape, *ones) if t.ndim > 1 else t)
 
 
-def convert_mlp(state: State, layers: int, norm: str, stride: int, weight_norm: bool, flat: bool) -> State:
-    """Those tensors under the keys of :class:`KernelMLP`, or of a :class:`Siren` where ``flat``."""
-    ours = {}
+def net_names(layers: int, dim: int, norm: str, stride: int, normed: bool) -> Names:
+    """Of the linear maps of a network, ``stride`` entries apart, with or without weight norm, and of their norms."""
+    table: Names = []
     for i in range(layers):
-        name = f"kernel_net.{i * stride}"
-        if weight_norm:
-            v = state[f"{name}.weight_v"]
-            weight = v * (
-                state[f"{name}.weight_g"] / torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.ndim - 1))
-            )
-        else:
-            weight = state[f"{name}.weight"]
-        ours[f"layers.{i}.weight"] = weight.flatten(1) if flat else weight.flatten(1)[..., None]
-        if f"{name}.bias" in state:
-            ours[f"layers.{i}.bias"] = state[f"{name}.bias"]
-        if norm and i + 1 < layers:
-            prefix = f"kernel_net.{(i + 1) * stride - 2}."
-            for key, tensor in state.items():
-                if key.startswith(prefix) and not key.endswith("num_batches_tracked"):
-                    ours[f"norms.{i}.{key.removeprefix(prefix).removeprefix('layer_norm.')}"] = tensor
-    return ours
-
-
-def own_tensors(state: State) -> State:
-    """The convolution's own tensors besides its network's."""
-    return {"train_length": state["train_length"].long(), **({"bias": state["bias"]} if "bias" in state else {})}
-
-
-def correlate(x: Tensor, kernel: Tensor, bias: Tensor | None, fft: bool) -> Tensor:
-    """The authors' causal correlation of x (B, D, L), by FFT or not, in the dtype of the kernel or of x if better."""
-    (wide,) = at_least_float32(x)
-    run = causal_fft_correlation if fft else causal_correlation
-    return run(wide, padded_to_odd(kernel), None if bias is None else bias.to(kernel.dtype)).to(x.dtype)
-
-
-def padded_to_odd(kernel: Tensor) -> Tensor:
-    """A kernel (E, D, K) with a zero in front where K is even, as the authors have it."""
-    return F.pad(kernel, (1, 0)) if kernel.shape[2] % 2 == 0 else kernel
-
-
-def causal_correlation(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """y[t] = sum_s kernel[:, :, K - 1 - s] x[t - s] + bias, x (B, D, L) -> (B, E, L)."""
-    return F.conv1d(F.pad(x, (kernel.shape[2] - 1, 0)), kernel, bias)
-
-
-def causal_fft_correlation(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """The authors' causal_fftconv of x (B, D, L) with a kernel of odd length, bug for bug.
-
-    Their inverse transform does not know the length, so it makes an even one: where L + K - 1 is odd, the result is
-    resampled and is not the correlation.
-    """
-    L, n = x.shape[2], x.shape[2] + kernel.shape[2] - 1
-    spectrum = torch.einsum(
-        "bi...,oi...->bo...", torch.fft.rfft(F.pad(x, (n - L, 0))), torch.fft.rfft(kernel, n).conj()
-    )
-    y = torch.fft.irfft(spectrum, n // 2 * 2)[..., :L]
-    return y if bias is None else y + bias[:, None]
+        there, here = f"kernel_net.{i * stride}", f"layers.{i}."
+        table.append(weight_norm(there, here, dim) if normed else Name(f"{there}.weight", f"{here}weight", points(dim)))
+        table.append(Name(f"{there}.bias", f"{here}bias"))
+        if i + 1 < layers:
+            at = f"kernel_net.{(i + 1) * stride - 2}."
+            table.append(Name(f"{at}layer_norm." if norm == "LayerNorm" else at, f"norms.{i}."))
+            table += [unused(f"{at}num_batches_tracked")] if norm == "BatchNorm" else []
+    return table
 
 
 class CKConvLayer(nn.Module):
@@ -233,170 +178,110 @@ class CKNetwork(nn.Module):
         return y.squeeze(-1) if self.squeezed and y.shape[-1] == 1 else y
 
 
-_STRIDE = 4  # entries of the authors' kernel_net from one linear map to the next
+class CKConv(Source):
+    """CKConv."""
+
+    ignored = frozenset({"dropout", "weight_dropout", "train_length"})
+    in_channels: Size
+    out_channels: Size
+    hidden_channels: Size
+    activation_function: Literal["Sine"] | Activation = "Sine"
+    norm_type: Norm = ""
+    dim_linear: Literal[1] = 1
+    bias: Flag = True
+    omega_0: Positive
+    cls: Literal["CKConv"] = "CKConv"
+
+    def build(self) -> CKConvLayer:
+        H, out = self.hidden_channels, self.out_channels * self.in_channels
+        if self.activation_function == "Sine":
+            net: nn.Module = Siren(1, H, out, 3, self.omega_0, self.bias)
+        else:
+            net = KernelMLP([1, H, H, out], self.activation_function, self.norm_type, self.bias)
+        return CKConvLayer(self.in_channels, self.out_channels, net, self.bias)
+
+    def names(self) -> Names:
+        norm = "" if self.activation_function == "Sine" else self.norm_type
+        net = inside("Kernel.", "net.", net_names(3, 1, norm, 4, True))
+        return [Name("train_length", "train_length", WHOLE), *net, Name("bias", "bias")]
 
 
-def _norm(o: Options) -> str:
-    return "" if o.activation_function == "Sine" else o.norm_type
+class BlockOptions(Source):
+    """The options of the convolutions of a block."""
+
+    ignored = CKConv.ignored
+    in_channels: Size
+    kernelnet_hidden_channels: Size
+    kernelnet_activation_function: Literal["Sine"] | Activation = "Sine"
+    kernelnet_norm_type: Norm = ""
+    dim_linear: Literal[1] = 1
+    bias: Flag = True
+    omega_0: Positive
+
+    def convs(self, d_in: int, d_out: int) -> list[CKConv]:
+        """The options of the two convolutions."""
+        return [
+            CKConv(
+                in_channels=channels,
+                out_channels=d_out,
+                hidden_channels=self.kernelnet_hidden_channels,
+                activation_function=self.kernelnet_activation_function,
+                norm_type=self.kernelnet_norm_type,
+                bias=self.bias,
+                omega_0=self.omega_0,
+            )
+            for channels in (d_in, d_out)
+        ]
+
+    def block(self, d_in: int, d_out: int) -> CKBlock:
+        """A block, freshly drawn."""
+        first, second = (conv.build() for conv in self.convs(d_in, d_out))
+        return CKBlock(first, second, d_in, d_out)
+
+    def block_names(self, d_in: int, d_out: int) -> Names:
+        """Of a block."""
+        table: Names = [Name("shortcut.0.", "shortcut.")]
+        for i, conv in enumerate(self.convs(d_in, d_out), 1):
+            table += [*inside(f"cconv{i}.", f"cconv{i}.", conv.names()), Name(f"norm{i}.layer_norm.", f"norm{i}.")]
+        return table
 
 
-def _sizes(o: Options) -> list[int]:
-    return [1, o.hidden_channels, o.hidden_channels, o.out_channels * o.in_channels]
+class Block(BlockOptions):
+    """CKBlock."""
+
+    out_channels: Size
+    cls: Literal["CKBlock"] = "CKBlock"
+
+    def build(self) -> nn.Module:
+        return self.block(self.in_channels, self.out_channels)
+
+    def names(self) -> Names:
+        return self.block_names(self.in_channels, self.out_channels)
 
 
-def _conv_keys(o: Options) -> Shapes:
-    net = mlp_keys(_sizes(o), 1, _norm(o), o.bias, _STRIDE, True)
-    keys: Shapes = {"train_length": (1,), **prefixed("Kernel.", net)}
-    return keys | ({"bias": (o.out_channels,)} if o.bias else {})
+class Network(BlockOptions):
+    """CKCNN, and the three networks with a head for a task."""
+
+    hidden_channels: Size
+    num_blocks: Size
+    out_channels: Size | None = None
+    pool: Literal[False] = False
+    cls: Literal["CKCNN", "seqImg_CKCNN", "CopyMemory_CKCNN", "AddProblem_CKCNN"] = "CKCNN"
+
+    def build(self) -> nn.Module:
+        if self.cls == "seqImg_CKCNN" and self.out_channels is None:
+            raise ValueError("the option 'out_channels' is missing")
+        H = self.hidden_channels
+        blocks = [self.block(H if i else self.in_channels, H) for i in range(self.num_blocks)]
+        outputs = {"CopyMemory_CKCNN": 10, "AddProblem_CKCNN": 1, "seqImg_CKCNN": self.out_channels}.get(self.cls)
+        head = None if outputs is None else nn.Linear(H, outputs)
+        return CKNetwork(blocks, head, last=self.cls != "CopyMemory_CKCNN", squeezed=self.cls == "seqImg_CKCNN")
+
+    def names(self) -> Names:
+        H = self.hidden_channels
+        first = inside("backbone.0.", "blocks.0.", self.block_names(self.in_channels, H))
+        later = numbered(self.num_blocks, "backbone.{}.", "blocks.{}.", self.block_names(H, H))
+        return [*first, *later, Name("finallyr.", "head.")]
 
 
-def _build_conv(o: Options) -> CKConvLayer:
-    sizes = _sizes(o)
-    if o.activation_function == "Sine":
-        net: nn.Module = Siren(1, o.hidden_channels, sizes[-1], 3, o.omega_0, o.bias)
-    else:
-        net = KernelMLP(sizes, o.activation_function, _norm(o), o.bias)
-    return CKConvLayer(o.in_channels, o.out_channels, net, o.bias)
-
-
-def _convert_conv(state: State, o: Options) -> State:
-    net = convert_mlp(under("Kernel.", state), 3, _norm(o), _STRIDE, True, o.activation_function == "Sine")
-    ours = prefixed("net.", net)
-    return ours | own_tensors(state)
-
-
-def _conv_options(o: Options, in_channels: int) -> Options:
-    """The options of a block's convolution."""
-    return Options(
-        in_channels=in_channels,
-        out_channels=o.out_channels,
-        hidden_channels=o.kernelnet_hidden_channels,
-        activation_function=o.kernelnet_activation_function,
-        norm_type=o.kernelnet_norm_type,
-        bias=o.bias,
-        omega_0=o.omega_0,
-    )
-
-
-def _convs(o: Options) -> dict[str, Options]:
-    return {"cconv1": _conv_options(o, o.in_channels), "cconv2": _conv_options(o, o.out_channels)}
-
-
-def _block_keys(o: Options) -> Shapes:
-    keys = {f"{name}.{key}": shape for name, conv in _convs(o).items() for key, shape in _conv_keys(conv).items()}
-    keys |= {f"norm{i}.layer_norm.{key}": (o.out_channels,) for i in (1, 2) for key in ("weight", "bias")}
-    if o.in_channels != o.out_channels:
-        keys |= {"shortcut.0.weight": (o.out_channels, o.in_channels, 1), "shortcut.0.bias": (o.out_channels,)}
-    return keys
-
-
-def _build_block(o: Options) -> CKBlock:
-    first, second = (_build_conv(conv) for conv in _convs(o).values())
-    return CKBlock(first, second, o.in_channels, o.out_channels)
-
-
-def _convert_block(state: State, o: Options) -> State:
-    ours: State = {}
-    for name, conv in _convs(o).items():
-        ours |= prefixed(f"{name}.", _convert_conv(under(f"{name}.", state), conv))
-    for key, tensor in state.items():
-        if not key.startswith("cconv"):
-            ours[key.replace(".layer_norm.", ".").replace("shortcut.0.", "shortcut.")] = tensor
-    return ours
-
-
-def _blocks(o: Options) -> list[Options]:
-    """The options of every block of a network."""
-    first = {**vars(o), "out_channels": o.hidden_channels}
-    later = {**first, "in_channels": o.hidden_channels}
-    return [Options(**first)] + [Options(**later) for _ in range(o.num_blocks - 1)]
-
-
-def _outputs(o: Options) -> int | None:
-    """Of the head, where the network has one."""
-    return {"CKCNN": None, "CopyMemory_CKCNN": 10, "AddProblem_CKCNN": 1, "seqImg_CKCNN": o.out_channels}[o.cls]
-
-
-def _network_keys(o: Options) -> Shapes:
-    if o.cls == "seqImg_CKCNN" and o.out_channels is None:
-        raise ValueError("the option 'out_channels' is missing")
-    keys: Shapes = {}
-    for i, block in enumerate(_blocks(o)):
-        keys |= prefixed(f"backbone.{i}.", _block_keys(block))
-    outputs = _outputs(o)
-    return keys | (
-        {} if outputs is None else {"finallyr.weight": (outputs, o.hidden_channels), "finallyr.bias": (outputs,)}
-    )
-
-
-def _build_network(o: Options) -> CKNetwork:
-    outputs = _outputs(o)
-    head = None if outputs is None else nn.Linear(o.hidden_channels, outputs)
-    blocks = [_build_block(block) for block in _blocks(o)]
-    return CKNetwork(blocks, head, last=o.cls != "CopyMemory_CKCNN", squeezed=o.cls == "seqImg_CKCNN")
-
-
-def _convert_network(state: State, o: Options) -> State:
-    ours = prefixed("head.", under("finallyr.", state))
-    for i, block in enumerate(_blocks(o)):
-        converted = _convert_block(under(f"backbone.{i}.", state), block)
-        ours |= prefixed(f"blocks.{i}.", converted)
-    return ours
-
-
-_IGNORED = frozenset({"dropout", "weight_dropout", "train_length"})
-_KERNEL_OPTIONS = {
-    "kernelnet_hidden_channels": Size(),
-    "kernelnet_activation_function": Choice("Sine", *ACTIVATIONS),
-    "kernelnet_norm_type": Choice(*NORMS),
-    "dim_linear": Choice(1),
-    "bias": True,
-    "omega_0": Number(above=0),
-}
-
-SYSTEMS = {
-    "ckconv": Family(
-        {
-            "CKConv": System(
-                options={
-                    **dict.fromkeys(("in_channels", "out_channels", "hidden_channels"), Size()),
-                    "activation_function": Choice("Sine", *ACTIVATIONS),
-                    "norm_type": Choice(*NORMS),
-                    "dim_linear": Choice(1),
-                    "bias": True,
-                    "omega_0": Number(above=0),
-                    "cls": Choice("CKConv"),
-                },
-                ignored=_IGNORED,
-                keys=_conv_keys,
-                build=_build_conv,
-                convert=_convert_conv,
-            ),
-            "CKBlock": System(
-                options={
-                    "in_channels": Size(),
-                    "out_channels": Size(),
-                    **_KERNEL_OPTIONS,
-                    "cls": Choice("CKBlock"),
-                },
-                ignored=_IGNORED,
-                keys=_block_keys,
-                build=_build_block,
-                convert=_convert_block,
-            ),
-            "CKCNN": System(
-                options={
-                    **dict.fromkeys(("in_channels", "hidden_channels", "num_blocks"), Size()),
-                    "out_channels": Size(None),
-                    **_KERNEL_OPTIONS,
-                    "pool": Choice(False),
-                    "cls": Choice("CKCNN", "seqImg_CKCNN", "CopyMemory_CKCNN", "AddProblem_CKCNN"),
-                },
-                ignored=_IGNORED,
-                keys=_network_keys,
-                build=_build_network,
-                convert=_convert_network,
-            ),
-        }
-    )
-}
+SYSTEMS = {"ckconv": System(CKConv, Block, Network)}

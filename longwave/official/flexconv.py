@@ -1,6 +1,7 @@
 """Modules of github.com/rjbruin/flexconv (commit 0f355d1): CKConv and FlexConv in one and two dimensions."""
 
 import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,27 +9,9 @@ from torch import Tensor, nn
 
 from longwave.nn.filters.ckconv import Magnet, Siren, evaluate, gaussian, reach
 from longwave.nn.module import at_least_float32
-from longwave.official.ckconv import (
-    ACTIVATIONS,
-    NORMS,
-    KernelMLP,
-    convert_mlp,
-    correlate,
-    mlp_keys,
-    own_tensors,
-)
-from longwave.official.system import (
-    Anything,
-    Choice,
-    Family,
-    Options,
-    Shapes,
-    Size,
-    State,
-    System,
-    prefixed,
-    under,
-)
+from longwave.official.ckconv import Activation, KernelMLP, Norm, net_names, points
+from longwave.official.replicas.correlation import centred_fft, correlate
+from longwave.official.source import WHOLE, Flag, Name, Names, Size, Source, System, Turn, inside, unused
 
 
 class ContinuousConv(nn.Module):
@@ -90,20 +73,8 @@ class ContinuousConv(nn.Module):
         (wide,) = at_least_float32(x)
         bias = None if self.bias is None else self.bias.to(k.dtype)
         if fft:
-            return _centred_fft(wide, k, bias).to(x.dtype)
+            return centred_fft(wide, k, bias).to(x.dtype)
         return F.conv2d(wide, k, bias, padding=[size // 2 for size in k.shape[2:]]).to(x.dtype)
-
-
-def _centred_fft(x: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """The authors' fftconv, which pads both axes by half the kernel's last one, and so is wrong where they differ."""
-    half, axes = k.shape[-1] // 2, (2, 3)
-    padded = F.pad(x, [half] * 4)
-    sizes = [padded.shape[2], padded.shape[3] + padded.shape[3] % 2]
-    spectrum = torch.einsum(
-        "bi...,oi...->bo...", torch.fft.rfftn(padded, sizes, axes), torch.fft.rfftn(k, sizes, axes).conj()
-    )
-    y = torch.fft.irfftn(spectrum, sizes, axes)[:, :, : x.shape[2], : x.shape[3]]
-    return y if bias is None else y + bias[:, None, None]
 
 
 class FlexMask(nn.Module):
@@ -153,163 +124,153 @@ class FlexMask(nn.Module):
         return k
 
 
-_STRIDES = {"MLP": 3, "SIREN": 2, "nSIREN": 2}  # entries of the authors' kernel_net from one linear map to the next
-_PRODUCTS = ("MAGNet", "Gabor", "Fourier")
+STRIDES = {"MLP": 3, "SIREN": 2, "nSIREN": 2}  # entries of the authors' kernel_net from one linear map to the next
 
 
-def _norm(o: Options) -> str:
-    return o.kernel_norm if o.kernel_type == "MLP" else ""
+def scaled(name: Name, omega: str) -> Name:
+    """The tensors of a name times a frequency that is kept apart."""
+    official = (name.official,) if isinstance(name.official, str) else name.official
+
+    def back(t: Tensor) -> tuple[Tensor, ...]:
+        shapes = name.turn.official(t)
+        return (*(shapes if isinstance(shapes, tuple) else (shapes,)), t.new_empty(1))
+
+    return Name((*official, omega), name.ours, Turn(lambda *t: t[-1] * name.turn.ours(*t[:-1]), back))
 
 
-def _sizes(o: Options) -> list[int]:
-    layers = o.kernel_no_layers
-    if layers < (2 if o.kernel_type in _STRIDES else 1):
-        raise ValueError(f"the option kernel_no_layers = {layers} makes no {o.kernel_type}")
-    return [o.kernel_dim_linear, *[o.kernel_no_hidden] * (layers - 1), o.out_channels * o.in_channels]
+class ContinuousKernel(Source):
+    """The options that both classes have."""
 
-
-def _product_keys(o: Options) -> Shapes:
-    """Of a multiplicative filter network."""
-    H, dim, out = o.kernel_no_hidden, o.kernel_dim_linear, o.out_channels * o.in_channels
-    points, layers = (1,) * dim, o.kernel_no_layers
-    maps = {f"filters.{i}.linear": (H, dim) for i in range(layers + 1)}
-    maps |= {f"linear.{i}": (H, H) for i in range(layers)} | {"output_linear": (out, H)}
-    keys: Shapes = {f"{name}.weight": (*shape, *points) for name, shape in maps.items()}
-    keys |= {f"{name}.bias": shape[:1] for name, shape in maps.items()}
-    for i in range(layers + 1):
-        if o.kernel_type != "Fourier":
-            keys[f"filters.{i}.mu"] = (H, dim)
-            keys[f"filters.{i}.gamma"] = (H, dim) if o.kernel_type == "MAGNet" else (H, 1)
-        if _steerable(o):
-            keys[f"filters.{i}.theta"] = (H,)
-    return keys
-
-
-def _steerable(o: Options) -> bool:
-    if o.kernel_type == "MAGNet" and o.kernel_steerable and o.kernel_dim_linear != 2:
-        raise ValueError("the option kernel_steerable = True needs kernel_dim_linear = 2")
-    return o.kernel_type == "MAGNet" and o.kernel_steerable
-
-
-def _conv_keys(o: Options) -> Shapes:
-    sizes = _sizes(o)
-    if o.horizon not in ("full", "same") and (not str(o.horizon).isdigit() or int(o.horizon) % 2 == 0):
-        raise ValueError(f"the option horizon = {o.horizon!r} is not 'full', 'same' or an odd number")
-    if o.kernel_type in _PRODUCTS:
-        if not o.conv_bias:
-            raise ValueError(f"the option conv_bias = False makes no {o.kernel_type}: the official one needs biases")
-        net = _product_keys(o)
-    else:
-        stride = _STRIDES[o.kernel_type]
-        net = mlp_keys(sizes, o.kernel_dim_linear, _norm(o), o.conv_bias, stride, o.kernel_weight_norm)
-        if o.kernel_type != "MLP":
-            net |= {f"kernel_net.{i * stride}.omega_0": (1,) for i in range(len(sizes) - 2)}
-    keys: Shapes = {"train_length": (1,), **prefixed("Kernel.", net)}
-    return keys | ({"bias": (o.out_channels,)} if o.conv_bias else {})
-
-
-def _flex_keys(o: Options) -> Shapes:
-    return {**_conv_keys(o), "mask_params": (o.kernel_dim_linear, 2), "temperature": (1,), "mask_threshold": (1,)}
-
-
-def _build(o: Options, mask: FlexMask | None = None) -> ContinuousConv:
-    sizes = _sizes(o)
-    if o.kernel_type in _PRODUCTS:
-        net: nn.Module = Magnet(sizes[0], o.kernel_no_hidden, sizes[-1], o.kernel_no_layers)
-    elif o.kernel_type == "MLP":
-        net = KernelMLP(sizes, o.kernel_activ_function, _norm(o), o.conv_bias)
-    else:
-        net = Siren(sizes[0], o.kernel_no_hidden, sizes[-1], o.kernel_no_layers, 1.0, o.conv_bias)
-    scale, fft = o.kernel_sampling_rate_norm, o.conv_use_fft
-    return ContinuousConv(
-        o.in_channels, o.out_channels, o.kernel_dim_linear, str(o.horizon), net, scale, fft, o.conv_bias, mask
+    ignored = frozenset(  # what is in the state, only for the start, or looked at by nothing
+        {"kernel_omega_0", "kernel_learn_omega_0", "kernel_init_spatial_value", "kernel_bias_init"}
+        | {"kernel_input_scale", "conv_padding", "conv_stride", "shape", "mask_params"}
     )
+    in_channels: Size
+    out_channels: Size
+    horizon: Any
+    kernel_type: Literal["MAGNet", "Gabor", "Fourier", "SIREN", "nSIREN", "MLP"] = "MAGNet"
+    kernel_dim_linear: Literal[2, 1] = 2
+    kernel_no_hidden: Size = 32
+    kernel_no_layers: Size = 3
+    kernel_activ_function: Activation = "ReLU"
+    kernel_norm: Norm = "BatchNorm"
+    kernel_weight_norm: Flag = False
+    kernel_steerable: Flag = False
+    kernel_sampling_rate_norm: float = 1.0
+    conv_use_fft: Flag = False
+    conv_bias: Flag = True
+
+    @property
+    def steerable(self) -> bool:
+        """Whether the windows are turned."""
+        if self.kernel_type == "MAGNet" and self.kernel_steerable and self.kernel_dim_linear != 2:
+            raise ValueError("the option kernel_steerable = True needs kernel_dim_linear = 2")
+        return self.kernel_type == "MAGNet" and self.kernel_steerable
+
+    def _net(self) -> nn.Module:
+        kind, layers, dim, H = self.kernel_type, self.kernel_no_layers, self.kernel_dim_linear, self.kernel_no_hidden
+        out = self.out_channels * self.in_channels
+        if layers < 2 and kind in STRIDES:
+            raise ValueError(f"the option kernel_no_layers = {layers} makes no {kind}")
+        if kind == "MLP":
+            sizes = [dim, *[H] * (layers - 1), out]
+            return KernelMLP(sizes, self.kernel_activ_function, self.kernel_norm, self.conv_bias)
+        if kind in STRIDES:
+            return Siren(dim, H, out, layers, 1.0, self.conv_bias)
+        if not self.conv_bias:
+            raise ValueError(f"the option conv_bias = False makes no {kind}: the official one needs biases")
+        net = Magnet(dim, H, out, layers)
+        if kind == "Fourier":  # windows without end
+            windows: Any = net.filters
+            for window in windows:
+                nn.init.zeros_(window.mu)
+                nn.init.zeros_(window.gamma)
+        return net
+
+    def mask(self) -> FlexMask | None:
+        """That of the kernel."""
+        return None
+
+    def build(self) -> nn.Module:
+        horizon = str(self.horizon)
+        if horizon not in ("full", "same") and (not horizon.isdigit() or int(horizon) % 2 == 0):
+            raise ValueError(f"the option horizon = {self.horizon!r} is not 'full', 'same' or an odd number")
+        return ContinuousConv(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_dim_linear,
+            horizon,
+            self._net(),
+            self.kernel_sampling_rate_norm,
+            self.conv_use_fft,
+            self.conv_bias,
+            self.mask(),
+        )
+
+    def names(self) -> Names:
+        own = [Name("train_length", "train_length", WHOLE), Name("bias", "bias"), Name("", "mask.")]
+        net = self._net_names() if self.kernel_type in STRIDES else self._product_names()
+        return [*own, *inside("Kernel.", "net.", net)]
+
+    def _net_names(self) -> Names:
+        kind, layers, dim = self.kernel_type, self.kernel_no_layers, self.kernel_dim_linear
+        norm = self.kernel_norm if kind == "MLP" else ""
+        table = net_names(layers, dim, norm, STRIDES[kind], self.kernel_weight_norm)
+        if kind == "MLP":
+            return table
+        sines: Names = []  # omega is in our weights: sin(omega (W x + b)) in a SIREN, sin(omega W x + b) in an nSIREN
+        for i in range(layers - 1):
+            there = f"kernel_net.{i * STRIDES[kind]}"
+            parts = [name for name in table if isinstance(name, Name) and str(name.ours).startswith(f"layers.{i}.")]
+            with_bias = kind == "SIREN" and self.conv_bias
+            sines += [scaled(name, f"{there}.omega_0") for name in (parts if with_bias else parts[:1])]
+        return [*sines, *table]
+
+    def _product_names(self) -> Names:
+        """Of a multiplicative filter network."""
+        table: Names = []
+        for i in range(self.kernel_no_layers + 1):
+            mu, gamma, theta = (f"filters.{i}.{name}" for name in ("mu", "gamma", "theta"))
+            if self.kernel_type == "Fourier":
+                table += [Name((), mu), Name((), gamma)]
+                continue
+            official = (gamma, theta) if self.steerable else gamma
+            table += [Name(mu, mu), Name(official, gamma, Turn(self._windows, self._window_shapes))]
+        return [*table, Name("", "", points(self.kernel_dim_linear))]
+
+    def _windows(self, gamma: Tensor, theta: Tensor | None = None) -> Tensor:
+        widths = torch.diag_embed(gamma.expand(-1, self.kernel_dim_linear))
+        if theta is None:
+            return widths
+        angle = 2 * math.pi * theta
+        turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=-1).view(-1, 2, 2)
+        return widths @ turn
+
+    def _window_shapes(self, gamma: Tensor) -> Any:
+        widths = gamma[:, 0] if self.kernel_type == "MAGNet" else gamma[:, 0, :1]
+        return (widths, gamma[:, 0, 0]) if self.steerable else widths
 
 
-def _convert_net(kernel: State, o: Options) -> State:
-    if o.kernel_type == "MLP":
-        return convert_mlp(kernel, o.kernel_no_layers, _norm(o), _STRIDES["MLP"], o.kernel_weight_norm, flat=False)
-    if o.kernel_type in _STRIDES:
-        return _convert_siren(kernel, o)
-    ours = {key: t.flatten(1) if key.endswith(".weight") else t for key, t in kernel.items()}
-    for i in range(o.kernel_no_layers + 1):
-        name, dim = f"filters.{i}", o.kernel_dim_linear
-        if o.kernel_type == "Fourier":  # a window without end
-            weight = ours[f"{name}.linear.weight"]
-            ours[f"{name}.mu"], ours[f"{name}.gamma"] = (
-                torch.zeros_like(weight),
-                weight.new_zeros(len(weight), dim, dim),
-            )
-            continue
-        gamma = torch.diag_embed(ours[f"{name}.gamma"].expand(-1, dim))
-        if _steerable(o):
-            angle = 2 * math.pi * ours.pop(f"{name}.theta")
-            turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=-1).view(-1, 2, 2)
-            gamma = gamma @ turn
-        ours[f"{name}.gamma"] = gamma
-    return ours
+class CKConv(ContinuousKernel):
+    """CKConv."""
+
+    cls: Literal["CKConv"] = "CKConv"
 
 
-def _convert_siren(kernel: State, o: Options) -> State:
-    """omega becomes part of the weights: sin(omega (W x + b)) in a SIREN, sin(omega W x + b) in an nSIREN."""
-    ours = convert_mlp(kernel, o.kernel_no_layers, "", _STRIDES[o.kernel_type], o.kernel_weight_norm, flat=True)
-    for i in range(o.kernel_no_layers - 1):
-        omega = kernel[f"kernel_net.{i * _STRIDES[o.kernel_type]}.omega_0"]
-        ours[f"layers.{i}.weight"] = omega * ours[f"layers.{i}.weight"]
-        if o.conv_bias and o.kernel_type == "SIREN":
-            ours[f"layers.{i}.bias"] = omega * ours[f"layers.{i}.bias"]
-    return ours
+class FlexConv(ContinuousKernel):
+    """FlexConv."""
+
+    ignored = ContinuousKernel.ignored | {"mask_init_value", "mask_temperature", "mask_threshold"}
+    mask_use: Flag = True
+    mask_type: Literal["gaussian"] = "gaussian"
+    mask_dynamic_cropping: Flag = True
+    cls: Literal["FlexConv"] = "FlexConv"
+
+    def mask(self) -> FlexMask | None:
+        return FlexMask(self.kernel_dim_linear, self.mask_dynamic_cropping, self.mask_use)
+
+    def names(self) -> Names:
+        return [*super().names(), unused("temperature", 1)]
 
 
-def _convert(state: State, o: Options) -> State:
-    ours = prefixed("net.", _convert_net(under("Kernel.", state), o))
-    ours |= own_tensors(state)
-    return ours | {f"mask.{key}": state[key] for key in ("mask_params", "mask_threshold") if key in state}
-
-
-_OPTIONS = {
-    **dict.fromkeys(("in_channels", "out_channels"), Size()),
-    "horizon": Anything(),
-    "kernel_type": Choice("MAGNet", "Gabor", "Fourier", "SIREN", "nSIREN", "MLP"),
-    "kernel_dim_linear": Choice(2, 1),
-    "kernel_no_hidden": 32,
-    "kernel_no_layers": 3,
-    "kernel_activ_function": Choice(*ACTIVATIONS),
-    "kernel_norm": Choice(*NORMS, default="BatchNorm"),
-    "kernel_weight_norm": False,
-    "kernel_steerable": False,
-    "kernel_sampling_rate_norm": 1.0,
-    "conv_use_fft": False,
-    "conv_bias": True,
-}
-_IGNORED = frozenset(  # what is in the state, only for the start, or looked at by nothing
-    {"kernel_omega_0", "kernel_learn_omega_0", "kernel_init_spatial_value", "kernel_bias_init", "kernel_input_scale"}
-    | {"conv_padding", "conv_stride", "shape", "mask_params"}
-)
-
-SYSTEMS = {
-    "flexconv": Family(
-        {
-            "CKConv": System(
-                options={**_OPTIONS, "cls": Choice("CKConv")},
-                ignored=_IGNORED,
-                keys=_conv_keys,
-                build=_build,
-                convert=_convert,
-            ),
-            "FlexConv": System(
-                options={
-                    **_OPTIONS,
-                    "mask_use": True,
-                    "mask_type": Choice("gaussian"),
-                    "mask_dynamic_cropping": True,
-                    "cls": Choice("FlexConv"),
-                },
-                ignored=_IGNORED | {"mask_init_value", "mask_temperature", "mask_threshold"},
-                keys=_flex_keys,
-                build=lambda o: _build(o, FlexMask(o.kernel_dim_linear, o.mask_dynamic_cropping, o.mask_use)),
-                convert=_convert,
-            ),
-        }
-    )
-}
+SYSTEMS = {"flexconv": System(CKConv, FlexConv)}
