@@ -3,6 +3,7 @@
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -966,3 +967,15 @@ def test_whole_numbers_are_exact_in_any_dtype():
     module, _ = drawn("ckconv", {"in_channels": 1, "out_channels": 1, "hidden_channels": 2, "omega_0": 1.0})
     module.load_state_dict({**module.state_dict(), "train_length": torch.tensor([1023])})
     assert int(module.bfloat16().train_length) == 1023  # which bfloat16 itself does not have
+
+
+def test_numbers_of_numpy_are_numbers():
+    case = golden("s4d__lin_zoh_H8_L64")
+    sizes = {"d_model": np.int64(8), "rate": np.float32(1)}
+    assert outputs(case, case.module(), **case.inputs(torch.float64))[0].equal(
+        outputs(
+            case,
+            from_official("s4d", {**case.config, **sizes}, case.state(torch.float64)),
+            **case.inputs(torch.float64),
+        )[0]
+    )

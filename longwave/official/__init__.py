@@ -30,28 +30,11 @@ from longwave.official import (
 )
 from longwave.official.source import Source, System, mapping
 
-SYSTEMS: dict[str, System] = {
-    **s4.SYSTEMS,
-    **s4v3.SYSTEMS,
-    **s4model.SYSTEMS,
-    **safari_h3.SYSTEMS,
-    **safari_hyena.SYSTEMS,
-    **safari_longconv.SYSTEMS,
-    **safari_block_fft.SYSTEMS,
-    **safari_lm.SYSTEMS,
-    **hyenadna.SYSTEMS,
-    **m2.SYSTEMS,
-    **mamba.SYSTEMS,
-    **monarch.SYSTEMS,
-    **s5.SYSTEMS,
-    **dss.SYSTEMS,
-    **gss.SYSTEMS,
-    **bigs.SYSTEMS,
-    **ckconv.SYSTEMS,
-    **flexconv.SYSTEMS,
-    **s4nd.SYSTEMS,
-    **sashimi.SYSTEMS,
-}
+_MODULES: Any = [
+    s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
+    monarch, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi,
+]  # fmt: skip
+SYSTEMS: dict[str, System] = {name: system for module in _MODULES for name, system in module.SYSTEMS.items()}
 
 __all__ = ["SYSTEMS", "Source", "System", "from_official"]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import numbers
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar, Union, get_args, get_origin
@@ -39,6 +40,13 @@ class Turn(NamedTuple):
 
     ours: Callable[..., Any]
     official: Callable[..., Any]
+
+
+def _plain(value: Any) -> Any:
+    """A number of another library, such as NumPy's, as Python's."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _itself(t: Tensor) -> Tensor:
@@ -209,7 +217,7 @@ class Source(Spec):
     def _name_faults(cls, data: Any, handler: Any) -> Any:
         fields, ignored = cls.model_fields, cls.ignored | RUN
         try:
-            return handler({name: value for name, value in data.items() if name in fields or name not in ignored})
+            return handler({name: _plain(it) for name, it in data.items() if name in fields or name not in ignored})
         except ValidationError as error:
             worst = ["extra_forbidden", "missing"]
 
