@@ -176,7 +176,7 @@ def work(
 def kept(k: Tensor, U: int) -> bool:
     """Whether spectra of taps are kept for other tiles of U steps: those of the longest blocks, of most bytes, are not,
     for no sequence has more than a few such tiles."""
-    return len(k) >= 16 * U
+    return len(k) >= 64 * U
 
 
 def begin(k: Tensor, block: int) -> None:
