@@ -248,12 +248,11 @@ class StateSpaceConv(nn.Module):
             u[t + 1 + s].
         support: taps of the kernel that are used, or None for all.
         bidirectional: whether half of the rows look ahead.
-        late: the authors' ``shift`` in version 3: a step late, but for the skip.
     """
 
-    def __init__(self, filter: "OfficialFilter", support: int | None, bidirectional: bool, late: bool = False):
+    def __init__(self, filter: "OfficialFilter", support: int | None, bidirectional: bool):
         super().__init__()
-        self.filter, self.support, self.bidirectional, self.late = filter, support, bidirectional, late
+        self.filter, self.support, self.bidirectional = filter, support, bidirectional
 
     def kernel(self, length: int) -> Tensor:
         """The rows of the filter that a sequence of this length meets."""
@@ -271,13 +270,11 @@ class StateSpaceConv(nn.Module):
         """u (B, L, C), state (B, H, P) complex, as its real view (B, H, P, 2), or real where the system is; padding
         (B,) as in :func:`longwave.nn.long_conv`."""
         L = u.shape[1]
-        if self.late and (self.support or L) < L:
-            raise ValueError(f"with shift = True, L = {L} must not exceed l_max = {self.support}")
         if state is None:
             k, ahead = self.kernel(L), None
             if self.bidirectional:
                 k, ahead = k.chunk(2)
-            return causal_conv(u, F.pad(k, (1, 0)) if self.late else k, skip=skip, k_future=ahead), None
+            return causal_conv(u, k, skip=skip, k_future=ahead), None
         filter = self._stateful(L)
         system = filter.realize(L)
         h = _for_every_channel(filter, as_complex_state(filter.system, state, len(u)))
@@ -291,8 +288,6 @@ class StateSpaceConv(nn.Module):
         return y, h.real if filter.system.real else torch.view_as_real(h)
 
     def _stateful(self, length: int) -> "DiagonalFilter | DPLRFilter":
-        if self.late:
-            raise ValueError("shift = True has no state: the official one is not late")
         if self.bidirectional:
             raise ValueError("bidirectional = True has no state: it looks ahead")
         if not isinstance(self.filter, DiagonalFilter | DPLRFilter):

@@ -16,7 +16,7 @@ from longwave.official.blocks import (
     by_either_name,
     linear_activation,
 )
-from longwave.official.replicas.liquid import CONTRACTIONS, KB, Correlations, LiquidConv, PolyB, Stash
+from longwave.official.replicas.liquid import CONTRACTIONS, KB, Correlations, LateConv, LiquidConv, PolyB, Stash
 from longwave.official.s4_kernel import LENGTH, TRANSFORMS, Kernel, StateSpaceConv, Transform
 from longwave.official.source import (
     AS_IT_IS,
@@ -182,8 +182,8 @@ class V3(Source):
         H, K = self.width, self.filters
         names = ("d_state", "n_ssm", "l_max", "rate", "mode", "disc", "rank", "bandlimit")
         kernel = Kernel(d_model=H, real_transform=self.real_type, **{name: getattr(self, name) for name in names})
-        plain = StateSpaceConv(kernel.filter(self.rows), kernel.support, self.bidirectional, self.shift)
-        conv: nn.Module = plain
+        plain = StateSpaceConv(kernel.filter(self.rows), kernel.support, self.bidirectional)
+        conv: nn.Module = LateConv(plain) if self.shift else plain
         if self.liquid_kernel is not None:
             stash = Stash(H, self.systems, self.d_state // 2, self.rows)
             term = PolyB(stash) if self.liquid_kernel == "polyb" else KB(stash)
@@ -207,10 +207,10 @@ class V3(Source):
         kernel += [Name("P", "P")] if low_rank else [Name("B", "system.B", Turn(lambda t: t[None], lambda t: t[0]))]
         kernel += [Name("", "system.")]
         kernel += [] if low_rank else [unused("A", self.systems, self.d_state // 2, 2)]  # a parameter all the same
-        liquid = "" if self.liquid_kernel is None else "conv."
+        outer = "conv." if self.shift or self.liquid_kernel is not None else ""
         block = [
             Name("D", "D"),
-            *inside("kernel.kernel.", f"conv.{liquid}filter.", kernel),
+            *inside("kernel.kernel.", f"conv.{outer}filter.", kernel),
             Name((), "conv.term.stash."),
             Name("output_linear.", "out.2."),
         ]

@@ -1,4 +1,4 @@
-"""The liquid terms of github.com/raminmh/liquid-s4 (commit 06031dc), as its S4 layer computes them."""
+"""The late convolution and the liquid terms of github.com/raminmh/liquid-s4 (commit 06031dc), as its layer has them."""
 
 import itertools
 import math
@@ -10,12 +10,34 @@ from torch import Tensor, nn
 
 from longwave.nn.module import at_least_float32
 from longwave.official.s4_kernel import StateSpaceConv
+from longwave.ops import causal_conv
 
 CONTRACTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
     "tanh": torch.tanh,
     "lecun": lambda x: 1.7159 * torch.tanh(0.666 * x),
 }
+
+
+class LateConv(nn.Module):
+    """The convolution of the authors' ``shift``, which is a step late:  y[t] = sum_s k[s] u[t-1-s] + skip u[t].
+
+    Args:
+        conv: whose filter is taken.
+    """
+
+    def __init__(self, conv: StateSpaceConv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, u: Tensor, skip: Tensor, state: Tensor | None = None) -> tuple[Tensor, None]:
+        """u (B, L, C) -> y (B, L, C)."""
+        L, support = u.shape[1], self.conv.support
+        if state is not None:
+            raise ValueError("shift = True has no state: the official one is not late")
+        if support is not None and support < L:
+            raise ValueError(f"with shift = True, L = {L} must not exceed l_max = {support}")
+        return causal_conv(u, F.pad(self.conv.filter(L), (1, 0)), skip=skip), None
 
 
 class Correlations(nn.Module):
