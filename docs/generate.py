@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from longwave.inspection import drawn, inspect_layer
 from longwave.mixers import MIXERS, Mixer, state_bytes
-from longwave.models.inspection import draw_figure, drawn, inspect_layer
 from longwave.nn import S4ND, S4DFilter
 from longwave.ops import Op
+from longwave.plots import draw_figure
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "mixers.md"
@@ -132,7 +133,7 @@ def draw_all() -> None:
     for name, module in layers.items():
         layer, file = inspect_layer(module), DOCS / "filters" / f"{name}.png"
         if layer.banks:
-            draw_figure([layer], file, f"{name} at the start", dpi=80)
+            draw_figure({layer.name: layer}, file, f"{name} at the start", dpi=80)
             Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
 
 

@@ -3,7 +3,6 @@
 import codecs
 import logging
 import os
-import platform
 import re
 import shlex
 import signal
@@ -12,14 +11,13 @@ import time
 import traceback
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longwave.errors import clipped
 
 if TYPE_CHECKING:
-    from longwave.models import LM
     from longwave.train import Recipe
 
 app = typer.Typer(
@@ -145,8 +143,9 @@ def eval(
     from longwave.train.loop import Objective, make_fabric, threads
     from longwave.train.memory import keep_freed_memory
     from longwave.train.ranks import Ranks
+    from longwave.train.runs import load_run
 
-    recipe, model = _load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
+    recipe, model = load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
     recipe.task.prepare()
     if recipe.keep_memory:
         keep_freed_memory()
@@ -155,7 +154,7 @@ def eval(
         start = time.monotonic()
         metrics = evaluate(fabric, fabric.setup(Objective(model)).eval(), recipe.task, batch)
         if weights is not None:
-            _, small = _load_run(run, [], weights)
+            _, small = load_run(run, [], weights)
             other = evaluate(fabric, fabric.setup(Objective(small)).eval(), recipe.task, batch)
             other |= compare(model, small, fabric.to_device(recipe.task.eval_batch(batch, 0))[0])
             metrics |= {f"{name}, {weights}": value for name, value in other.items()}
@@ -190,10 +189,12 @@ def generate(
     from rich.progress import Progress
 
     from longwave import models
+    from longwave.inspection import describe_states
     from longwave.models.generate import PREFILL_CHUNK
     from longwave.tasks import Text
+    from longwave.train.runs import load_run
 
-    recipe, model = _load_run(run, [], weights)
+    recipe, model = load_run(run, [], weights)
     if not isinstance(recipe.task, Text):
         kind = type(recipe.task).model_fields["kind"].default
         raise ValueError(f"{run} was trained on {kind}; generate works on byte-level text models")
@@ -224,7 +225,10 @@ def generate(
     if save_state is not None:
         models.save_state(save_state, tokens.held, model)
         _note(f"state: {save_state}; go on with longwave generate {run} --from-state {save_state}")
-    _tell_state(model, begin, tokens.state, written, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    _note(f"\n{written} bytes in {seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} a second")
+    if begin is not None and written > 1:
+        _note(describe_states(model.backbone.mixers, begin.layers, tokens.state.layers))
     _note(f"run: {run}")
     _note_own_text()
 
@@ -269,27 +273,20 @@ def show(
     changes: Changes = None,
 ) -> None:
     """Show the resolved config, the parameters, and the bytes of state a layer keeps."""
+    from longwave.inspection import describe_growth
     from longwave.models import LM
     from longwave.models.runs import CONFIG
+    from longwave.models.size import on_meta
     from longwave.train.config import load_recipe
 
     source = Path(what) / CONFIG if (Path(what) / CONFIG).is_file() else what
     recipe = load_recipe(source, list(changes or []))
-    import torch
-
-    with torch.device("meta"):
-        model = recipe.model.build()
+    model = on_meta(recipe.model)
     print(recipe.to_yaml())
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     if not isinstance(model, LM):
         return
-    print(f"\n{'layer':24}{'state, bytes':>16}{'growth a token':>16}{'at 1M tokens':>18}")
-    totals = [0, 0, 0]
-    for i, mixer in enumerate(model.backbone.mixers):
-        numbers = _state_growth(mixer)
-        totals = [a + b for a, b in zip(totals, numbers)]
-        print(f"{i:3} {mixer.name:20}" + "".join(f"{n:>{w},}" for n, w in zip(numbers, (16, 16, 18))))
-    print(f"{'all':24}" + "".join(f"{n:>{w},}" for n, w in zip(totals, (16, 16, 18))))
+    print(f"\n{describe_growth(model.backbone.mixers)}")
 
 
 @app.command(
@@ -308,16 +305,17 @@ def inspect(
     length: Annotated[int, typer.Option(help="Steps to look at, at least.")] = 1024,
 ) -> None:
     """Draw the filters of a mixer at its start, or of a trained model: time, frequency, eigenvalues, memory."""
+    from longwave import inspection, plots
     from longwave.mixers import MIXERS
-    from longwave.models import inspection
     from longwave.models.runs import run_of
     from longwave.train.config import set_field
+    from longwave.train.runs import load_run
 
     path, made = Path(what), list(changes or [])
     if what not in MIXERS and (path.exists() or len(path.parts) > 1):
         if made:
             raise ValueError(f"{what} is drawn as it was trained: leave out {' '.join(made)}")
-        modules = list(inspection.time_layers(_load_run(path, [])[1]))
+        modules = list(inspection.time_layers(load_run(path, [])[1]))
         out = out or run_of(path) / "inspect"
     else:
         options: dict[str, Any] = {"d_model": 64}
@@ -327,7 +325,7 @@ def inspect(
         out = out or Path(f"{what}.png")
     layers = [inspection.inspect_layer(module, length) for module in modules]
     print(inspection.describe(layers))
-    files = inspection.draw(layers, out, " ".join([what, *made]))
+    files = plots.draw(layers, out, " ".join([what, *made]))
     _note("\n".join(f"drawn: {file}" for file in files) or "nothing is drawn")
 
 
@@ -376,42 +374,28 @@ def bench(
 @app.command()
 def doctor() -> None:
     """Say what this machine has, and check every mixer for causality and parallel = recurrent."""
-    import lightning_fabric
     import torch
 
-    import longwave
-    from longwave.mixers import MIXERS
+    from longwave.inspection import self_check
+    from longwave.machine import facts
     from longwave.ops import OPS
 
-    print(f"longwave {longwave.__version__}, python {platform.python_version()}, torch {torch.__version__}, "
-          f"lightning-fabric {lightning_fabric.__version__}, {platform.platform()}")  # fmt: skip
-    print(f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, "
-          f"{torch.backends.cpu.get_cpu_capability()}")  # fmt: skip
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            print(f"cuda:{i}: {torch.cuda.get_device_name(i)}")
-    else:
-        built = torch.version.cuda
-        why = "this torch is built without CUDA" if built is None else f"torch {built} finds no device or driver"
-        print(f"cuda: none ({why})")
+    print("\n".join(facts()))
     forced = os.environ.get("LONGWAVE_BACKEND")
     print("backends" + (f" (LONGWAVE_BACKEND={forced})" if forced else "") + ", first choice first, for float32:")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, op in OPS.items():
-        refusals = {backend: op.why_not(backend, **_sample(op, device)) for backend in op.backends}
+        refusals = op.refusals("cuda" if torch.cuda.is_available() else "cpu")
         print(f"  {name:24}{', '.join(backend for backend, why in refusals.items() if why is None)}")
         for backend, reason in refusals.items():
             if reason is not None:
                 print(f"  {'':24}not {backend}: {reason}")
     print("self-check in float64: largest change of the past by the future, largest difference of steps and parallel")
     sound = True
-    for name, cls in MIXERS.items():
-        for options in cls.examples:
-            leak, gap = _self_check(name, options)
-            good = gap <= 1e-8 and (leak <= 1e-8) == cls.causal
-            sound = sound and good
-            steps = f"{gap:8.1e}" if cls.causal else "no state"
-            print(f"  {name:16} {leak:8.1e} {steps}  {'ok' if good else 'WRONG'}  {options or ''}")
+    for check in self_check():
+        sound = sound and check.good
+        steps = "no state" if check.gap is None else f"{check.gap:8.1e}"
+        verdict = "ok" if check.good else "WRONG"
+        print(f"  {check.name:16} {check.leak:8.1e} {steps}  {verdict}  {check.options or ''}")
     if not sound:
         raise typer.Exit(1)
 
@@ -436,24 +420,6 @@ def _note_own_text() -> None:
         _note("on your own text: longwave train demo 'task.files=[my.txt]' --out runs/mine")
 
 
-def _load_run(path: Path, changes: list[str], weights: str | None = None) -> tuple["Recipe", "LM"]:
-    """The recipe of a run and its best model, or that of the checkpoint named, its weights kept as they are named."""
-    from longwave.models import load
-    from longwave.models.runs import CONFIG, run_of
-    from longwave.train.config import load_recipe
-    from longwave.train.loop import first_difference
-
-    config = run_of(path) / CONFIG
-    if not config.is_file():
-        raise ValueError(f"{run_of(path)} is no run: it has no {CONFIG}")
-    recipe = load_recipe(config, changes)
-    model, spec = load(path, weights=weights)
-    if spec != recipe.model:
-        change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
-        raise ValueError(f"{path} holds another model: {change}")
-    return recipe, cast("LM", model)
-
-
 def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
     """The end of a training: how good it is, where it lies, what to do next."""
     from longwave.tasks import Text
@@ -470,75 +436,6 @@ def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
     _note(f"to train it on: longwave train --resume {named} steps={2 * recipe.steps}")
     if text:
         _note_own_text()
-
-
-def _tell_state(model: "LM", begin: Any, end: Any, count: int, seconds: float) -> None:
-    """How many bytes of state the generation took, layer by layer constant or growing."""
-    from longwave.mixers import state_bytes
-
-    _note(f"\n{count} bytes in {seconds:.1f} s, {count / max(seconds, 1e-9):,.0f} a second")
-    if begin is None or count < 2:
-        return
-    pairs = [(state_bytes(a), state_bytes(b)) for a, b in zip(begin.layers, end.layers)]
-    names = [mixer.name for mixer in model.backbone.mixers]
-    fixed = [(name, a) for name, (a, b) in zip(names, pairs) if a == b]
-    grown = [(name, a, b) for name, (a, b) in zip(names, pairs) if a != b]
-    if fixed:
-        kinds = ", ".join(sorted({name for name, _ in fixed}))
-        _note(f"recurrent state of {len(fixed)} layers ({kinds}): {sum(size for _, size in fixed):,} bytes after the "
-              f"prompt and as many at the end: it did not grow")  # fmt: skip
-    if grown:
-        kinds = ", ".join(sorted({name for name, *_ in grown}))
-        _note(f"cache of {len(grown)} layers ({kinds}): {sum(a for _, a, _ in grown):,} bytes after the prompt, "
-              f"{sum(b for *_, b in grown):,} at the end: it grows with the text")  # fmt: skip
-
-
-def _state_growth(mixer: Any) -> tuple[int, int, int]:
-    """Bytes of state after one token, growth a token, and bytes after 1M tokens; on the meta device, so at no cost."""
-    import torch
-
-    from longwave.mixers import state_bytes
-
-    x = torch.zeros(1, 1, mixer.d_model, device="meta")
-    _, one = mixer(x, mixer.init_state(1))
-    _, two = mixer(x, one)
-    growth = state_bytes(two) - state_bytes(one)
-    return state_bytes(one), growth, state_bytes(one) + growth * 999_999
-
-
-def _sample(op: Any, device: str) -> dict[str, Any]:
-    """A small tensor for each tensor argument of an op, and a length, to ask its backends about."""
-    import torch
-
-    dtypes = {"complex": torch.complex64, "bool": torch.bool}
-    tensors: dict[str, Any] = {}
-    for name, (layouts, kind) in op.declaration.arguments.items():
-        axes = (axis.rstrip("?") for axis in layouts[0])
-        shape = [int(axis) if axis.isdigit() else 4 - int(axis.partition("-")[2] or 0) for axis in axes]
-        tensors[name] = torch.ones(shape, device=device, dtype=dtypes.get(kind, torch.float32))
-    return {**tensors, **({"length": 4} if "length" in op.arguments else {})}
-
-
-def _self_check(name: str, options: dict[str, Any]) -> tuple[float, float]:
-    import torch
-
-    from longwave.mixers import MIXERS
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        layer = MIXERS[name](16, **options).double()
-        x = torch.randn(2, 13, 16, dtype=torch.float64)
-        future = x.clone()
-        future[:, 6:] += 1
-        whole = layer(x)[0]
-        leak = (layer(future)[0] - whole)[:, :6].abs().max().item()
-        if not layer.causal:
-            return leak, 0.0
-        state, gap = layer.init_state(2), 0.0
-        for t in range(x.shape[1]):
-            y, state = layer(x[:, t : t + 1], state)
-            gap = max(gap, (y[:, 0] - whole[:, t]).abs().max().item())
-        return leak, gap
 
 
 if __name__ == "__main__":

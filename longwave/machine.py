@@ -1,6 +1,11 @@
 """What this machine has, and what does not fit."""
 
+import importlib.metadata
 import os
+import platform
+from collections.abc import Iterator
+
+import torch
 
 
 def memory() -> int:
@@ -24,3 +29,22 @@ def require_memory(count: int, what: str, instead: str) -> None:
 def gigabytes(count: int) -> str:
     """A number of bytes in words, such as 1.6 GB."""
     return f"{count / 1e9:,.1f} GB" if count < 1e15 else f"{count / 1e9:.1e} GB"
+
+
+def facts() -> Iterator[str]:
+    """Lines on the versions, the processor and the accelerators."""
+    version = importlib.metadata.version
+    yield (
+        f"longwave {version('longwave')}, python {platform.python_version()}, torch {torch.__version__}, "
+        f"lightning-fabric {version('lightning-fabric')}, {platform.platform()}"
+    )
+    yield (
+        f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}; {gigabytes(memory())} of memory"
+    )
+    for i in range(torch.cuda.device_count()):
+        yield f"cuda:{i}: {torch.cuda.get_device_name(i)}"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this torch is built without CUDA" if built is None else f"torch {built} finds no device or driver"
+        yield f"cuda: none ({why})"

@@ -11,20 +11,11 @@ import torch
 import yaml
 
 from longwave import cli
+from longwave.inspection import describe, drawn, effective_memory, inspect_layer, look, time_layers
 from longwave.mixers import MIXERS
-from longwave.models.inspection import (
-    Response,
-    describe,
-    draw,
-    drawn,
-    effective_memory,
-    inspect_layer,
-    look,
-    responses_of,
-    time_layers,
-)
-from longwave.nn import S4ND, DPLRFilter, FreeFilter, S4DFilter, ShiftFilter
+from longwave.nn import S4ND, DPLRFilter, FreeFilter, Response, S4DFilter, ShiftFilter, responses
 from longwave.official import SYSTEMS
+from longwave.plots import draw
 from longwave.train import load_recipe, train
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -120,7 +111,7 @@ def test_eigenvalues_of_state_spaces():
     """Those of S4 are those of its matrix, inside the unit disc; a diagonal is its own."""
     torch.manual_seed(0)
     dense, diagonal = DPLRFilter(2, 8).double(), S4DFilter(2, 8).double()
-    (found,), (same,) = responses_of(dense), responses_of(diagonal)
+    (found,), (same,) = responses(dense), responses(diagonal)
     matrix = dense.realize().matrix()
     for a, values in zip(matrix, found.eigenvalues):
         for value in values:

@@ -37,6 +37,7 @@ class Attention(Mixer, name="attention"):
         ValueError: where heads does not divide d_model, or the dimensions to turn are no pairs within a head.
     """
 
+    without_filter = "looks at every past token by content"
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"heads": 2},
         {"heads": 4, "rotary_base": None, "bias": False},

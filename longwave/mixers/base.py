@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+from longwave.nn import Response
 from longwave.nn.module import Hint
 from longwave.nn.padding import real_first, take_steps
 from longwave.spec import Parts, PartSpec
@@ -46,6 +47,7 @@ class Mixer(nn.Module, abc.ABC):
         causal: whether y[:, t] depends on x[:, :t+1] alone. A mixer that is not causal is a :class:`WholeMixer`.
         examples: small configurations, each put through the contract.
         optim_hints: what parameters ask of the optimiser, by glob pattern.
+        without_filter: how it looks back, of one that has no filters.
         d_model: D.
     """
 
@@ -53,6 +55,7 @@ class Mixer(nn.Module, abc.ABC):
     causal: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]]
     optim_hints: ClassVar[dict[str, Hint]] = {}
+    without_filter: ClassVar[str] = "there is nothing to draw"
     d_model: int
     _layout: tuple[type, list[torch.Size]] | None = None
 
@@ -85,6 +88,10 @@ class Mixer(nn.Module, abc.ABC):
             y: (B, L, D), finite and of no meaning at padding.
             state: after the last real token, or None where none came in.
         """
+
+    def responses(self) -> list[Response]:
+        """The filters that it stands for as a whole; where there are none, those of its parts are asked for."""
+        return []
 
     @final  # type: ignore[misc]  # to mypy a module's forward is an attribute
     def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:

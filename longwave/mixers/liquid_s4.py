@@ -20,7 +20,7 @@ from longwave.mixers.base import Mixer
 from longwave.nn import OutputGLU, S4DFilter
 from longwave.nn.filters import DPLRFilter, Filter, FilterSpec
 from longwave.nn.long_conv import go_on
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.nn.padding import last_steps
 from longwave.ops import causal_conv
 from longwave.spec import Parts
@@ -140,7 +140,7 @@ class LiquidS4(Mixer, name="liquid_s4"):
         else:
             y, h = go_on(x, self.kernel, state.h, padding, skip=self.D)
             known = torch.cat([state.past, x.to(state.past.dtype)], dim=1)
-        (known,) = at_least_float32(known)
+        (known,) = widened(known)
         v, power = known[:, self.degree - 1 :], system.b
         for q in range(2, self.degree + 1):
             v = v * known[:, self.degree - q : self.degree - q + L]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.nn.padding import is_real, last_steps
 from longwave.ops import opaque, without_autocast
 
@@ -38,6 +38,7 @@ class LSTM(Mixer, name="lstm"):
         d_model: D.
     """
 
+    without_filter = "its gates decide at every step how much of a cell stays; at the start about a half"
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     def __init__(self, d_model: int):
@@ -55,14 +56,12 @@ class LSTM(Mixer, name="lstm"):
             parameter.uniform_(-(self.d_model**-0.5), self.d_model**-0.5)
 
     def init_state(self, batch: int) -> LSTMState:
-        (weight,) = at_least_float32(self.weight_hh_l0)
+        (weight,) = widened(self.weight_hh_l0)
         zero = weight.new_zeros(batch, self.d_model)
         return LSTMState(zero, zero)
 
     def mix(self, x: Tensor, state: LSTMState | None, padding: Tensor | None):
-        u, w_ih, w_hh, b_ih, b_hh = at_least_float32(
-            x, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
-        )
+        u, w_ih, w_hh, b_ih, b_hh = widened(x, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0)
         h, c = (t.to(u.dtype) for t in (self.init_state(x.shape[0]) if state is None else state))
         if x.shape[1] == 1 and state is not None:  # torch.lstm takes ten times as long to begin
             with without_autocast(x.device):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Hint, derived, without_bias
-from longwave.nn.module import step_range
+from longwave.nn import Hint, Response, derived, without_bias
+from longwave.nn.module import step_range, widened
 from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import selective_scan
 
@@ -83,6 +83,17 @@ class Mamba(Mixer, name="mamba"):
     def A(self) -> Tensor:
         """The continuous state matrix (E, N)."""
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
+    def responses(self) -> list[Response]:
+        """Its step sizes depend on the input: those of a silent input, and of each channel the slowest mode."""
+        A_log, bias = widened(self.A_log, self.dt_proj.bias)
+        a = torch.exp(-nn.functional.softplus(bias)[:, None] * A_log.exp())
+        slowest = a.amax(1, keepdim=True)
+
+        def taps(length: int) -> Tensor:
+            return slowest ** torch.arange(length, device=a.device)
+
+        return [Response("slowest modes at x = 0", len(a), taps, torch.complex(a, torch.zeros_like(a)))]
 
     def init_state(self, batch: int) -> MambaState:
         weight = self.conv1d.weight

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from longwave.errors import choose
 from longwave.mixers.base import Mixer, WholeMixer
-from longwave.nn import C_INITS, DrivenStates
+from longwave.nn import C_INITS, DrivenStates, Response, StateSpace
+from longwave.nn.module import widened
 from longwave.nn.padding import last_steps
 
 
@@ -108,6 +109,13 @@ class S5Layer(Mixer):
         self.activation = choose("S5 activation", activation, ACTIVATIONS)(d_model)
         self.reset_parameters()
 
+    def of_feature(self, name: str, C: Tensor) -> Response:
+        """The response from each feature to itself, which is that of a diagonal state space."""
+        (C,) = widened(C)
+        a, driven = self.seq.inputs(torch.eye(len(C), dtype=C.dtype, device=C.device)[None])
+        c = torch.view_as_complex(C) if self.seq.conj_sym else torch.view_as_complex(C) / 2
+        return Response(name, len(C), StateSpace(a.expand(len(C), -1), driven[0], c).taps, a[None])
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for name in self.readouts:
@@ -144,6 +152,9 @@ class S5(S5Layer, name="s5"):
         {"d_state": 6, "conj_sym": False, "clip_eigs": True, "dt_max": 0.5, "activation": "half_glu1"},
     )
 
+    def responses(self) -> list[Response]:
+        return [self.of_feature("feature to itself", self.C)]
+
     def init_state(self, batch: int) -> S5State:
         return S5State(self.seq.rest(batch))
 
@@ -176,6 +187,9 @@ class S5TwoSided(WholeMixer, S5Layer, name="s5_two_sided"):
         {"d_state": 8, "dt_max": 0.5},
         {"d_state": 8, "blocks": 2, "discretization": "bilinear", "C_init": "complex_normal", "activation": "gelu"},
     )
+
+    def responses(self) -> list[Response]:
+        return [self.of_feature("to itself, back", self.C1), self.of_feature("to itself, ahead", self.C2)]
 
     def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
         a, driven = self.seq.inputs(x)

@@ -20,11 +20,13 @@ from longwave.nn.filters import (
     GSSFilter,
     HyenaFilter,
     ModalFilter,
+    Response,
     S4DFilter,
     ShiftFilter,
     StateSpace,
     StateSpaceFilter,
     Truncated,
+    responses,
 )
 from longwave.nn.frozen import derived, frozen
 from longwave.nn.hippo import hippo, nplr
@@ -69,6 +71,7 @@ __all__ = [
     "OutputGLU",
     "OutputLinear",
     "RMSNorm",
+    "Response",
     "S4DFilter",
     "SeparableConv",
     "ShiftFilter",
@@ -99,6 +102,7 @@ __all__ = [
     "optim_hints",
     "positive_rate",
     "reset",
+    "responses",
     "rotate",
     "set_rate",
     "two_sided_conv",

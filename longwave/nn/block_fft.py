@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.nn.module import Hint, at_least_float32
+from longwave.nn.module import Hint, widened
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -170,7 +170,7 @@ class BlockFFT(nn.Module):
     def forward(self, x: Tensor, length: int) -> Tensor:
         """x (..., H, T) real or complex -> (..., H, length rounded up to a power of two) complex."""
         pairs = {int(name.removeprefix("mat_")): p for name, p in self.named_parameters(recurse=False)}
-        matrices = {n: torch.view_as_complex(at_least_float32(p)[0].contiguous()) for n, p in pairs.items()}
+        matrices = {n: torch.view_as_complex(widened(p)[0].contiguous()) for n, p in pairs.items()}
         return block_fft(x, length, matrices, self.activation)
 
 
@@ -212,5 +212,5 @@ class MonarchFFT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., H, T) real or complex -> (..., H, n_1 ... n_p) complex."""
-        factors = [torch.view_as_complex(factor.contiguous()) for factor in at_least_float32(*self.factors)]
+        factors = [torch.view_as_complex(factor.contiguous()) for factor in widened(*self.factors)]
         return monarch_fft(x, factors, self.activation)

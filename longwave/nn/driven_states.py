@@ -11,7 +11,7 @@ from longwave.errors import choose
 from longwave.nn.filters.diagonal import DISCRETIZATIONS
 from longwave.nn.frozen import derived
 from longwave.nn.hippo import normal_hippo
-from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
+from longwave.nn.module import Hint, positive_rate, step_range, widened
 from longwave.ops import linear_scan, without_autocast
 
 
@@ -129,7 +129,7 @@ class DrivenStates(nn.Module):
     @derived
     def system(self) -> tuple[Tensor, Tensor]:
         """The decays a (P,), and what inputs are mapped by, (2 P, D), real and imaginary parts in turn."""
-        Lambda_re, Lambda_im, B, log_step = at_least_float32(self.Lambda_re, self.Lambda_im, self.B, self.log_step)
+        Lambda_re, Lambda_im, B, log_step = widened(self.Lambda_re, self.Lambda_im, self.B, self.log_step)
         Lambda = torch.complex(Lambda_re.clamp(max=-1e-4) if self.clip_eigs else Lambda_re, Lambda_im)
         a, b = self.discretize(Lambda, self.rate * log_step.exp())
         b = torch.view_as_real(b[:, None] * torch.view_as_complex(B))  # (P, D, 2)
@@ -144,7 +144,7 @@ class DrivenStates(nn.Module):
 
     def rest(self, batch: int) -> Tensor:
         """The state before the first step: zeros (B, P)."""
-        (like,) = at_least_float32(self.Lambda_re.detach())
+        (like,) = widened(self.Lambda_re.detach())
         zeros = like.new_zeros(batch, len(like))
         return torch.complex(zeros, zeros)
 
@@ -155,7 +155,7 @@ class DrivenStates(nn.Module):
 
     def read(self, h: Tensor, C: Tensor) -> Tensor:
         """2 Re C h, or Re C h where no mode stands for two: h (B, L, P), C (D, P, 2) -> (B, L, D)."""
-        (C,) = at_least_float32(C)
+        (C,) = widened(C)
         C = torch.stack([C[..., 0], -C[..., 1]], dim=-1)
         with without_autocast(h.device):
             return F.linear(torch.view_as_real(h).flatten(2), (2 * C if self.conj_sym else C).flatten(1))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longwave.ops import at_least_float32
+
 
 @dataclass(frozen=True)
 class Hint:
@@ -85,9 +87,9 @@ def set_rate(module: nn.Module, rate: float) -> nn.Module:
     return module
 
 
-def at_least_float32(*tensors: Tensor) -> list[Tensor]:
+def widened(*tensors: Tensor) -> list[Tensor]:
     """Filters are computed in float32 or better whatever dtype the model is in: a**L in bfloat16 is noise."""
-    return [t.float() if t.dtype.itemsize < 4 else t for t in tensors]
+    return [t.to(at_least_float32(t.dtype)) for t in tensors]
 
 
 _claims = threading.Lock()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from longwave.nn import DSSFilter, Filter
 from longwave.nn.filters.dss import EIGENVALUES, EPSILON, ClipEigenvalues, softmax_taps, steps
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.official.blocks import (
     ELEMENTWISE,
     Call,
@@ -51,7 +51,7 @@ class RunSoftmaxFilter(Filter):
         self.W = nn.Parameter(torch.zeros(channels, modes, 2))
 
     def forward(self, length: int) -> Tensor:
-        log_dt, Lambda, W = at_least_float32(self.log_dt, self.Lambda, self.W)
+        log_dt, Lambda, W = widened(self.log_dt, self.Lambda, self.W)
         modes = torch.view_as_complex(Lambda)
         return run_softmax_taps(modes, steps(modes, log_dt), torch.view_as_complex(W), length, self.epsilon)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.nn.filters.ckconv import Magnet, Siren, evaluate, gaussian, reach
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.official.ckconv import Activation, KernelMLP, Norm, net_names, points
 from longwave.official.replicas.correlation import centred_fft, correlate
 from longwave.official.source import WHOLE, Flag, Name, Names, Size, Source, System, Turn, inside, unused
@@ -70,7 +70,7 @@ class ContinuousConv(nn.Module):
             return correlate(x, k, self.bias, fft)
         if any(size % 2 == 0 for size in k.shape[2:]):
             raise ValueError(f"a centred kernel has odd sizes; got {tuple(k.shape[2:])}: give an odd horizon")
-        (wide,) = at_least_float32(x)
+        (wide,) = widened(x)
         bias = None if self.bias is None else self.bias.to(k.dtype)
         if fft:
             return centred_fft(wide, k, bias).to(x.dtype)

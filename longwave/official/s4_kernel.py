@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longwave.nn import DenseStateSpace, Filter, StateSpace, StateSpaceFilter
 from longwave.nn.filters.diagonal import DISCRETIZATIONS
 from longwave.nn.filters.dplr import discretize, real_coordinates
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.official.dss import run_softmax_taps
 from longwave.official.source import Flag, Name, Names, Positive, Size, Source, Turn
 from longwave.ops import causal_conv
@@ -116,14 +116,14 @@ class DiagonalSystem(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt (H, 1 or P), A (H, P), B (H, P), C (K, H, P)."""
-        inv_dt, A_real, B, C = at_least_float32(self.inv_dt, self.A_real, self.B, self.C)
+        inv_dt, A_real, B, C = widened(self.inv_dt, self.A_real, self.B, self.C)
         dt = self.transform_dt(inv_dt.sinh() if self.fast else inv_dt)
         A_real = -self.transform_real(A_real)
         if self.real:
             A_imag = torch.zeros_like(A_real)
             B, C = torch.complex(B, torch.zeros_like(B)), torch.complex(C, torch.zeros_like(C))
         else:
-            A_imag = -self.transform_imag(*at_least_float32(self.A_imag))
+            A_imag = -self.transform_imag(*widened(self.A_imag))
             B, C = torch.view_as_complex(B), torch.view_as_complex(C)
         copies = len(dt) // len(A_real)
         A = torch.complex(A_real, A_imag).repeat(copies, 1)
@@ -183,8 +183,8 @@ class DPLRFilter(StateSpaceFilter):
     def realize(self, length: int | None = None) -> DenseStateSpace:
         """The system, with the C of a kernel of ``length`` taps (or of as many as it was trained at)."""
         dt, A, B, _ = self.system()
-        P = torch.view_as_complex(*at_least_float32(self.P)).repeat(1, len(A) // self.P.shape[1], 1)
-        C = torch.view_as_complex(*at_least_float32(self.system.C))  # (K, H, N/2)
+        P = torch.view_as_complex(*widened(self.P)).repeat(1, len(A) // self.P.shape[1], 1)
+        C = torch.view_as_complex(*widened(self.system.C))  # (K, H, N/2)
         system = discretize(A, P, B, C.flatten(0, 1), dt)
         a, c = system.matrix(), system.c.unflatten(0, C.shape[:2])
         trained, rate = int(self.l_kernel), self.system.rate
@@ -301,7 +301,7 @@ class StateSpaceConv(nn.Module):
 
 def as_complex_state(system: DiagonalSystem, state: Tensor, batch: int | None = None) -> Tensor:
     """An official state (B, H, P), complex, its real view (B, H, P, 2), or real where the system is, as complex."""
-    (state,) = at_least_float32(state)
+    (state,) = widened(state)
     viewed = not state.is_complex() and not system.real
     h = torch.view_as_complex(state.contiguous()) if viewed else state
     _, features, modes = system.C.shape[:3]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.nn.block_fft import BlockFFT, block_fft, dft_matrices
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.official.blocks import ELEMENTWISE, Call, Elementwise
 from longwave.official.replicas.conv import Transform
 from longwave.official.source import Alias, Flag, Name, Names, Size, Source, System, Turn, inside, unused
@@ -67,7 +67,7 @@ class BlockTransform(BlockOptions):
 
     def run(self, transform: Any, x: Tensor) -> dict[str, Tensor]:
         """x (..., H, L) complex, or (..., H, L, 2) real -> {"re", "im"}, (..., H, N rounded up to a power of two)."""
-        y = transform(x if x.is_complex() else torch.view_as_complex(*at_least_float32(x.contiguous())), self.N)
+        y = transform(x if x.is_complex() else torch.view_as_complex(*widened(x.contiguous())), self.N)
         return {"re": y.real, "im": y.imag}
 
     def run_fixed(self, nothing: nn.Module, x: Tensor) -> dict[str, Tensor]:

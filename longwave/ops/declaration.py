@@ -77,6 +77,16 @@ class Declaration:
                 owners.setdefault(letter, name)
         return sizes, device
 
+    def samples(self, device: torch.device | str) -> dict[str, Tensor]:
+        """A small tensor for each argument, in float32 or what goes with it."""
+        dtypes = {"complex": torch.complex64, "bool": torch.bool}
+        samples = {}
+        for name, (layouts, kind) in self.arguments.items():
+            sizes = [axis.partition("-") for axis in layouts[0] if axis != "..."]
+            shape = [int(axis) if axis.isdigit() else 4 - int(less or 0) for axis, _, less in sizes]
+            samples[name] = torch.ones(shape, dtype=dtypes.get(kind, torch.float32), device=device)
+        return samples
+
     def results(self, given: Mapping[str, Any]) -> list[Tensor]:
         """Tensors like those that the op returns, their contents undefined."""
         sizes, device = self.check(given)

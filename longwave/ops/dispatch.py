@@ -1,7 +1,6 @@
 """One rule for choosing an implementation: the first backend that has nothing against these inputs."""
 
 import contextlib
-import difflib
 import functools
 import inspect
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longwave.errors import unknown
 from longwave.ops.declaration import Declaration
 from longwave.ops.kernel import Kernel, key, transform, without_autocast
 
@@ -38,8 +38,7 @@ def forced() -> str:
     """The backend that LONGWAVE_BACKEND or use_backend names, or auto."""
     known = ["auto", *dict.fromkeys(name for op in OPS.values() for name in op.backends)]
     if _FORCED not in known:
-        hint = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(_FORCED, known, 1))
-        raise ValueError(f"LONGWAVE_BACKEND: no op has a backend {_FORCED!r}; there are {', '.join(known)}{hint}")
+        raise ValueError(f"LONGWAVE_BACKEND: {unknown('backend of any op', _FORCED, known)}")
     return _FORCED
 
 
@@ -118,6 +117,11 @@ class Op:
     def why_not(self, name: str, *args: Any, **options: Any) -> str | None:
         """The reason why backend ``name`` cannot run these inputs, or None if it can."""
         return self.backends[name].why_not(*self._bound(args, options))
+
+    def refusals(self, device: torch.device | str = "cpu") -> dict[str, str | None]:
+        """What each backend has against a small call in float32, or None; in the order in which they are tried."""
+        given = {**self.declaration.samples(device), **({"length": 4} if "length" in self.arguments else {})}
+        return {name: self.why_not(name, **given) for name in self.backends}
 
     def _define(self, reference: Callable) -> "Op":
         functools.update_wrapper(self, reference)

@@ -10,6 +10,14 @@ from torch import Tensor
 from longwave.ops.dispatch import Op
 
 
+def near_root(length: int) -> tuple[int, int]:
+    """(m, J) with m (J - 1) < length <= m J, m a power of two near the root."""
+    m = 1
+    while m * m < length:
+        m *= 2
+    return m, -(-length // m)
+
+
 def _check_length(x: Tensor, c: Tensor, length: int) -> None:
     if length < 1:
         raise ValueError(f"vandermonde: length must be at least 1; got {length}")

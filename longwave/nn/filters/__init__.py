@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from longwave.nn.filters.base import Filter, FilterSpec, StateSpace, StateSpaceFilter, Truncated
+from longwave.nn.filters.base import Filter, FilterSpec, Response, StateSpace, StateSpaceFilter, Truncated, responses
 from longwave.nn.filters.ckconv import CKConvFilter, FlexConvFilter
 from longwave.nn.filters.diagonal import S4DFilter
 from longwave.nn.filters.dplr import DenseStateSpace, DPLRFilter, DPLRStateSpace
@@ -52,6 +52,7 @@ __all__ = [
     "GSSFilter",
     "HyenaFilter",
     "ModalFilter",
+    "Response",
     "S4DFilter",
     "SharedStateSpace",
     "ShiftFilter",
@@ -60,4 +61,5 @@ __all__ = [
     "StateSpace",
     "StateSpaceFilter",
     "Truncated",
+    "responses",
 ]

@@ -1,6 +1,7 @@
 """What a long convolution convolves with: the impulse response of a linear time-invariant map."""
 
 import abc
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,23 @@ from longwave.nn.online_conv import Taps
 from longwave.nn.padding import last_steps
 from longwave.ops import opaque, state_space_step, vandermonde, vandermonde_transpose
 from longwave.spec import PartSpec
+
+
+class Response(NamedTuple):
+    """A bank of filters as it is drawn.
+
+    Attributes:
+        name: where it sits in its layer.
+        channels: C.
+        taps: (C, length) of a length, or ValueError where the filters are not defined at that length.
+        eigenvalues: (G, N) complex, of one step of the recurrence, G dividing C, or None where there is none: channels
+            g, g + G, ... share row g.
+    """
+
+    name: str
+    channels: int
+    taps: Callable[[int], Tensor]
+    eigenvalues: Tensor | None = None
 
 
 class Filter(nn.Module, abc.ABC):
@@ -34,6 +52,10 @@ class Filter(nn.Module, abc.ABC):
         Raises:
             ValueError: where the filter is not defined at that length.
         """
+
+    def responses(self) -> list[Response]:
+        """What is drawn of it."""
+        return [Response("", self.channels, self)]
 
     def longest(self) -> int | None:
         """The greatest length at which the filter is defined; None where there is none, or it is not known."""
@@ -138,6 +160,27 @@ class StateSpaceFilter(Filter):
 
     def forward(self, length: int) -> Tensor:
         return self.realized().taps(length)
+
+    def responses(self) -> list[Response]:
+        return [Response("", self.channels, self, _eigenvalues(self.realize()))]
+
+
+def _eigenvalues(system: Any) -> Tensor | None:
+    """Of one step of a discrete system: the diagonal, or those of its matrix."""
+    a = system.matrix() if hasattr(system, "matrix") else getattr(system, "a", None)
+    if a is None:
+        return None
+    return torch.atleast_2d(a) if a.is_complex() else torch.linalg.eigvals(a)
+
+
+def responses(module: nn.Module, name: str = "") -> Iterator[Response]:
+    """All filters in a module, under their names, by the outermost parts that say what they stand for."""
+    own: list[Response] = getattr(module, "responses", list)()
+    for response in own:
+        yield response._replace(name=f"{name} {response.name}".strip())
+    if not own:
+        for key, child in module.named_children():
+            yield from responses(child, f"{name}.{key}".lstrip("."))
 
 
 def require_max_len(what: str, max_len: int, length: int = 1) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from longwave.nn.filters.base import Filter, require_max_len
 from longwave.nn.filters.implicit import evaluate
-from longwave.nn.module import at_least_float32, positive_rate
+from longwave.nn.module import positive_rate, widened
 
 
 class Siren(nn.Module):
@@ -275,7 +275,7 @@ class FlexConvFilter(Filter):
         return longest_at(self.max_len, self.rate)
 
     def forward(self, length: int) -> Tensor:
-        (mask_params,) = at_least_float32(self.mask_params)
+        (mask_params,) = widened(self.mask_params)
         mean, width = mask_params[0]
         positions = lag_positions(length, self.max_len, self.rate, mask_params.device).to(mask_params.dtype)
         end = (mean - reach(width, self.threshold).abs()).detach()

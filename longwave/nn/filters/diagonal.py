@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from longwave.errors import choose
 from longwave.nn.filters.base import StateSpace, StateSpaceFilter, shared_systems
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
+from longwave.nn.module import Hint, positive_rate, step_range, widened
 
 
 def zoh(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ class S4DFilter(StateSpaceFilter):
         self.C.normal_(std=0.5**0.5)
 
     def realize(self) -> StateSpace:
-        log_dt, log_A_real, A_imag, B, C = at_least_float32(self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
+        log_dt, log_A_real, A_imag, B, C = widened(self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
         copies = self.channels // len(A_imag)
         A = torch.complex(-log_A_real.exp(), A_imag).repeat(copies, 1)  # (C, N/2)
         dt, C = log_dt.exp()[:, None], torch.view_as_complex(C)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from longwave.nn.filters.base import StateSpaceFilter, shared_systems
 from longwave.nn.hippo import low_rank, nplr
-from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
+from longwave.nn.module import Hint, positive_rate, step_range, widened
 from longwave.nn.padding import last_steps
 from longwave.ops import dplr_step, opaque, without_autocast
+from longwave.ops.vandermonde import near_root
 
 
 def _exact(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +77,7 @@ class DenseStateSpace(NamedTuple):
 @opaque(like=lambda a, b, c, length: c.new_empty(c.shape[0], length))
 def dense_taps(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
     """k[i + m j] = (c a^(m j)) (a^i b), of a :class:`DenseStateSpace`: (C, length)."""
-    m, J = _split(length)
+    m, J = near_root(length)
     powers = _squares(a, m, J)
     fine = _table(powers, b[:, :, None], m).squeeze(3)  # (G, N, m)
     rows = c.unflatten(0, (-1, len(a))).permute(1, 2, 0).to(a.dtype)  # (G, N, K)
@@ -88,7 +89,7 @@ def dense_taps(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
 @opaque(like=lambda a, c, state, length: state.new_empty(*state.shape[:2], length))
 def dense_response(a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
     """c a^(l+1) h, of states (B, C, N): (B, C, length)."""
-    m, J = _split(length)
+    m, J = near_root(length)
     B, G = state.shape[0], len(a)
     powers = _squares(a, m, J)
     rows = c.unflatten(0, (-1, G)).permute(1, 2, 0).to(a.dtype)
@@ -102,7 +103,7 @@ def dense_response(a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
 def dense_advance(a: Tensor, b: Tensor, state: Tensor, x: Tensor, padding: Tensor | None) -> Tensor:
     """a^L h + sum_s a^s b x[L-1-s], L without a row's padding: (B, C, N)."""
     (B, L, C), G, dtype = x.shape, len(a), state.dtype
-    m, J = _split(L)
+    m, J = near_root(L)
     powers = _squares(a, m, J)
     fine = _table(powers, b[:, :, None], m).squeeze(3).to(dtype)  # (G, N, m)
     powers = [p.to(dtype) for p in powers]
@@ -122,14 +123,6 @@ def dense_advance(a: Tensor, b: Tensor, state: Tensor, x: Tensor, padding: Tenso
         elif L >> bit & 1:
             carried = power @ carried
     return (sums.squeeze(2) + carried).unflatten(2, (B, -1)).permute(2, 3, 0, 1).reshape(B, C, -1)
-
-
-def _split(length: int) -> tuple[int, int]:
-    """(m, J) with m (J - 1) < length <= m J, m a power of two near the root."""
-    m = 1
-    while m * m < length:
-        m *= 2
-    return m, -(-length // m)
 
 
 def _log2(m: int) -> int:
@@ -348,9 +341,7 @@ class DPLRFilter(StateSpaceFilter):
         self.C.normal_(std=0.5**0.5)
 
     def realize(self) -> DPLRStateSpace:
-        log_dt, log_A_real, A_imag, P, B, C = at_least_float32(
-            self.log_dt, self.log_A_real, self.A_imag, self.P, self.B, self.C
-        )
+        log_dt, log_A_real, A_imag, P, B, C = widened(self.log_dt, self.log_A_real, self.A_imag, self.P, self.B, self.C)
         copies = self.channels // len(A_imag)
         A = torch.complex(-log_A_real.exp(), A_imag).repeat(copies, 1)  # (C, N/2)
         P, B = torch.view_as_complex(P).repeat(1, copies, 1), torch.view_as_complex(B).repeat(copies, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longwave.errors import choose
 from longwave.nn.filters.base import Filter, StateSpace, StateSpaceFilter, require_max_len
 from longwave.nn.hippo import nplr
-from longwave.nn.module import Hint, at_least_float32, positive_rate, step_range
+from longwave.nn.module import Hint, positive_rate, step_range, widened
 from longwave.ops import vandermonde
 
 EPSILON = 1e-7  # keeps reciprocals finite
@@ -44,7 +44,7 @@ class ExpEigenvalues(nn.Module):
 
     def forward(self) -> Tensor:
         """(N,) complex."""
-        log_neg_re, im = at_least_float32(self.log_neg_re, self.im)
+        log_neg_re, im = widened(self.log_neg_re, self.im)
         return torch.complex(-log_neg_re.exp(), im)
 
 
@@ -68,7 +68,7 @@ class ExpReImEigenvalues(nn.Module):
 
     def forward(self) -> Tensor:
         """(N,) complex."""
-        log_neg_re, log_im = at_least_float32(self.log_neg_re, self.log_im)
+        log_neg_re, log_im = widened(self.log_neg_re, self.log_im)
         return torch.complex(-log_neg_re.exp(), log_im.exp())
 
 
@@ -92,7 +92,7 @@ class ClipEigenvalues(nn.Module):
 
     def forward(self) -> Tensor:
         """(N,) complex."""
-        (re_im,) = at_least_float32(self.re_im)
+        (re_im,) = widened(self.re_im)
         return torch.complex(re_im[:, 0].clamp(max=self.max_real), re_im[:, 1])
 
 
@@ -185,7 +185,7 @@ class DSSFilter(StateSpaceFilter):
         _draw(self.log_dt, self.W, self.log_dt_range)
 
     def realize(self) -> StateSpace:
-        log_dt, W = at_least_float32(self.log_dt, self.W)
+        log_dt, W = widened(self.log_dt, self.W)
         Lambda, c = self.Lambda(), torch.view_as_complex(W) / 2
         step = steps(Lambda, log_dt, self.rate)
         return StateSpace(step.exp().to(c.dtype), self.discretize(Lambda, step).to(c.dtype), c)
@@ -256,6 +256,6 @@ class DSSSoftmaxFilter(Filter):
 
     def forward(self, length: int) -> Tensor:
         require_max_len("a softmax filter", self.max_len, length)
-        log_dt, Lambda, W = at_least_float32(self.log_dt, self.Lambda, self.W)
+        log_dt, Lambda, W = widened(self.log_dt, self.Lambda, self.W)
         modes = torch.view_as_complex(Lambda)
         return softmax_taps(modes, steps(modes, log_dt), torch.view_as_complex(W), self.max_len)[:, :length]

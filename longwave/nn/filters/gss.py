@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from longwave.nn.filters.base import StateSpace, StateSpaceFilter, power
 from longwave.nn.filters.diagonal import zoh
 from longwave.nn.filters.dss import modes_from
-from longwave.nn.module import Hint, at_least_float32, positive_rate
+from longwave.nn.module import Hint, positive_rate, widened
 from longwave.nn.padding import last_steps
 from longwave.ops import vandermonde, vandermonde_transpose
 
@@ -81,7 +81,7 @@ class GSSFilter(StateSpaceFilter):
         self.C.normal_(std=self.C.shape[1] ** -0.5)
 
     def realize(self) -> SharedStateSpace:
-        (C,) = at_least_float32(self.C)
+        (C,) = widened(self.C)
         Lambda = self.Lambda()
         a, b = zoh(Lambda, torch.full_like(Lambda.real, self.rate))
         return SharedStateSpace(a, b, torch.view_as_complex(C))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.nn.filters.base import Filter, require_max_len
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.ops import without_autocast
 
 
@@ -167,5 +167,5 @@ class HyenaFilter(Filter):
 
     def forward(self, length: int) -> Tensor:
         require_max_len("an implicit filter", self.max_len, length)
-        z, t = at_least_float32(self.pos_emb.z[:, :length], self.pos_emb.t[:, :length])
+        z, t = widened(self.pos_emb.z[:, :length], self.pos_emb.t[:, :length])
         return (evaluate(self.implicit_filter, z) * self.modulation(t))[0].T

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.nn.filters.base import StateSpace, StateSpaceFilter, shared_systems
-from longwave.nn.module import Hint, at_least_float32
+from longwave.nn.module import Hint, widened
 
 SLOWEST, FASTEST = 1e-7, 0.05  # a mode loses at least the first of its size a step, and keeps at least the second
 OVERSAMPLE, POWER = 8, 2  # of the search for the largest singular values
@@ -44,7 +44,7 @@ class ModalFilter(StateSpaceFilter):
         self.C.normal_(std=0.5 * self.C.shape[1] ** -0.5)
 
     def realize(self) -> StateSpace:
-        log_decay, angle, C = at_least_float32(self.log_decay, self.angle, self.C)
+        log_decay, angle, C = widened(self.log_decay, self.angle, self.C)
         a = torch.exp(torch.complex(-log_decay.exp(), angle))
         return StateSpace(a, torch.ones_like(a), torch.view_as_complex(C))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.nn.filters.base import Filter
-from longwave.nn.module import Hint, at_least_float32
+from longwave.nn.module import Hint, widened
 
 
 class ShiftFilter(Filter):
@@ -38,7 +38,7 @@ class ShiftFilter(Filter):
         self.C.normal_()
 
     def forward(self, length: int) -> Tensor:
-        B, C = at_least_float32(self.B, self.C)
+        B, C = widened(self.B, self.C)
         N = B.shape[1]
         correlation = torch.fft.irfft(torch.fft.rfft(B, 2 * N).conj() * torch.fft.rfft(C, 2 * N), 2 * N)
         return correlation[:, : min(length, N)]

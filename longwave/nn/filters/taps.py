@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.nn.filters.base import Filter, require_max_len
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.ops import without_autocast
 
 
@@ -102,6 +102,6 @@ class FreeFilter(Filter):
 
     def forward(self, length: int) -> Tensor:
         require_max_len("a free filter", self.max_len, length)
-        (k,) = at_least_float32(self.kernel)
+        (k,) = widened(self.kernel)
         k = k if self.smooth is None else self.smooth(k)
         return self.dropout(squash(k, self.threshold))[:, :length]

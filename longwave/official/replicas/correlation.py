@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 
 
 def correlate(x: Tensor, kernel: Tensor, bias: Tensor | None, fft: bool) -> Tensor:
     """The authors' causal correlation of x (B, D, L), by FFT or not, in the dtype of the kernel or of x if better."""
-    (wide,) = at_least_float32(x)
+    (wide,) = widened(x)
     run = causal_fft_correlation if fft else causal_correlation
     return run(wide, padded_to_odd(kernel), None if bias is None else bias.to(kernel.dtype)).to(x.dtype)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.nn.module import at_least_float32
+from longwave.nn.module import widened
 from longwave.official.s4_kernel import StateSpaceConv
 from longwave.ops import causal_conv
 
@@ -93,7 +93,7 @@ class Stash(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The discrete input map (H, P), of the diagonal part of A alone, and C (rows, H, P)."""
-        B, C, w, log_dt = at_least_float32(self.B, self.C, self.w, self.log_dt)
+        B, C, w, log_dt = widened(self.B, self.C, self.w, self.log_dt)
         dt = log_dt.exp()[:, None]
         b = dt / (1 - dt / 2 * torch.view_as_complex(w)) * torch.view_as_complex(B)
         return b, torch.view_as_complex(C)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from longwave.ops.vandermonde import near_root
+
 
 def forward(x: Tensor, c: Tensor, length: int) -> Tensor:
     """k (B, C, L)."""
@@ -42,17 +44,9 @@ def _powers(x: Tensor, count: int) -> Tensor:
     return table
 
 
-def _split(length: int) -> tuple[int, int]:
-    """(m, J) with m J >= length, m a power of two near the root."""
-    m = 1
-    while m * m < length:
-        m *= 2
-    return m, -(-length // m)
-
-
 def tables(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(m, c, N) powers x^i and (J, c, N) powers x^(m j)."""
-    m, J = _split(length)
+    m, J = near_root(length)
     wide = x.to(torch.complex128)
     top = wide  # becomes x^m
     for _ in range(m.bit_length() - 1):
@@ -63,7 +57,7 @@ def tables(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def blocks(x: Tensor, B: int, length: int) -> Iterator[slice]:
     """Slices of channels whose tables and sequences are a few MB, so that they stay in the cache."""
     C, N = x.shape
-    m, J = _split(length)
+    m, J = near_root(length)
     width = max(1, 2**18 // (N * (m + (B + 1) * J) + B * length)) if x.device.type == "cpu" else C
     for start in range(0, C, width):
         yield slice(start, min(start + width, C))
@@ -88,7 +82,7 @@ def modes_of_sum(fine: Tensor, coarse: Tensor, u: Tensor) -> Tensor:
 def grid(u: Tensor, length: int, work: torch.dtype, derivative: bool = False) -> Tensor:
     """u (B, c, L) as (c, B, J m), zeros behind; with ``derivative`` also (l+1) u[l+1] as B more rows."""
     B, c, L = u.shape
-    m, J = _split(length)
+    m, J = near_root(length)
     grid = u.new_zeros(c, 2 * B if derivative else B, J * m, dtype=work)
     grid[:, :B, :L] = u.transpose(0, 1)
     if derivative:
