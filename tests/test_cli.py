@@ -348,7 +348,10 @@ def test_generate_leaves_quietly_when_nobody_reads(trained):
         (["generate", "RUN", "--prompt", "a", "--temperature", "inf"], "temperature must be >= 0 .*; got inf"),
         (["generate", "RUN", "--prompt", "a", "--top-p", "nan"], "top_p must lie in .*; got nan"),
         (["generate", "RUN", "--prompt", "a", "--seed", str(2**63)], "seed must lie in 0..2"),
-        (["bench", "opps"], "no bench is called 'opps'; there are ops, models, memory; did you mean 'ops'"),
+        (
+            ["bench", "opps"],
+            "no bench is called 'opps'; there are ops, models, memory, generate, online; did you mean 'ops'",
+        ),
         (["bench", "ops", "--only", "causal_con"], "no op in the bench is called .*did you mean 'causal_conv'"),
         (["bench", "memory", "--only", "nosuch"], "no causal mixer is called 'nosuch'"),
         (["bench", "models", "--only", "s4d"], "bench models measures them all; leave out --only 's4d'"),
