@@ -686,7 +686,7 @@ def test_a_misspelt_forced_backend_is_refused():
     args, _ = scan(1, 3, torch.float32)
     with (
         use_backend("nubma"),
-        pytest.raises(ValueError, match=r"LONGWAVE_BACKEND: no .*'nubma'; .*did you mean numba\?"),
+        pytest.raises(ValueError, match=r"LONGWAVE_BACKEND: no .*'nubma'; .*did you mean 'numba'\?"),
     ):
         linear_scan(*args)
 
