@@ -1,6 +1,7 @@
 """The command line: train | eval | generate | distill | list | show | inspect | doctor | bench."""
 
 import codecs
+import importlib.util
 import logging
 import os
 import re
@@ -34,6 +35,23 @@ Weights = Annotated[
     str | None, typer.Option(help="int8 or bf16: keep the weights in so many bits; a token costs their bytes.")
 ]
 Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.")]
+
+
+@app.callback()
+def trusted(
+    trust: Annotated[
+        list[Path] | None, typer.Option(help="A Python file to run first, for the classes in it; may be repeated.")
+    ] = None,
+) -> None:
+    """What stands before every command."""
+    for i, file in enumerate(trust or []):
+        if not file.is_file():
+            raise ValueError(f"--trust {file}: there is no such file")
+        spec = importlib.util.spec_from_file_location(f"trusted_{i}_{file.stem}", file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"--trust {file} is no Python file; name one that ends in .py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it, by typer's version

@@ -167,7 +167,7 @@ def read_kind(what: str, known: Mapping[str, Any], spec: typing.Callable[[str], 
     if isinstance(kind, str) and (".py" in kind or "/" in kind):
         raise _fault(
             "file",
-            f"{shown(kind)} is a file, and a config runs no code: let the file run first, by --trust FILE or by "
+            f"{shown(kind)} is a file, and a config runs no code: run it first, by longwave --trust FILE or by "
             f"importing it, and name the {what} as its class does",
         )
     raise _fault("unknown_kind", unknown(what, kind, known))

@@ -292,6 +292,25 @@ def test_generate_stops_at_the_text_given(call, trained):
     assert out == "a" + new[: new.index(stop) + 2] + "\n"
 
 
+def test_a_trusted_file_brings_its_classes(call, tmp_path):
+    """A mixer of one's own, in a run of any processes; without the option no file runs."""
+    (tmp_path / "mine.py").write_text(
+        "from longwave.mixers import LSTM\n\n\nclass Mine(LSTM, name='mine_of_a_file'):\n    pass\n"
+    )
+    code, _, err = call("show", "demo", "model.pattern=[mine_of_a_file]")
+    assert code == 2
+    assert "no mixer is called 'mine_of_a_file'" in err
+    try:
+        code, out, _ = call("--trust", tmp_path / "mine.py", "show", "demo", "model.pattern=[mine_of_a_file]")
+        assert code == 0
+        assert "kind: mine_of_a_file" in out
+    finally:
+        MIXERS.pop("mine_of_a_file", None)
+    code, _, err = call("--trust", tmp_path / "none.py", "show", "demo")
+    assert code == 2
+    assert "none.py: there is no such file" in err
+
+
 def test_generate_goes_on_from_a_saved_state(call, trained, tmp_path):
     """A prompt is read once; what is written behind its state is what would have been written behind it."""
     state = tmp_path / "state"
