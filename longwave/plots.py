@@ -42,30 +42,23 @@ def draw(layers: list[Layer], out: Path, title: str) -> list[Path]:
 
 def draw_figure(layers: dict[str, Layer], file: Path, title: str, dpi: int = 100) -> None:
     """One figure of all filters of some layers, by what they are called: in time, in frequency, memory, eigenvalues."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [(name, bank) for name, layer in layers.items() for bank in layer.banks]
     columns = 4 if any(bank.response.eigenvalues is not None for _, bank in rows) else 3
-    figure, axes = pyplot.subplots(
-        len(rows), columns, figsize=(3.5 * columns, 3 * len(rows) + 0.3), layout="constrained", squeeze=False
-    )
-    try:
-        figure.suptitle(title, fontsize=11)
-        for (name, bank), (time, frequency, memory, *rest) in zip(rows, axes):
-            colours = _colours(bank)
-            _draw_time(time, bank, colours, f"{name}: {bank.response.name}" if bank.response.name else name)
-            _draw_frequency(frequency, bank, colours)
-            _draw_memory(memory, bank)
-            if rest:
-                _draw_eigenvalues(rest[0], bank, colours)
-        for axis in axes.flat:
-            axis.title.set_fontsize(9)
-        figure.savefig(file, dpi=dpi)
-    finally:
-        pyplot.close(figure)
+    figure = Figure(figsize=(3.5 * columns, 3 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    figure.suptitle(title, fontsize=11)
+    for (name, bank), (time, frequency, memory, *rest) in zip(rows, axes):
+        colours = _colours(bank)
+        _draw_time(time, bank, colours, f"{name}: {bank.response.name}" if bank.response.name else name)
+        _draw_frequency(frequency, bank, colours)
+        _draw_memory(memory, bank)
+        if rest:
+            _draw_eigenvalues(rest[0], bank, colours)
+    for axis in axes.flat:
+        axis.title.set_fontsize(9)
+    figure.savefig(file, dpi=dpi)
 
 
 def _colours(bank: Bank) -> dict[int, Any]:

@@ -55,17 +55,15 @@ def plot(rows: list[dict[str, Any]]) -> list[Path]:
     """For each op on one thread, nanoseconds and bytes an element of the result against length, as
     benchmarks/results/OP.png; the floor is the time in which memory moves what must be read and written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     paths = []
     for name in dict.fromkeys(row["op"] for row in rows):
         mine = [r for r in rows if r["op"] == name and r["threads"] == 1 and r["malloc"] == "default"]
         if not mine:
             continue
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
         for mode, style in (("forward", "--"), ("both", "-")):
             for against in dict.fromkeys(r["against"] for r in mine):
                 part = sorted((r for r in mine if r["mode"] == mode and r["against"] == against), key=lambda r: r["L"])
@@ -92,5 +90,4 @@ def plot(rows: list[dict[str, Any]]) -> list[Path]:
         RESULTS.mkdir(parents=True, exist_ok=True)
         paths.append(RESULTS / f"{name.replace(' + ', '_').replace(' ', '_')}.png")
         figure.savefig(paths[-1], dpi=100)
-        pyplot.close(figure)
     return paths

@@ -17,6 +17,7 @@ from longwave.mixers import Attention, Mixer
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
 from longwave.nn import MLP
+from longwave.nn.padding import last_real, take_steps
 from longwave.official.blocks import Call, logits
 from longwave.official.safari_h3 import H3ConvLayer, H3Layer
 from longwave.official.safari_hyena import HyenaOperator
@@ -150,7 +151,9 @@ class PositionedLM(nn.Module):
     ) -> tuple[Tensor, PositionedState | None]:
         """See :class:`longwave.models.LM`."""
         x, state = self.hidden(ids, state, mask=mask, position_ids=position_ids)
-        return self.lm.head(x[:, -1:] if last else x), state
+        if last:
+            x = x[:, -1:] if mask is None else take_steps(x, last_real(mask)[:, None])
+        return self.lm.head(x), state
 
 
 def positioned_logits(model: PositionedLM, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
