@@ -376,7 +376,7 @@ def test_generate_leaves_quietly_when_nobody_reads(trained):
         (["bench", "models", "--only", "s4d"], "bench models measures them all; leave out --only 's4d'"),
         (
             ["train", "demo", "model.d_model=200000"],
-            "d_model = 200,000 and layers = 6, .* takes .* GB, and this",
+            "d_model = 200,000 and layers = 4, .* takes .* GB, and this",
         ),
         (["train", "demo", "model.d_model=" + "9" * 20], "model.d_model: no size reaches 2.63"),
         (["train", "demo", "model.layers=1000000"], "model.layers: .*less than or equal to 4096"),

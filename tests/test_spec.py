@@ -206,4 +206,4 @@ def test_another_kind_has_its_own_defaults():
     )
     assert recipe.model.pattern[0] == mixer("mamba", d_state=8)
     assert recipe.model.channel.expand == 8 / 3
-    assert (recipe.task.length, recipe.model.d_model) == (256, 128)
+    assert (recipe.task.length, recipe.model.d_model) == (256, 96)

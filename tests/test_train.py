@@ -111,11 +111,12 @@ def test_changes_reach_every_depth():
             "model.channel=mlp",
             "clip=null",
             "betas=[0.8, 0.9]",
+            "eval_batch=null",
         ],
     )
     assert (recipe.lr, recipe.task.length, recipe.clip, recipe.betas) == (3e-4, 99, None, (0.8, 0.9))
     assert (recipe.model.pattern[0].kind, recipe.model.pattern[0].d_state) == ("h3", 8)
-    assert (recipe.model.channel.kind, recipe.model.vocab, recipe.eval_batch) == ("mlp", 256, 8)
+    assert (recipe.model.channel.kind, recipe.model.vocab, recipe.eval_batch) == ("mlp", 256, recipe.batch)
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
