@@ -133,7 +133,7 @@ def run(kernel: Callable[..., None], tasks: int, *args: Any, scratch_size: int =
         scratch_size: float32 elements of scratch that a thread needs; each thread has its own.
     """
     tell_once()
-    threads = min(torch.get_num_threads(), tasks)
+    threads = min(torch.get_num_threads(), tasks) if tasks > 1 else 1
     if threads <= 1 or getattr(_local, "inside", False):
         if tasks:
             kernel(0, tasks, scratch(scratch_size), *args)

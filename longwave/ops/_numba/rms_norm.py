@@ -8,6 +8,7 @@ from torch import Tensor
 from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel
 from longwave.ops._numba.simd import (
+    floats,
     fma,
     lanes_of,
     load,
@@ -27,7 +28,8 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y (..., D)."""
     D = x.shape[-1]
     y, rows = pool.empty(*x.shape), x.numel() // D
-    pool.run(_forward, -(-rows // ROWS), widest, pool.flat(x), pool.flat(weight), pool.flat(y), rows, D, eps)
+    u, weight = x.float().contiguous(), weight.float().contiguous()
+    pool.run(_forward, -(-rows // ROWS), widest, u.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, D, eps)
     return y.to(x.dtype)
 
 
@@ -59,6 +61,8 @@ def row_scale(w, x, o, D, eps):
 
 @kernel
 def _forward(start, stop, scratch, w, x, weight, y, rows, D, eps):
+    """On addresses: arrays would cost one token more than its arithmetic."""
+    x, weight, y = floats(x), floats(weight), floats(y)
     full = lanes_of(w)
     whole, rest = D - D % full, D % full
     for r in range(start * ROWS, min(stop * ROWS, rows)):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel
-from longwave.ops._numba.simd import fma, lanes_of, load, load_first, sigmoid, splat, store, store_first, widest
+from longwave.ops._numba.simd import floats, fma, lanes_of, load, load_first, sigmoid, splat, store, store_first, widest
 
 ROWS = 16  # of a task
 
@@ -16,7 +16,8 @@ def forward(x: Tensor) -> Tensor:
     *front, _, H = x.shape
     y = pool.empty(*front, H)
     rows = y.numel() // H
-    pool.run(_forward, -(-rows // ROWS), widest, pool.flat(x), pool.flat(y), rows, H)
+    u = x.float().contiguous()
+    pool.run(_forward, -(-rows // ROWS), widest, u.data_ptr(), y.data_ptr(), rows, H)
     return y.to(x.dtype)
 
 
@@ -35,6 +36,8 @@ def gated(gate, value):
 
 @kernel
 def _forward(start, stop, scratch, w, x, y, rows, H):
+    """On addresses: arrays would cost one token more than its arithmetic."""
+    x, y = floats(x), floats(y)
     full = lanes_of(w)
     whole, rest = H - H % full, H % full
     for r in range(start * ROWS, min(stop * ROWS, rows)):
