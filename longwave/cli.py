@@ -51,7 +51,11 @@ def trusted(
         if spec is None or spec.loader is None:
             raise ValueError(f"--trust {file} is no Python file; name one that ends in .py")
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            raise ValueError(f"--trust {file}, line {line}: {type(error).__name__}: {error}") from error
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it, by typer's version
@@ -224,6 +228,8 @@ def generate(
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"repetition_penalty": repetition_penalty, "seed": seed, "stop": [list(stop.encode())] if stop else []}
+    if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):
+        raise ValueError(f"--save-state {save_state} is no file that can be written: its folder must exist")
     if from_state is not None:
         options["state"], _ = models.load_state(from_state, model)
     decoder, written, start = codecs.getincrementaldecoder("utf-8")("replace"), 0, time.monotonic()
@@ -354,7 +360,7 @@ def inspect(
 def bench(
     what: Annotated[str, typer.Argument(help="ops, models, memory, generate or online.")] = "ops",
     only: Annotated[list[str] | None, typer.Option(help="Names of ops, or of mixers; may be repeated.")] = None,
-    repeats: Annotated[int, typer.Option(help="Interleaved pairs a row, of which the median is taken.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved pairs a row, of which the median is taken.")] = 7,
     save: Annotated[bool, typer.Option(help="Append JSON lines to benchmarks/results and draw plots there.")] = False,
 ) -> None:
     """Measure ops, models and generation beside their peers in one process, or the memory of mixers as texts grow."""

@@ -108,6 +108,11 @@ def test_stream_yields_as_it_goes(model):
     assert generate(model, [[1, 2]], 0) == [[]]
 
 
+def test_the_number_of_tokens_is_whole(model):
+    with pytest.raises(ValueError, match=r"max_new must be a whole number; got 3.5"):
+        generate(model, [[1]], 3.5)
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -127,6 +132,7 @@ def test_stream_yields_as_it_goes(model):
         ([[1]], {"seed": -1}, r"seed must lie in 0\.\.2\^63-1; got -1"),
         ([[1]], {"seed": [1, 2]}, r"seed has 2 entries for 1 rows"),
         ([[1]], {"slots": 0}, r"slots must be >= 1, .*got 0"),
+        (None, {"state": (1, 2)}, r"state is a Held: .*; got tuple"),
         (None, {}, "there is no prompt"),
     ],
 )
@@ -210,6 +216,11 @@ def test_states_of_unequal_lengths_join(model):
         torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-8, atol=1e-8)
     with pytest.raises(ValueError, match="no state to join"):
         join([])
+    with pytest.raises(ValueError, match="states of one model are joined; got "):
+        join([states[0].layers[0], states[0].layers[1]])
+    with pytest.raises(ValueError, match=r"rows are their numbers, such as \[0, 2\]; got \[True\]"):
+        select(states[0], [True])
+    assert len(select(states[0], torch.tensor([0, 0])).layers[0][0]) == 2
 
 
 def test_states_of_others_are_refused(model, tmp_path):

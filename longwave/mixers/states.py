@@ -7,11 +7,14 @@ of its own.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from longwave.errors import shown
 
 
 def select(state: Any, rows: Sequence[int] | slice) -> Any:
@@ -19,8 +22,12 @@ def select(state: Any, rows: Sequence[int] | slice) -> Any:
 
     Raises:
         IndexError: for a row that the state does not have.
+        ValueError: for what is no row number.
     """
-    rows = rows if isinstance(rows, slice) else list(rows)
+    if not isinstance(rows, slice):
+        rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        if not all(isinstance(row, Integral) and not isinstance(row, bool) for row in rows):
+            raise ValueError(f"rows are their numbers, such as [0, 2]; got {shown(rows)}")
     return _map(lambda parts: parts[0].select(rows), lambda tensors: tensors[0][rows], state)
 
 
@@ -30,7 +37,7 @@ def join(states: Sequence[Any]) -> Any:
     Caches of unequal length are aligned at their ends, with padding before the shorter ones.
 
     Raises:
-        ValueError: where there is no state.
+        ValueError: where there is no state, or they are of different mixers.
     """
     if not states:
         raise ValueError("there is no state to join: give at least one")
@@ -44,6 +51,8 @@ def _map(own: Callable[[tuple], Any], leaf: Callable[[tuple[Tensor, ...]], Any],
         return leaf(states)
     if hasattr(first, "join"):
         return own(states)
+    if len(kinds := {type(state).__name__ for state in states}) > 1:
+        raise ValueError(f"states of one model are joined; got {' and '.join(sorted(kinds))}")
     if first is None:
         return None
     parts = [_map(own, leaf, *each) for each in zip(*states, strict=True)]

@@ -118,10 +118,16 @@ class Stream(Iterator[list[int | None]]):
     ):
         self.model, self.max_new, self.slots, self.progress = model, max_new, slots, progress
         self.sampling, self.stop = Sampling(**sampling), [_sequence(s, model.vocab) for s in stop]
+        for name, value in {"max_new": max_new, "slots": slots}.items():
+            if value is not None and value != round(value):
+                raise ValueError(f"{name} must be a whole number; got {shown(value)}")
         if max_new < 0:
             raise ValueError(f"max_new must be >= 0; got {max_new}")
         if slots is not None and slots < 1:
             raise ValueError(f"slots must be >= 1, the rows that run side by side; got {slots}")
+        if not (state is None or isinstance(state, Held)):
+            kind = type(state).__name__
+            raise ValueError(f"state is a Held: held of a stream, or the first that load_state returns; got {kind}")
         if self.sampling.top_k is not None and not 1 <= self.sampling.top_k <= model.vocab:
             raise ValueError(f"top_k must lie in 1..{model.vocab}; got {self.sampling.top_k}")
         rows = _prompts(model, prompts, state)
@@ -260,7 +266,8 @@ def stream(model: LM, prompts: Rows | None, max_new: int, **options) -> Stream:
         max_new: most tokens to draw a row, >= 0.
         stop: token ids, or sequences of them, that end a row, after they are yielded.
         seed: of the draws: one a row, or an int s, which gives row i the seed s + i; None draws anew each time.
-        state: what rows go on from: ``held`` of an earlier stream, or what ``load_state`` returned.
+        state: what rows go on from: ``held`` of an earlier stream of this model, or the first that ``load_state``
+            returns, which refuses those of other weights.
         slots: most rows that run side by side; the others wait, and take the place of rows that end.
         progress: called with (tokens read, tokens to read) while prompts are read.
         temperature, top_k, top_p, min_p, repetition_penalty: see :class:`Sampling`.

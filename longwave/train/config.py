@@ -58,7 +58,7 @@ class Recipe(Spec):
     task: AnyTask
     model: ModelSpec
     steps: int = Field(ge=1)
-    batch: int = Field(ge=1)
+    batch: int = Field(ge=1, le=2**20)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -68,7 +68,7 @@ class Recipe(Spec):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr: float = Field(0.1, ge=0, le=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     keep_memory: bool = True
     accelerator: str = "auto"
     devices: int = Field(1, ge=1)
@@ -77,7 +77,7 @@ class Recipe(Spec):
     eval_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     log_every: int = Field(10, ge=1)
-    eval_batch: int | None = Field(None, ge=1)
+    eval_batch: int | None = Field(None, ge=1, le=2**20)
     keep: int = Field(2, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
 
