@@ -331,16 +331,18 @@ def inspect(
     """Draw the filters of a mixer at its start, or of a trained model: time, frequency, eigenvalues, memory."""
     from longwave import inspection, plots
     from longwave.mixers import MIXERS
-    from longwave.models.runs import run_of
+    from longwave.models.runs import model_at, run_of, step_of
     from longwave.train.config import set_field
     from longwave.train.runs import load_run
 
     path, made = Path(what), list(changes or [])
+    title = " ".join([what, *made])
     if what not in MIXERS and (path.exists() or len(path.parts) > 1):
         if made:
             raise ValueError(f"{what} is drawn as it was trained: leave out {' '.join(made)}")
         modules = list(inspection.time_layers(load_run(path, [])[1]))
         out = out or run_of(path) / "inspect"
+        title = f"{run_of(path)}, step {step_of(model_at(path))}"
     else:
         options: dict[str, Any] = {"d_model": 64}
         for change in made:
@@ -349,7 +351,7 @@ def inspect(
         out = out or Path(f"{what}.png")
     layers = [inspection.inspect_layer(module, length) for module in modules]
     print(inspection.describe(layers))
-    files = plots.draw(layers, out, " ".join([what, *made]))
+    files = plots.draw(layers, out, title)
     _note("\n".join(f"drawn: {file}" for file in files) or "nothing is drawn")
 
 

@@ -30,7 +30,8 @@ def draw(layers: list[Layer], out: Path, title: str) -> list[Path]:
         return []
     if out.suffix in FORMATS:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draw_figure({f"{i} {layer.name}": layer for i, layer in numbered}, out, title)
+        one = len(layers) == 1
+        draw_figure({layer.name if one else f"layer {i}, {layer.name}": layer for i, layer in numbered}, out, title)
         return [out]
     out.mkdir(parents=True, exist_ok=True)
     files = []

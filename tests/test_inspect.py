@@ -6,9 +6,11 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from longwave import cli
 from longwave.inspection import describe, drawn, effective_memory, inspect_layer, look, time_layers
@@ -247,6 +249,26 @@ def test_a_trained_run(call, run, tmp_path):
     assert code == 0
     assert again == out
     assert (tmp_path / "all.svg").is_file()
+
+
+def test_the_figure_of_all_layers_numbers_them_and_names_run_and_step(call, run, tmp_path, monkeypatch):
+    """As the table does; a figure of one layer, in its title."""
+    figures = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k)))
+    before = matplotlib.get_backend(auto_select=False)
+    assert call("inspect", run, "--out", tmp_path / "all.png")[0] == 0
+    assert call("inspect", run, "--out", tmp_path / "folder")[0] == 0
+    assert call("inspect", "s4d", "d_model=4", "--out", tmp_path / "s4d.png")[0] == 0
+    shown = [(figure.get_suptitle(), [axes.get_title() for axes in figure.axes[::4]]) for figure in figures]
+    both = ["h3: ssm_k_kernel", "h3: kernel"]
+    assert shown == [
+        (f"{run}, step 2", ["layer 0, s4d: kernel", *(f"layer 2, {name}" for name in both)]),
+        (f"{run}, step 2, layer 0", ["s4d: kernel"]),
+        (f"{run}, step 2, layer 2", both),
+        ("s4d d_model=4", ["s4d: kernel"]),
+    ]
+    assert matplotlib.get_backend(auto_select=False) == before
 
 
 @pytest.mark.parametrize(
