@@ -18,7 +18,7 @@ def forward(x, re, im, left, right, b, c, h, skip) -> tuple[Tensor, Tensor]:
         room = (0, -M % LANES)
         left, right, b, c, h = (F.pad(t.unflatten(-1, (2, M)), room).flatten(-2) for t in (left, right, b, c, h))
         y, new = forward(x, F.pad(re, room), F.pad(im, room), left, right, b, c, h, skip)
-        return y, new.unflatten(-1, (2, -1))[..., :M].flatten(-2)
+        return y, new.unflatten(-1, (2, -1))[..., :M].flatten(-2).contiguous()
     u, re, im, left, right, b, c, h = (t.float().contiguous() for t in (x, re, im, left, right, b, c, h))
     skip = None if skip is None else skip.float().contiguous()
     y, new = torch.empty(B, C), torch.empty(B, C, 2 * M)
