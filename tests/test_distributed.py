@@ -183,6 +183,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(recipe, start, tmp_path):
 
 
 FAILING = """
+import os
 import sys
 from longwave.tasks import Text
 from longwave.train import load_recipe, loop, train
@@ -203,7 +204,7 @@ else:
 try:
     train(load_recipe(recipe), run)
 except Exception as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    os.write(2, f"{type(error).__name__}: {error}\\n".encode())  # in one piece: two processes share it
     sys.exit(7)
 """
 
