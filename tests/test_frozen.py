@@ -2,12 +2,17 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from longwave.nn import derived, frozen
+from longwave.nn.module import checksums
 
 
 class Doubler(nn.Module):
@@ -75,6 +80,50 @@ def test_copies_threads_and_other_models_derive_anew(module):
         thread.join()
         assert results[0] is not before
         assert torch.equal(results[0], before)
+
+
+def test_two_threads_enter_one(module):
+    """Who came first leaves first; each leaves what it entered, and both have what is kept."""
+    keep, turn = frozen(module), threading.Barrier(2, timeout=60)
+
+    @torch.no_grad()
+    def first():
+        with keep:
+            kept = module.twice()
+            turn.wait()
+            turn.wait()
+        turn.wait()
+        assert module.twice() is not kept
+        return kept
+
+    @torch.no_grad()
+    def second():
+        turn.wait()
+        with keep:
+            turn.wait()
+            turn.wait()
+            kept = module.twice()
+        assert module.twice() is not kept
+        return kept
+
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.submit(first), threads.submit(second)
+        assert one.result() is other.result()
+
+
+def test_a_checksum_is_of_shape_dtype_and_values_also_where_sharded(module):
+    (before,) = checksums(module).values()
+    for other in (torch.ones(1, 2), torch.ones(2).double(), torch.tensor([1.0, 2.0])):
+        module.weight.data = other
+        assert checksums(module)["weight"] != before
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module.weight = nn.Parameter(distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,))))
+        assert checksums(module)["weight"] == before
+        with frozen(module, check=True):
+            pass
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_error_ends_it(module):

@@ -4,8 +4,11 @@ import functools
 import importlib
 import inspect
 import itertools
+import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from longwave.ops import OPS, causal_conv, dispatch, linear_scan, selective_scan, short_conv
 from longwave.ops import attention as attention_op
-from longwave.ops.dispatch import use_backend
+from longwave.ops.dispatch import forced, use_backend
 from longwave.ops.kernel import Kernel
 
 LENGTHS = [1, 2, 7, 63, 64, 65, 1000]
@@ -689,6 +692,25 @@ def test_a_misspelt_forced_backend_is_refused():
         pytest.raises(ValueError, match=r"LONGWAVE_BACKEND: no .*'nubma'; .*did you mean 'numba'\?"),
     ):
         linear_scan(*args)
+
+
+def test_a_backend_is_named_for_ones_own_thread():
+    with use_backend("reference"), ThreadPoolExecutor(1) as thread:
+        assert forced() == "reference"
+        assert thread.submit(forced).result() == os.environ.get("LONGWAVE_BACKEND", "auto")
+        inside = threading.Barrier(2, timeout=60)
+
+        def other():
+            with use_backend("torch"):
+                inside.wait()
+                inside.wait()
+
+        beside = thread.submit(other)
+        inside.wait()
+        assert forced() == "reference"
+        inside.wait()
+        beside.result()
+        assert forced() == "reference"
 
 
 def test_a_kernel_differentiated_twice_refuses():

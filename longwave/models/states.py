@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longwave.models.sashimi import SashimiRows
-from longwave.models.storage import whole
+from longwave.nn.module import checksums, whole
 
 
 class Held(NamedTuple):
@@ -29,11 +29,7 @@ PAIRS = ":complex"  # behind the name of a complex tensor, stored as real and im
 
 def fingerprint(model: nn.Module) -> str:
     """A SHA-256 over the names, shapes, dtypes and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(whole(tensor).reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(checksums(model)).encode()).hexdigest()
 
 
 def save_state(file: str | Path, state: Any, model: nn.Module, **notes: str) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,16 +15,10 @@ from longwave.models.runs import model_at
 from longwave.models.size import on_meta
 from longwave.models.spec import MODEL_SPEC, ModelSpec
 from longwave.nn import WeightOnlyLinear, weight_only
+from longwave.nn.module import whole
 from longwave.spec import explain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered from all ranks where it is sharded (then every rank must call)."""
-    tensor = tensor.detach()
-    sharded: Any = tensor  # a DTensor, known by its method: torch.distributed.tensor takes long to import
-    return (sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
 
 
 def weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:

@@ -1,26 +1,33 @@
 """What follows from parameters alone is derived once, while the caller promises that they stand still."""
 
 import functools
-import hashlib
 from collections.abc import Callable
-from contextvars import ContextVar, Token
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from longwave.nn.module import checksums
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 Kept = dict[nn.Module, dict[Any, Any]]
 
-_kept: ContextVar[Kept | None] = ContextVar("longwave_frozen", default=None)
+
+class _Entry(NamedTuple):
+    kept: Kept
+    outer: "_Entry | None"
+
+
+_entered: ContextVar[_Entry | None] = ContextVar("longwave_frozen", default=None)
 
 
 def _kept_of(module: nn.Module) -> dict[Any, Any] | None:
     """Where results are kept now that are derived from the module."""
-    if torch.compiler.is_compiling() or (kept := _kept.get()) is None or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or (entry := _entered.get()) is None or torch.is_grad_enabled():
         return None
-    return kept.get(module)
+    return entry.kept.get(module)
 
 
 def stands_still(module: nn.Module) -> bool:
@@ -50,9 +57,10 @@ def derived(method: Method) -> Method:
 class frozen:
     """``with frozen(model):`` promises that no weight of the model changes: what is :func:`derived` is derived once.
 
-    What is kept belongs to this object and to the thread that entered it: other threads, copies of the model, other
-    models and calls that record gradients derive anew, and it is gone with the object. It may be entered again, then
-    with what it has kept, and within another one of the same model, whose results it shares.
+    What is kept belongs to this object and counts in the threads that entered it: other threads, copies of the model,
+    other models and calls that record gradients derive anew, and it is gone with the object. It may be entered again,
+    by any number of threads at once, then with what it has kept, and within another one of the same model, whose
+    results it shares.
 
     Args:
         model: any module.
@@ -66,29 +74,25 @@ class frozen:
         self.model, self.check = model, check
         self._own: Kept = {module: {} for module in model.modules()}
         self._sums: dict[str, str] | None = None
-        self._tokens: list[Token[Kept | None]] = []
 
     def __enter__(self) -> "frozen":
         self._compare()
-        outer = _kept.get()
-        self._tokens.append(_kept.set(self._own if outer is None else {**self._own, **outer}))
+        outer = _entered.get()
+        _entered.set(_Entry(self._own if outer is None else {**self._own, **outer.kept}, outer))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _kept.reset(self._tokens.pop())
+        entry = _entered.get()
+        assert entry is not None
+        _entered.set(entry.outer)
         if error[0] is None:
             self._compare()
 
     def _compare(self) -> None:
         if not self.check:
             return
-        sums = {name: _checksum(t) for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        sums = checksums(self.model)
         self._sums = self._sums or sums
         changed = [name for name, value in sums.items() if self._sums.get(name) != value]
         if changed:
             raise RuntimeError(f"{changed[0]} was changed within frozen(model); change weights outside it")
-
-
-def _checksum(t: Tensor) -> str:
-    data = t.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()

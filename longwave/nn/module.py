@@ -1,5 +1,6 @@
 """What every module of longwave shares: how it is (re)drawn, and what it asks of the optimiser."""
 
+import hashlib
 import math
 import threading
 from dataclasses import dataclass
@@ -47,6 +48,23 @@ def reset(module: nn.Module) -> nn.Module:
     if redraw is not None:
         redraw()
     return module
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered from all ranks where it is sharded (then every rank must call)."""
+    tensor = tensor.detach()
+    sharded: Any = tensor  # a DTensor, known by its method: torch.distributed.tensor takes long to import
+    return (sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+
+
+def checksums(module: nn.Module) -> dict[str, str]:
+    """The SHA-256 of shape, dtype and values of every parameter and buffer, by its name."""
+    found = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(whole(tensor).reshape(-1).view(torch.uint8).numpy().data)
+        found[name] = digest.hexdigest()
+    return found
 
 
 def positive_rate(rate: float) -> float:

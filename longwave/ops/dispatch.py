@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,25 @@ FOLDERS = ("triton", "numba", "torch")  # of kernels, as _triton and so on, in t
 KINDS = 1024  # of calls that an op remembers
 
 _FORCED = os.environ.get("LONGWAVE_BACKEND", "auto")
+_named: ContextVar[str] = ContextVar("longwave_backend", default=_FORCED)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within it, every op that has the backend takes it, as LONGWAVE_BACKEND does for a whole process."""
-    global _FORCED
-    before, _FORCED = _FORCED, name
+    """Within it, and in this thread, every op that has the backend takes it, as LONGWAVE_BACKEND does for a process."""
+    token = _named.set(name)
     try:
         yield
     finally:
-        _FORCED = before
+        _named.reset(token)
 
 
 def forced() -> str:
     """The backend that LONGWAVE_BACKEND or use_backend names, or auto."""
     known = ["auto", *dict.fromkeys(name for op in OPS.values() for name in op.backends)]
-    if _FORCED not in known:
-        raise ValueError(f"LONGWAVE_BACKEND: {unknown('backend of any op', _FORCED, known)}")
-    return _FORCED
+    if (name := _named.get()) not in known:
+        raise ValueError(f"LONGWAVE_BACKEND: {unknown('backend of any op', name, known)}")
+    return name
 
 
 class Composed:
@@ -90,7 +91,7 @@ class Op:
         if kind is None:
             run, device = self._choose(backend, inputs)
         else:
-            kind = backend, _FORCED, torch.is_grad_enabled(), *kind
+            kind = backend, _named.get(), torch.is_grad_enabled(), *kind
             run, device = self._known.get(kind) or self._remember(kind, inputs)
         with without_autocast(device):
             return run(*inputs)

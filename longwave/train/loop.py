@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longwave.models import LM, Classifier, MaskedLM, Score
 from longwave.models.backbone import Block
 from longwave.models.runs import CONFIG, find, saved_steps, step_of
-from longwave.models.storage import whole
+from longwave.nn.module import whole
 from longwave.tasks.base import Batch
 from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, write_text
 from longwave.train.config import Recipe, load_recipe
