@@ -162,21 +162,24 @@ def test_kernels_compile_whole_with_their_gradients(op):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_linear_attention_is_the_quadratic_form():
+@pytest.mark.parametrize("kind", [(3,), (2, 150, 3), (2, 150, 3, 4)], ids=["constant", "heads", "channels"])
+def test_linear_attention_is_the_quadratic_form(kind):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 150, 3, 4, dtype=torch.float64) for _ in "qkv")
-    decay = -torch.rand(2, 150, 3, dtype=torch.float64)
-    total = decay.cumsum(1).transpose(1, 2)
+    decay = -torch.rand(kind, dtype=torch.float64)
+    each = decay if len(kind) == 4 else decay.expand(2, 150, 3)[..., None].expand(q.shape)
+    total = each.cumsum(1).permute(0, 2, 3, 1)
     between = (total[..., :, None] - total[..., None, :]).exp().tril()
-    exact = torch.einsum("blhn,bshn,bhls,bshp->blhp", q, k, between, v)
+    exact = torch.einsum("blhn,bshn,bhnls,bshp->blhp", q, k, between, v)
     torch.testing.assert_close(linear_attention(q, k, v, decay)[0], exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", [(), (3,)], ids=["heads", "channels"])
 @pytest.mark.parametrize("size", [1e-6, 30.0, 1e4, float("inf")])
-def test_linear_attention_at_extreme_decays(size):
+def test_linear_attention_at_extreme_decays(size, channels):
     """Some steps forget nothing, others nearly or wholly everything; no exponent overflows, none loses its digits."""
     torch.manual_seed(0)
-    decay = torch.where(torch.rand(2, 200, 2) < 0.1, -size, -1e-3)
+    decay = torch.where(torch.rand(2, 200, 2, *channels) < 0.1, -size, -1e-3)
     inputs = [*(draw(2, 200, 2, 3) for _ in "qkv"), decay, draw(2, 2, 3, 3)]
     exact = run(linear_attention, inputs, "reference", torch.float64)
     for dtype, tolerance in ((torch.float32, 3e-5), (torch.float64, 1e-10)):

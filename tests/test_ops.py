@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
-from longwave.ops import OPS, causal_conv, dispatch, linear_scan, selective_scan, short_conv
+from longwave.ops import OPS, causal_conv, dispatch, linear_attention, linear_scan, selective_scan, short_conv
 from longwave.ops import attention as attention_op
 from longwave.ops.dispatch import forced, use_backend
 from longwave.ops.kernel import Kernel
@@ -140,6 +140,19 @@ def retention(B, L, dtype):
     return [q, k, v, decay, randn(B, 2, 3, 4, dtype=dtype)], {}
 
 
+def retention_constant(B, L, dtype):
+    """Queries and keys in groups of heads, a decay for all time."""
+    q, k = (randn(B, L, 2, 3, dtype=dtype) for _ in "qk")
+    return [q, k, randn(B, L, 6, 5, dtype=dtype), (-torch.rand(6, dtype=dtype)).requires_grad_()], {}
+
+
+def retention_channels(B, L, dtype):
+    """A decay for every key channel of two groups of two heads."""
+    q, k = (randn(B, L, 2, 5, dtype=dtype) for _ in "qk")
+    decay = (-3 * torch.rand(B, L, 2, 5, dtype=dtype)).requires_grad_()
+    return [q, k, randn(B, L, 4, 3, dtype=dtype), decay, randn(B, 4, 5, 3, dtype=dtype)], {}
+
+
 def retention_bare(B, L, dtype):
     return [randn(B, L, 1, 2, dtype=dtype) for _ in "qkv"], {}
 
@@ -250,7 +263,7 @@ INPUTS = {
     "vandermonde": [vander],
     "vandermonde_transpose": [vander_transpose],
     "cauchy": [poles],
-    "linear_attention": [retention, retention_bare],
+    "linear_attention": [retention, retention_constant, retention_channels, retention_bare],
     "wkv": [average, average_fresh],
     "attention": [attend, attend_cached, attend_all],
     "blockdiag_multiply": [block_diagonal, block_diagonal_complex],
@@ -838,6 +851,10 @@ def test_wrong_shapes_are_named():
         causal_conv(u, torch.zeros(3, 5, device="meta"))
     with pytest.raises(ValueError, match=r"B has 2 groups and C 2.*divides E = 3"):
         selective_scan(u, u, torch.zeros(3, 4), torch.zeros(2, 5, 2, 4), torch.zeros(2, 5, 2, 4))
+    with pytest.raises(ValueError, match=r"G = 2 groups, which must divide the H = 3 heads of v"):
+        linear_attention(*(torch.zeros(1, 5, 2, 4) for _ in "qk"), torch.zeros(1, 5, 3, 4))
+    with pytest.raises(ValueError, match=r"decay must be \(H\) or \(B, L, H\) or .* got shape \(1, 5, 2, 3\)"):
+        linear_attention(*(torch.zeros(1, 5, 2, 4) for _ in "qkv"), torch.zeros(1, 5, 2, 3))
     with pytest.raises(ValueError, match=r"T = 3 keys for L = 5 queries"):
         attention_op(torch.zeros(1, 5, 2, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4))
 

@@ -16,7 +16,7 @@ def retention(q, k, v):
     """(B, H, L, D), decays 1 - 2^(-5-h)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     decay = torch.log1p(-(2.0 ** (-5 - torch.arange(q.shape[2], dtype=q.dtype))))
-    y, _ = linear_attention(q * q.shape[3] ** -0.5, k, v, decay.expand(q.shape[:3]), backend="torch")
+    y, _ = linear_attention(q * q.shape[3] ** -0.5, k, v, decay, backend="torch")
     return {"y": y.transpose(1, 2)}
 
 
@@ -28,8 +28,6 @@ def ssd_minimal(X, A, B, C, initial_states=None):
 
 def ssd_scan(x, dt, A, B, C, D, dt_bias, z=None):
     dt = F.softplus(dt + dt_bias)
-    heads = A.shape[0] // B.shape[2]
-    B, C = (t.repeat_interleave(heads, dim=2) for t in (B, C))
     y, _ = linear_attention(C, B, x * dt[..., None], dt * A, backend="torch")
     y = y + x * (D if D.ndim == 2 else D[:, None])
     return {"y": y if z is None else y * F.silu(z)}
