@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from longwave.mixers import MIXERS, mixer, state_bytes
+from longwave.mixers import MIXERS, join, mixer, select, state_bytes
+from longwave.mixers.states import grows
 from longwave.nn import StateSpaceFilter, frozen, optim_hints, reset
 from longwave.ops.dispatch import use_backend
 
@@ -368,6 +369,24 @@ class TestStates:
             if other != name:
                 with pytest.raises(ValueError, match=rf"^{name} goes on from a "):
                     layer(x, MIXERS[other](D, **options).double().init_state(B))
+
+    def test_states_of_any_lengths_are_joined(self, name, kw):
+        layer, x = build(name, kw), noise(B, L, D)
+        states = [layer(x[:1, :n], layer.init_state(1))[1] for n in (3, L)]
+        y, _ = layer(x[:, :2], join([select(states[0], [0]), states[1]]))
+        close(y, torch.cat([layer(x[i : i + 1, :2], state)[0] for i, state in enumerate(states)]))
+
+    def test_states_of_other_sizes_are_not_joined(self, name, kw):
+        """What grows along time is declared, so that nothing else can be taken for it."""
+        layer, x = build(name, kw), noise(B, L, D)
+        short, long = (layer(x[:, :n], layer.init_state(B))[1] for n in (3, L))
+        for field, growing in grows(type(short)).items():
+            sizes = [[t.shape for t in tree_leaves(getattr(state, field))] for state in (short, long)]
+            assert (sizes[0] != sizes[1]) == growing, field
+        narrow, wide = (MIXERS[name](d, **kw).init_state(1) for d in (D, 2 * D))
+        if [t.shape for t in tree_leaves(narrow)] != [t.shape for t in tree_leaves(wide)]:
+            with pytest.raises(ValueError, match=r"states of one model are joined; got some of sizes .* a row"):
+                join([narrow, wide])
 
     def test_gradients_of_a_carried_state(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)

@@ -18,7 +18,7 @@ from longwave.mixers.mamba import Mamba
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
 from longwave.mixers.s5 import S5, S5TwoSided
-from longwave.mixers.states import join, select
+from longwave.mixers.states import Growing, join, select
 from longwave.mixers.two_sided import TwoSided
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "CKConv",
     "Conv",
     "DSSSoftmax",
+    "Growing",
     "Hyena",
     "HyenaTwoSided",
     "LaughingHyena",

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
+from longwave.mixers.states import Growing
 from longwave.nn import append_time, like_output, rotate
 from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import attention
 
 
 class AttentionState(NamedTuple):
-    k: Tensor  # (B, t, H, P) every key so far
-    v: Tensor  # (B, t, H, P)
-    seen: Tensor  # (B, t) bool: False at padding
+    k: Growing  # (B, t, H, P) every key so far
+    v: Growing  # (B, t, H, P)
+    seen: Growing  # (B, t) bool: False at padding
     short: Tensor  # (B, K-1, 3 D) the short convolution's past, or (B, 0, 3 D) where there is none
 
 

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
+from longwave.mixers.states import Growing
 from longwave.nn import CKConvFilter, Filter, FilterSpec, FlexConvFilter, Taps, conv_with_past, derived, online_length
 from longwave.spec import Parts
 
@@ -26,7 +27,7 @@ AnyKernel = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(KERNELS.field)
 
 
 class CKConvState(NamedTuple):
-    past: Tensor  # (B, t, D) every input so far
+    past: Growing  # (B, t, D) every input so far
 
 
 class CKConv(Mixer, name="ckconv"):

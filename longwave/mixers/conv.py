@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.mixers.conv_layer import ConvLayer
-from longwave.nn import FILTERS, AnyFilter, OutputGLU, OutputLinear
+from longwave.mixers.states import Growing
+from longwave.nn import FILTERS, AnyFilter, OutputGLU, OutputLinear, init_conv_state
 from longwave.spec import Parts, PartSpec
 
 
@@ -29,7 +30,11 @@ AnyOutput = Annotated[SerializeAsAny[OutputSpec], BeforeValidator(OUTPUTS.field)
 
 
 class ConvState(NamedTuple):
-    past: Tensor  # (B, C, N) what a state space knows of the past; (B, t, C) every input so far where there is none
+    past: Tensor  # (B, C, N) what a state space knows of it; (B, support - 1, C) the last inputs
+
+
+class ConvPastState(NamedTuple):
+    past: Growing  # (B, t, C) every input so far, of a filter without a state space or an end
 
 
 class Conv(ConvLayer, name="conv"):
@@ -45,7 +50,6 @@ class Conv(ConvLayer, name="conv"):
             sequence for which the filter is not defined.
     """
 
-    State = ConvState
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"filter": {"kind": "modal", "d_state": 4}},
         {"filter": {"kind": "shift", "d_state": 3}, "channels": 2, "output": "linear"},
@@ -63,3 +67,4 @@ class Conv(ConvLayer, name="conv"):
             raise ValueError(f"conv needs channels >= 1; got {channels}")
         kernel = FILTERS.read(filter).build(channels * d_model)
         super().__init__(d_model, kernel, OUTPUTS.read(output).build(channels * d_model, d_model))
+        self.State = ConvPastState if init_conv_state(kernel, 1).shape[1] == 0 else ConvState

@@ -1,6 +1,6 @@
 """What S4, S4D, DSS and LongConv have in common: one layer around different filters."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ class ConvLayer(Mixer):
     """y = output_linear(k * x + D x).
 
     Attributes:
-        State: the mixer's own NamedTuple of one tensor, the state of :func:`longwave.nn.long_conv`.
+        State: the NamedTuple of one tensor, of the mixer's own, that is the state of :func:`longwave.nn.long_conv`.
 
     Args:
         d_model: D.
@@ -21,7 +21,7 @@ class ConvLayer(Mixer):
         output_linear: from width C to D, with the nonlinearity in between.
     """
 
-    State: ClassVar[Any]
+    State: Any
 
     def __init__(self, d_model: int, kernel: Filter, output_linear: nn.Module):
         super().__init__()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from longwave.mixers.conv_layer import ConvLayer
+from longwave.mixers.states import Growing
 from longwave.nn import DSSFilter, DSSSoftmaxFilter, OutputLinear
 
 
@@ -55,7 +56,7 @@ class DSS(ConvLayer, name="dss"):
 
 
 class DSSSoftmaxState(NamedTuple):
-    past: Tensor  # (B, t, D) every input so far
+    past: Growing  # (B, t, D) every input so far
 
 
 class DSSSoftmax(ConvLayer, name="dss_softmax"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer, WholeMixer
+from longwave.mixers.states import Growing
 from longwave.nn import (
     HyenaFilter,
     ModalFilter,
@@ -28,7 +29,7 @@ from longwave.ops import causal_conv
 
 class HyenaState(NamedTuple):
     short: Tensor  # (B, K-1, (order+1) D) the short convolution's past
-    pasts: tuple[Tensor, ...]  # order - 1 times (B, t, D): every gated input so far
+    pasts: tuple[Growing, ...]  # order - 1 times (B, t, D): every gated input so far
 
 
 class HyenaGates(Mixer):

@@ -6,15 +6,14 @@ Parameter names are those of the authors' LongConv (github.com/HazyResearch/safa
 
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
-
 from longwave.mixers.conv_layer import ConvLayer
+from longwave.mixers.states import Growing
 from longwave.nn import FreeFilter, Hint, OutputGLU
 from longwave.nn.filters import Smooth
 
 
 class LongConvState(NamedTuple):
-    past: Tensor  # (B, t, C) every input so far
+    past: Growing  # (B, t, C) every input so far
 
 
 class LongConvMixer(ConvLayer, name="long_conv"):

@@ -43,6 +43,9 @@ def forced() -> str:
     return name
 
 
+vars(forced)["_dynamo_marked_constant"] = True  # as in kernel.py: dynamo does not know context variables
+
+
 class Composed:
     """A backend that is a function of torch's own differentiable operations, with the op's arguments."""
 

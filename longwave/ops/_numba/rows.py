@@ -26,21 +26,21 @@ from longwave.ops._numba import pool
 from longwave.ops._numba.jit import kernel, tell_once
 from longwave.ops._numba.rms_norm import row_scale
 from longwave.ops._numba.simd import (
-    _call,
-    _filled,
-    _first,
-    _shuffle,
-    _spread,
     absolute,
+    call,
     erf,
+    filled,
+    first_lanes,
     floats,
     fma,
     four_sums,
     load,
     load_first,
     maximum,
+    shuffle,
     sigmoid,
     splat,
+    spread,
     store,
     store_first,
     sum_lanes,
@@ -89,8 +89,8 @@ def _vector(builder, address, kind, count=None):
         return x
     name = {FLOAT: "f32", HALF: "i16", BYTE: "i8"}[kind.element]
     zeros = ir.Constant(kind, None)
-    given = [place, INT(1), _first(builder, kind.count, count), zeros]
-    return _call(builder, f"llvm.masked.load.v{kind.count}{name}.p0", given, kind)
+    given = [place, INT(1), first_lanes(builder, kind.count, count), zeros]
+    return call(builder, f"llvm.masked.load.v{kind.count}{name}.p0", given, kind)
 
 
 def _widened(builder, form, w):
@@ -99,7 +99,7 @@ def _widened(builder, form, w):
         return [builder.sext(w, ir.VectorType(HALF, form.step))]
     if form.stored is HALF:
         pairs = builder.bitcast(w, ir.VectorType(INT, LANES))
-        even, odd = builder.shl(pairs, _filled(pairs.type, 16)), builder.and_(pairs, _filled(pairs.type, -(2**16)))
+        even, odd = builder.shl(pairs, filled(pairs.type, 16)), builder.and_(pairs, filled(pairs.type, -(2**16)))
         return [builder.bitcast(half, FLOATS) for half in (even, odd)]
     return [w]
 
@@ -107,10 +107,10 @@ def _widened(builder, form, w):
 def _add_products(builder, total, w, x):
     """total + w x; integers in pairs, which is one instruction or two."""
     if w.type.element is FLOAT:
-        return _call(builder, f"llvm.fma.v{LANES}f32", [w, x, total], w.type)
+        return call(builder, f"llvm.fma.v{LANES}f32", [w, x, total], w.type)
     wide = ir.VectorType(INT, w.type.count)
     products = builder.mul(builder.sext(w, wide), builder.sext(x, wide))
-    even, odd = (_shuffle(builder, products, products, range(k, w.type.count, 2)) for k in (0, 1))
+    even, odd = (shuffle(builder, products, products, range(k, w.type.count, 2)) for k in (0, 1))
     return builder.add(total, builder.add(even, odd))
 
 
@@ -183,11 +183,11 @@ def _tile(form: Form, cols: int, first: bool) -> Any:
                     for r in range(ROWS):
                         place = plus(scale, plus(loop.index, at[r], groups), LONG(4))
                         factor = builder.load(builder.inttoptr(place, FLOAT.as_pointer()))
-                        factor = _spread(builder, factor, FLOATS)
+                        factor = spread(builder, factor, FLOATS)
                         for b in range(cols):
                             value = builder.sitofp(builder.load(accumulators[b, r]), FLOATS)
                             total = builder.load(totals[b, r])
-                            total = _call(builder, f"llvm.fma.v{LANES}f32", [value, factor, total], FLOATS)
+                            total = call(builder, f"llvm.fma.v{LANES}f32", [value, factor, total], FLOATS)
                             builder.store(total, totals[b, r])
             else:
                 add_span(totals, LONG(0), K)
@@ -198,10 +198,10 @@ def _tile(form: Form, cols: int, first: bool) -> Any:
                 out = four_sums(builder, [builder.load(totals[b, r]) for r in range(ROWS)])
                 if form.stored is BYTE:
                     factor = builder.load(builder.inttoptr(plus(x_scale, LONG(4 * b)), FLOAT.as_pointer()))
-                    out = builder.fmul(out, _spread(builder, factor, four))
+                    out = builder.fmul(out, spread(builder, factor, four))
                 place = builder.inttoptr(plus(y, LONG(b), y_stride), four.as_pointer())
-                given = [builder.fadd(out, shift), place, INT(4), _first(builder, ROWS, rows)]
-                _call(builder, "llvm.masked.store.v4f32.p0", given, ir.VoidType())
+                given = [builder.fadd(out, shift), place, INT(4), first_lanes(builder, ROWS, rows)]
+                call(builder, "llvm.masked.store.v4f32.p0", given, ir.VoidType())
             return ctx.get_dummy_value()
 
         return types.void(*[types.intp] * 12), emit
@@ -266,13 +266,13 @@ _PRODUCTS = {dtype: _product(form) for dtype, form in _FORMS.items()}
 @intrinsic
 def evens(context, a, b):
     """Lanes 0, 2, 4 ... of a and then of b."""
-    return a(a, b), lambda ctx, builder, sig, args: _shuffle(builder, *args, range(0, 2 * a.count, 2))
+    return a(a, b), lambda ctx, builder, sig, args: shuffle(builder, *args, range(0, 2 * a.count, 2))
 
 
 @intrinsic
 def odds(context, a, b):
     """Lanes 1, 3, 5 ... of a and then of b."""
-    return a(a, b), lambda ctx, builder, sig, args: _shuffle(builder, *args, range(1, 2 * a.count, 2))
+    return a(a, b), lambda ctx, builder, sig, args: shuffle(builder, *args, range(1, 2 * a.count, 2))
 
 
 @intrinsic
@@ -281,8 +281,8 @@ def store_rounded(context, address, i, x):
 
     def emit(ctx, builder, sig, args):
         address, i, x = args
-        n = _call(builder, f"llvm.nearbyint.v{LANES}f32", [x], FLOATS)
-        n = _call(builder, f"llvm.fptosi.sat.v{LANES}i16.v{LANES}f32", [n], ir.VectorType(HALF, LANES))
+        n = call(builder, f"llvm.nearbyint.v{LANES}f32", [x], FLOATS)
+        n = call(builder, f"llvm.fptosi.sat.v{LANES}i16.v{LANES}f32", [n], ir.VectorType(HALF, LANES))
         place = builder.inttoptr(builder.add(address, builder.mul(i, LONG(2))), n.type.as_pointer())
         builder.store(n, place).align = 2
         return ctx.get_dummy_value()
@@ -295,7 +295,7 @@ def max_lanes(context, a):
     """The largest lane, a float32."""
 
     def emit(ctx, builder, sig, args):
-        return _call(builder, f"llvm.vector.reduce.fmax.v{a.count}f32", args, FLOAT)
+        return call(builder, f"llvm.vector.reduce.fmax.v{a.count}f32", args, FLOAT)
 
     return types.float32(a), emit
 

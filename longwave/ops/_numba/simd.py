@@ -59,31 +59,32 @@ _arithmetic(operator.mul, "fmul")
 _arithmetic(operator.truediv, "fdiv")
 
 
-def _filled(kind: Any, x: float) -> ir.Constant:
+def filled(kind: Any, x: float) -> ir.Constant:
     """x in every lane of a vector type."""
     return ir.Constant(kind, [ir.Constant(kind.element, x)] * kind.count)
 
 
 def _constant(like: Any, x: float) -> ir.Constant:
     """x in every lane of a vector as wide as ``like``."""
-    return _filled(like.type, x)
+    return filled(like.type, x)
 
 
 def _integers(like: Any, x: int) -> ir.Constant:
-    return _filled(ir.VectorType(_INT, like.type.count), x)
+    return filled(ir.VectorType(_INT, like.type.count), x)
 
 
-def _call(builder: Any, name: str, args: Sequence, result: Any, **keywords: Any) -> Any:
+def call(builder: Any, name: str, args: Sequence, result: Any, **keywords: Any) -> Any:
+    """An LLVM function of that name, called: what it gives, of type ``result``."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), list(args), **keywords)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fma.v{a.type.count}f32", [a, b, c], a.type)
+    return call(builder, f"llvm.fma.v{a.type.count}f32", [a, b, c], a.type)
 
 
 def _absolute(builder: Any, x: Any) -> Any:
-    return _call(builder, f"llvm.fabs.v{x.type.count}f32", [x], x.type)
+    return call(builder, f"llvm.fabs.v{x.type.count}f32", [x], x.type)
 
 
 def _polynomial(builder: Any, x: Any, coefficients: Sequence[float]) -> Any:
@@ -105,7 +106,8 @@ def _at_most(builder: Any, x: Any, bound: float) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, c), c, x)
 
 
-def _spread(builder: Any, scalar: Any, kind: Any) -> Any:
+def spread(builder: Any, scalar: Any, kind: Any) -> Any:
+    """A scalar in every lane of a vector type."""
     undefined = ir.Constant(kind, ir.Undefined)
     vector = builder.insert_element(undefined, scalar, _INT(0))
     return builder.shuffle_vector(vector, undefined, _integers(vector, 0))
@@ -131,12 +133,12 @@ def _unary(emit: Callable, doc: str) -> Any:
     return intrinsic(typer)
 
 
-def _first(builder: Any, lanes: int, count: Any) -> Any:
+def first_lanes(builder: Any, lanes: int, count: Any) -> Any:
     """True in the first ``count`` of the lanes."""
     ints = ir.VectorType(_INT, lanes)
     undefined = ir.Constant(ints, ir.Undefined)
     counts = builder.insert_element(undefined, builder.trunc(count, _INT), _INT(0))
-    counts = builder.shuffle_vector(counts, undefined, _filled(ints, 0))
+    counts = builder.shuffle_vector(counts, undefined, filled(ints, 0))
     return builder.icmp_signed("<", ir.Constant(ints, [_INT(k) for k in range(lanes)]), counts)
 
 
@@ -200,13 +202,13 @@ def lanes_of(context, w):
 @intrinsic
 def zero(context, w):
     """Zeros."""
-    return w.kind(w), lambda ctx, builder, sig, args: _filled(w.kind.llvm, 0.0)
+    return w.kind(w), lambda ctx, builder, sig, args: filled(w.kind.llvm, 0.0)
 
 
 @intrinsic
 def splat(context, w, x):
     """The scalar x (float32) in every lane."""
-    return w.kind(w, types.float32), lambda ctx, builder, sig, args: _spread(builder, args[1], w.kind.llvm)
+    return w.kind(w, types.float32), lambda ctx, builder, sig, args: spread(builder, args[1], w.kind.llvm)
 
 
 @intrinsic
@@ -225,7 +227,7 @@ def load_splat(context, w, array, i):
 
     def emit(ctx, builder, sig, args):
         scalar = _unaligned(builder.load(_pointer(ctx, builder, sig.args[1], args[1], args[2], _FLOAT)))
-        return _spread(builder, scalar, w.kind.llvm)
+        return spread(builder, scalar, w.kind.llvm)
 
     return w.kind(w, array, types.intp), emit
 
@@ -236,8 +238,8 @@ def load_first(context, w, array, i, count):
 
     def emit(ctx, builder, sig, args):
         place = _pointer(ctx, builder, sig.args[1], args[1], args[2], w.kind.llvm)
-        given = [place, _INT(4), _first(builder, w.kind.count, args[3]), _filled(w.kind.llvm, 0.0)]
-        return _call(builder, f"llvm.masked.load.v{w.kind.count}f32.p0", given, w.kind.llvm)
+        given = [place, _INT(4), first_lanes(builder, w.kind.count, args[3]), filled(w.kind.llvm, 0.0)]
+        return call(builder, f"llvm.masked.load.v{w.kind.count}f32.p0", given, w.kind.llvm)
 
     return w.kind(w, array, types.intp, types.intp), emit
 
@@ -295,7 +297,7 @@ def sum_lanes(context, a):
 
     def emit(ctx, builder, sig, args):
         name = f"llvm.vector.reduce.fadd.v{a.count}f32"
-        return _call(builder, name, [_FLOAT(0.0), args[0]], _FLOAT, fastmath=_REASSOCIATE)
+        return call(builder, name, [_FLOAT(0.0), args[0]], _FLOAT, fastmath=_REASSOCIATE)
 
     return types.float32(a), emit
 
@@ -355,13 +357,14 @@ softplus = _unary(_softplus, "log(1 + exp(x)); 0 for -inf.")
 negate = _unary(lambda builder, x: builder.fneg(x), "-x.")
 
 
-def _shuffle(builder: Any, a: Any, b: Any, order: Sequence[int]) -> Any:
+def shuffle(builder: Any, a: Any, b: Any, order: Sequence[int]) -> Any:
+    """The lanes of a and, behind them, b in an order."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), [_INT(k) for k in order]))
 
 
 def _within(place: Callable[[int], int], doc: str) -> Any:
     """An intrinsic whose lane k is the argument's lane place(k)."""
-    return _unary(lambda builder, x: _shuffle(builder, x, x, [place(k) for k in range(x.type.count)]), doc)
+    return _unary(lambda builder, x: shuffle(builder, x, x, [place(k) for k in range(x.type.count)]), doc)
 
 
 even_lanes = _within(lambda k: k - k % 2, "Lanes 0 0 2 2 4 4 ...")
@@ -376,13 +379,13 @@ def four_sums(builder: Any, vectors: Sequence) -> Any:
     def folded(x: Any, y: Any, width: int) -> Any:
         """Lanes of x and y in turn, ``width`` at a time, in each four the first half plus the second."""
         low = [k - k % 4 + k % 4 // (2 * width) * width + k % width + count * (k // width % 2) for k in lanes]
-        return builder.fadd(_shuffle(builder, x, y, low), _shuffle(builder, x, y, [k + 2 for k in low]))
+        return builder.fadd(shuffle(builder, x, y, low), shuffle(builder, x, y, [k + 2 for k in low]))
 
     lanes, (a, b, c, d) = range(count), vectors
     total = folded(folded(a, b, 1), folded(c, d, 1), 2)
     while count > 4:
         count //= 2
-        total = builder.fadd(*(_shuffle(builder, total, total, range(k, k + count)) for k in (0, count)))
+        total = builder.fadd(*(shuffle(builder, total, total, range(k, k + count)) for k in (0, count)))
     return total
 
 
@@ -402,16 +405,16 @@ def _transposed(builder: Any, rows: Sequence) -> list:
     """The columns of eight rows: interleave singles, then pairs, then quarters."""
     singles = []
     for i in range(0, 8, 2):
-        singles.append(_shuffle(builder, rows[i], rows[i + 1], [0, 8, 1, 9, 4, 12, 5, 13]))
-        singles.append(_shuffle(builder, rows[i], rows[i + 1], [2, 10, 3, 11, 6, 14, 7, 15]))
+        singles.append(shuffle(builder, rows[i], rows[i + 1], [0, 8, 1, 9, 4, 12, 5, 13]))
+        singles.append(shuffle(builder, rows[i], rows[i + 1], [2, 10, 3, 11, 6, 14, 7, 15]))
     pairs = []
     for i in (0, 4):
         a, b, c, d = singles[i : i + 4]
         for left, right in ((a, c), (b, d)):
-            pairs.append(_shuffle(builder, left, right, [0, 1, 8, 9, 4, 5, 12, 13]))
-            pairs.append(_shuffle(builder, left, right, [2, 3, 10, 11, 6, 7, 14, 15]))
-    low = [_shuffle(builder, pairs[i], pairs[i + 4], [0, 1, 2, 3, 8, 9, 10, 11]) for i in range(4)]
-    high = [_shuffle(builder, pairs[i], pairs[i + 4], [4, 5, 6, 7, 12, 13, 14, 15]) for i in range(4)]
+            pairs.append(shuffle(builder, left, right, [0, 1, 8, 9, 4, 5, 12, 13]))
+            pairs.append(shuffle(builder, left, right, [2, 3, 10, 11, 6, 7, 14, 15]))
+    low = [shuffle(builder, pairs[i], pairs[i + 4], [0, 1, 2, 3, 8, 9, 10, 11]) for i in range(4)]
+    high = [shuffle(builder, pairs[i], pairs[i + 4], [4, 5, 6, 7, 12, 13, 14, 15]) for i in range(4)]
     return low + high
 
 
@@ -471,8 +474,8 @@ def store_first(context, array, i, x, count):
 
     def emit(ctx, builder, sig, args):
         place = _pointer(ctx, builder, sig.args[0], args[0], args[1], args[2].type)
-        given = [args[2], place, _INT(4), _first(builder, x.count, args[3])]
-        _call(builder, f"llvm.masked.store.v{x.count}f32.p0", given, ir.VoidType())
+        given = [args[2], place, _INT(4), first_lanes(builder, x.count, args[3])]
+        call(builder, f"llvm.masked.store.v{x.count}f32.p0", given, ir.VoidType())
         return ctx.get_dummy_value()
 
     return types.void(array, types.intp, x, types.intp), emit
@@ -484,7 +487,7 @@ def _erf(builder: Any, x: Any) -> Any:
     t = builder.fdiv(one, _fma(builder, size, _constant(x, 0.3275911), one))
     p = _polynomial(builder, t, (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0))
     y = _fma(builder, builder.fneg(p), _exp(builder, builder.fneg(builder.fmul(x, x))), one)
-    return _call(builder, f"llvm.copysign.v{x.type.count}f32", [y, x], x.type)
+    return call(builder, f"llvm.copysign.v{x.type.count}f32", [y, x], x.type)
 
 
 erf = _unary(_erf, "The error function, within 1.5e-7.")
