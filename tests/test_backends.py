@@ -83,13 +83,6 @@ def test_any_shape_stride_and_dtype(op, data, B, L, dtype, how):
                 assert_close(a, e, 8 * LOW[dtype])
 
 
-def test_half_complex_numbers_reach_no_kernel():
-    """The kernels read pairs of float32, twice the bytes that such a tensor has."""
-    half = [torch.zeros(2, 4, dtype=torch.complex32) for _ in "abc"]
-    inputs = torch.zeros(1, 2), *half, torch.zeros(1, 2, 4, dtype=torch.complex32)
-    assert "complex32" in OPS["state_space_step"].why_not("numba", *inputs)
-
-
 def floating(t):
     return isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())
 

@@ -370,6 +370,16 @@ class TestStates:
                 with pytest.raises(ValueError, match=rf"^{name} goes on from a "):
                     layer(x, MIXERS[other](D, **options).double().init_state(B))
 
+    @torch.no_grad()
+    def test_a_state_does_not_hold_the_memory_of_a_chunk(self, name, kw):
+        """But for what grows: no views of long tensors."""
+        layer, held = build(name, kw), []
+        for length in (1, 6, L):
+            state = layer(noise(B, length, D), layer.init_state(B))[1]
+            fields = [getattr(state, field) for field, growing in grows(type(state)).items() if not growing]
+            held.append([t.untyped_storage().nbytes() for t in tree_leaves(fields)])
+        assert held[0] == held[1] == held[2]
+
     def test_states_of_any_lengths_are_joined(self, name, kw):
         layer, x = build(name, kw), noise(B, L, D)
         states = [layer(x[:1, :n], layer.init_state(1))[1] for n in (3, L)]

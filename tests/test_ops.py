@@ -665,6 +665,10 @@ def test_complex_numbers_are_refused_or_computed(op):
                 ):
                     op(**given)
                 continue
+            with pytest.raises(
+                ValueError, match=rf"{op.__name__}: {argument} must be .*; got torch.complex32; convert it"
+            ):
+                op(**given | {argument: inputs[i].to(torch.complex32)})
             exact = outputs(op(**given, backend="reference"))
             for name in op.backends:
                 if not op.why_not(name, **given):

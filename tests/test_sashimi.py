@@ -133,6 +133,9 @@ def test_state_has_one_size_for_ever():
         sizes.add(state_bytes(state))
         state = model(x[:, t : t + 1], state)[1]
     assert sizes == {state_bytes(state)}
+    after = model(x[:, :39], model.init_state(B))[1]
+    for t in tree_leaves(after.pools):
+        assert t.untyped_storage().nbytes() == t.numel() * t.element_size()  # no view of all that was read
     assert len(state.layers) == len(model.mixers) == 6
 
 

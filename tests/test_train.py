@@ -30,6 +30,7 @@ from longwave.tasks import Batch, Text
 from longwave.train import Recipe, load_recipe, loop, recipe_names, train
 from longwave.train import checkpoint as checkpoints
 from longwave.train.checkpoint import gather
+from longwave.train.evaluate import evaluate
 from longwave.train.monitor import METRICS, Monitor, plot_loss, read_metrics
 from longwave.train.optim import build_optimizer, schedule, set_lr
 from longwave.train.ranks import Ranks
@@ -968,3 +969,15 @@ def test_freed_memory_is_kept():
     fresh, kept = map(int, run.stdout.split())
     assert fresh > 100
     assert kept < 0.1 * fresh
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_that_fails_leaves_the_mode(tiny, training):
+    """A broken batch ends it; who catches that goes on to train."""
+    recipe = tiny()
+    recipe.task.prepare()
+    objective = loop.Objective(recipe.model.build()).train(training)
+    objective.model.backbone.layers[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(Fabric(accelerator="cpu", devices=1), objective, recipe.task, 4)
+    assert all(module.training == training for module in objective.modules())

@@ -83,7 +83,8 @@ class H3(Mixer, name="h3"):
         q, k, v = (t.reshape(B * P * P, L, H) for t in (q, k, v))
         padding = None if padding is None else padding.repeat_interleave(P * P)
         y, h = long_conv(v, self.kernel, h, padding, skip=self.D, gate_in=k, gate_out=q)
-        y = y.view(B, P, P, L, H).sum(1)  # (B, P, L, H)
+        y = y.view(B, P, P, L, H)
+        y = y[:, 0] if P == 1 else y.sum(1)  # (B, P, L, H); a sum of one term is a copy
         y = y.transpose(1, 2).flatten(2)  # value dimension before head, as the authors' output_linear has it
         if state is None:
             return self.output_linear(y), None

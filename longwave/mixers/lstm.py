@@ -78,8 +78,8 @@ class LSTM(Mixer, name="lstm"):
             gates = w_ih.new_tensor([-SHUT, SHUT, 0, 0]).repeat_interleave(self.d_model)  # i, f, g, o
             u, w_ih = torch.cat([u, idle.to(u.dtype)], dim=2), torch.cat([w_ih, gates[:, None]], dim=1)
         run = steps_of_lstm(u, h, c, w_ih, w_hh, b_ih, b_hh)
-        y, end = run[:, :-1], run[:, -1]
+        y, end = run[:, :-1], run[:, -1].clone()  # of the states, which go on without the memory of the run
         if state is None:
             return y.to(x.dtype), None
-        last = last_steps(torch.cat([h[:, None], y], dim=1), padding, 1)[:, 0]
+        last = last_steps(torch.cat([h[:, None], y], dim=1), padding, 1)[:, 0].clone()
         return y.to(x.dtype), LSTMState(last, end)

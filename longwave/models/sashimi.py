@@ -60,13 +60,13 @@ class Pool(nn.Module):
         steps = torch.cat([window, x], dim=1)
         finished = steps.shape[1] // self.factor
         steps, window = steps.tensor_split([finished * self.factor], dim=1)
-        return self.down(steps.unflatten(1, (finished, self.factor)).transpose(2, 3).flatten(2)), window
+        return self.down(steps.unflatten(1, (finished, self.factor)).transpose(2, 3).flatten(2)), window.clone()
 
     def lift(self, z: Tensor, pending: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Up: z' (B, W, d_low) behind what is pending -> y (B, length, D) and what is pending then."""
         steps = self.up(z).unflatten(2, (self.d_model, self.factor)).transpose(2, 3).flatten(1, 2)  # (B, W p, D)
         y, pending = torch.cat([pending, steps], dim=1).tensor_split([length], dim=1)
-        return y, pending
+        return y, pending.clone()
 
 
 class Level(nn.Module):

@@ -50,7 +50,8 @@ class Declaration:
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{self.op}: {name} must be a tensor; got {type(tensor).__name__}")
             if not _is_of(kind, tensor.dtype):
-                fix = "take its real and imaginary part apart" if tensor.is_complex() else "convert it"
+                apart = tensor.is_complex() and tensor.dtype != torch.complex32
+                fix = "take its real and imaginary part apart" if apart else "convert it"
                 raise ValueError(f"{self.op}: {name} must be {KINDS[kind]}; got {tensor.dtype}; {fix}")
             if first and tensor.device != device:
                 raise ValueError(f"{self.op}: {name} is on {tensor.device} and {first} on {device}; move one of them")
@@ -102,6 +103,8 @@ def _partitioned(texts: Mapping[str, str]) -> list[tuple[str, tuple[str, str, st
 
 
 def _is_of(kind: str, dtype: torch.dtype) -> bool:
+    if dtype == torch.complex32:  # half of torch cannot compute in it
+        return False
     if kind == "bool":
         return dtype == torch.bool
     if kind == "stored":

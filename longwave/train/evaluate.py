@@ -26,14 +26,16 @@ def evaluate(fabric: "Fabric", objective: nn.Module, task: Task, batch: int) -> 
     objective.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=fabric.device)
     keep = frozen(objective)
-    for start in range(0, count, world):
-        index = start + fabric.global_rank
-        with keep:
-            score = objective(*fabric.to_device(task.eval_batch(batch, min(index, count - 1))))
-        if index < count:  # every process runs as many batches, as sharded layers need; the surplus does not count
-            sums += torch.stack([part.double() for part in score])
+    try:
+        for start in range(0, count, world):
+            index = start + fabric.global_rank
+            with keep:
+                score = objective(*fabric.to_device(task.eval_batch(batch, min(index, count - 1))))
+            if index < count:  # every process runs as many batches, as sharded layers need; the surplus does not count
+                sums += torch.stack([part.double() for part in score])
+    finally:
+        objective.train(was_training)
     loss, correct, tokens = fabric.all_reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
-    objective.train(was_training)
     return task.metrics(loss, int(correct), int(tokens))
 
 

@@ -18,6 +18,6 @@ def why_not(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}, not on the CPU"
-        if tensor.dtype in (torch.float64, torch.complex128, torch.complex32):
+        if tensor.dtype in (torch.float64, torch.complex128):
             return f"a tensor is {tensor.dtype}; the kernels compute in float32"
     return None
