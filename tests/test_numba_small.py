@@ -182,8 +182,27 @@ def test_linear_attention_at_extreme_decays(size, channels):
     decay = torch.where(torch.rand(2, 200, 2, *channels) < 0.1, -size, -1e-3)
     inputs = [*(draw(2, 200, 2, 3) for _ in "qkv"), decay, draw(2, 2, 3, 3)]
     exact = run(linear_attention, inputs, "reference", torch.float64)
-    for dtype, tolerance in ((torch.float32, 3e-5), (torch.float64, 1e-10)):
-        assert largest_error(run(linear_attention, inputs, "torch", dtype), exact) < tolerance
+    for backend, dtype, tolerance in (("torch", torch.float64, 1e-10), ("torch", torch.float32, 3e-5)):
+        assert largest_error(run(linear_attention, inputs, backend, dtype), exact) < tolerance
+    assert largest_error(run(linear_attention, inputs, "numba", torch.float32), exact) < 3e-5
+
+
+@pytest.mark.parametrize(
+    ("L", "G", "H", "N", "P", "decay"),
+    [
+        (300, 1, 6, 17, 20, (6,)),
+        (700, 2, 2, 32, 64, (1, 700, 2)),
+        (40, 2, 12, 5, 130, (1, 40, 12)),
+        (530, 2, 12, 20, 3, (1, 530, 2, 20)),
+        (33, 1, 1, 1, 1, (1, 33, 1, 1)),
+    ],
+)
+def test_linear_attention_at_odd_sizes(L, G, H, N, P, decay, poisoned_memory):
+    torch.manual_seed(0)
+    inputs = [draw(1, L, G, N), draw(1, L, G, N), draw(1, L, H, P), -0.3 * torch.rand(decay), draw(1, H, N, P)]
+    with poisoned_memory():
+        ours = run(linear_attention, inputs, "numba")
+    assert largest_error(ours, run(linear_attention, inputs, "torch", torch.float64)) < 2e-5
 
 
 def test_vandermonde_over_blocks_of_channels_and_a_million_steps():
