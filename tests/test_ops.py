@@ -134,6 +134,38 @@ def attend_all(B, L, dtype):
     }
 
 
+def attend_near(B, L, dtype):
+    """A window, over more queries than one of its chunks has."""
+    return [randn(B, L, 4, 2, dtype=dtype), *(randn(B, L + 3, 2, 2, dtype=dtype) for _ in "kv")], {
+        "window": 7,
+        "scale": -0.7,
+    }
+
+
+def attend_near_cached(B, L, dtype):
+    return attend_cached(B, L, dtype)[0], {"window": 4, "mask": torch.rand(B, L + 5) > 0.3}
+
+
+def one_query(B, L, dtype):
+    """Heads that share keys, rows of different lengths."""
+    return [randn(B, 1, 6, 5, dtype=dtype), randn(B, L + 1, 4, 5, dtype=dtype), torch.randint(2, L + 2, (B,))], {}
+
+
+def one_query_wide(B, L, dtype):
+    return [randn(B, 1, 2, 35, dtype=dtype), randn(B, L + 1, 4, 35, dtype=dtype), torch.full((B,), 2 * L)], {
+        "scale": -0.3
+    }
+
+
+def turns(B, L, dtype):
+    start = torch.randint(1000, (B,))
+    return [randn(B, L, 3, 8, dtype=dtype), start, torch.rand(3, dtype=torch.float64), 2], {}
+
+
+def turns_from_the_start(B, L, dtype):
+    return [randn(B, L, 2, 36, dtype=dtype), None, torch.rand(18, dtype=torch.float64), 2], {}
+
+
 def retention(B, L, dtype):
     decay = (-torch.rand(B, L, 2, dtype=dtype)).requires_grad_()
     q, k, v = (randn(B, L, 2, width, dtype=dtype) for width in (3, 3, 4))
@@ -265,7 +297,9 @@ INPUTS = {
     "cauchy": [poles],
     "linear_attention": [retention, retention_constant, retention_channels, retention_bare],
     "wkv": [average, average_fresh],
-    "attention": [attend, attend_cached, attend_all],
+    "attention": [attend, attend_cached, attend_all, attend_near, attend_near_cached],
+    "attention_step": [one_query, one_query_wide],
+    "rotary": [turns, turns_from_the_start],
     "blockdiag_multiply": [block_diagonal, block_diagonal_complex],
     "monarch": [monarch_rank_two, monarch_complex],
     "butterfly": [butterfly_pairs, butterfly_blocks, butterfly_complex],
@@ -659,7 +693,7 @@ def test_complex_numbers_are_refused_or_computed(op):
                 continue
             inputs = [*plain[:i], torch.complex(x.float(), torch.randn_like(x.float())), *plain[i + 1 :]]
             given = dict(zip(op.arguments, inputs))
-            if op.declaration.arguments[argument][1] in ("real", "stored"):
+            if op.declaration.arguments[argument][1] in ("real", "stored", "wide"):
                 with pytest.raises(
                     ValueError, match=rf"{op.__name__}: {argument} must be floating point.*; got torch.c"
                 ):

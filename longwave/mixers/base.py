@@ -55,7 +55,7 @@ class Mixer(nn.Module, abc.ABC):
     causal: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]]
     optim_hints: ClassVar[dict[str, Hint]] = {}
-    without_filter: ClassVar[str] = "there is nothing to draw"
+    without_filter: str = "there is nothing to draw"
     d_model: int
     _layout: tuple[type, list[torch.Size]] | None = None
 

@@ -26,7 +26,6 @@ from longwave.nn.filters import (
     StateSpace,
     StateSpaceFilter,
     Truncated,
-    longest,
     responses,
 )
 from longwave.nn.frozen import derived, frozen
@@ -36,9 +35,9 @@ from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, re
 from longwave.nn.monarch import BlockdiagLinear, ButterflyLinear, MonarchLinear
 from longwave.nn.monarch_conv import monarch_conv
 from longwave.nn.mu_law import mu_law_decode, mu_law_encode
-from longwave.nn.norm import RMSNorm
+from longwave.nn.norm import NORMS, AnyNorm, LayerNorm, RMSNorm
 from longwave.nn.online_conv import Taps
-from longwave.nn.rotary import rotate
+from longwave.nn.rotary import POSITIONS, AnyPositions, Rotary
 from longwave.nn.s4nd import S4ND, SeparableConv
 from longwave.nn.weight_only import WeightOnlyLinear, like_output, weight_only, without_bias
 
@@ -46,8 +45,12 @@ __all__ = [
     "C_INITS",
     "FILTERS",
     "MLP",
+    "NORMS",
+    "POSITIONS",
     "S4ND",
     "AnyFilter",
+    "AnyNorm",
+    "AnyPositions",
     "BlockFFT",
     "BlockdiagLinear",
     "ButterflyLinear",
@@ -65,6 +68,7 @@ __all__ = [
     "GSSFilter",
     "Hint",
     "HyenaFilter",
+    "LayerNorm",
     "LongConv",
     "ModalFilter",
     "MonarchFFT",
@@ -73,6 +77,7 @@ __all__ = [
     "OutputLinear",
     "RMSNorm",
     "Response",
+    "Rotary",
     "S4DFilter",
     "SeparableConv",
     "ShiftFilter",
@@ -93,7 +98,6 @@ __all__ = [
     "init_conv_state",
     "like_output",
     "long_conv",
-    "longest",
     "monarch_conv",
     "monarch_fft",
     "monarch_sizes",
@@ -105,7 +109,6 @@ __all__ = [
     "positive_rate",
     "reset",
     "responses",
-    "rotate",
     "set_rate",
     "two_sided_conv",
     "weight_only",

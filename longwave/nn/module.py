@@ -116,7 +116,8 @@ _claims = threading.Lock()
 def append_time(past: Tensor, new: Tensor, room: int = 0) -> Tensor:
     """past (B, t, ...) and new (B, L, ...) joined along time, in amortised O(L) where no gradient is recorded.
 
-    The result then is a view of an allocation with room to grow, and the next append writes behind it. No element that
+    The result then is a view of an allocation with room to grow, and the next append writes behind it, also where steps
+    have been left out at the front since. No element that
     any tensor shows is ever changed: the allocation remembers how many steps of it are taken, and who appends to an
     earlier state, or comes second of two threads, gets a copy. What autograd has saved stays valid, since its version
     is not that of the alias through which the room is written.
@@ -128,13 +129,14 @@ def append_time(past: Tensor, new: Tensor, room: int = 0) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (past.requires_grad or new.requires_grad)):
         return torch.cat([past, new], dim=1)
     storage: Any = past.untyped_storage()
-    row = past.stride(1)
-    fit = past.stride(0) // row if row and past.numel() else 0  # steps that fit
+    each, row = past.stride()[:2]
+    begin = past.storage_offset() % each // row if row and past.numel() else 0  # steps that are no longer shown
+    fit = each // row - begin if row and past.numel() else 0  # those that fit behind them
     fits = fit >= total and past[0, 0].is_contiguous()
     with _claims:
-        claimed = fits and getattr(storage, "longwave_taken", None) == t
+        claimed = fits and getattr(storage, "longwave_taken", None) == begin + t
         if claimed:
-            storage.longwave_taken = total
+            storage.longwave_taken = begin + total
     if claimed:
         size, stride = (past.shape[0], fit, *past.shape[2:]), past.stride()
         whole = past.new_empty(0).set_(storage, past.storage_offset(), size, stride)

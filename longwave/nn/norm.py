@@ -1,8 +1,12 @@
-"""What a block puts before its parts."""
+"""What a block puts before its parts, and attention behind its queries and keys."""
 
+from typing import Annotated
+
+from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.ops import rms_norm
+from longwave.spec import Parts, PartSpec
 
 
 class RMSNorm(nn.RMSNorm):
@@ -19,3 +23,29 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm of the last axis.
+
+    Args:
+        d_model: D.
+        eps: > 0, added to the variance.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__(d_model, eps)
+
+
+class NormSpec(PartSpec):
+    """A norm as data."""
+
+    def build(self, d_model: int) -> nn.Module:
+        """The module, freshly drawn."""
+        return self._built(d_model)
+
+
+NORMS: Parts[nn.Module, NormSpec] = Parts(
+    "norm", NormSpec, given=("d_model",), classes={"rms": RMSNorm, "layer": LayerNorm}
+)
+AnyNorm = Annotated[SerializeAsAny[NormSpec], BeforeValidator(NORMS.field)]

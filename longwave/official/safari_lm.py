@@ -16,7 +16,7 @@ from longwave.errors import nearest
 from longwave.mixers import Attention, Mixer
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
-from longwave.nn import MLP
+from longwave.nn import MLP, POSITIONS
 from longwave.nn.padding import last_real, take_steps
 from longwave.official.blocks import Call, logits
 from longwave.official.safari_h3 import H3ConvLayer, H3Layer
@@ -62,17 +62,9 @@ class MHA(Source):
             raise ValueError(f"num_heads = {H} does not divide d_model = {D}")
         if turned % 2 or turned > D // H:
             raise ValueError(f"rotary_emb_dim = {turned} must be even, <= {D // H}, the width of a head")
-        mixer = Attention(
-            D,
-            H,
-            rotary_base=self.rotary_emb_base if turned else None,
-            bias=self.bias,
-            rotary_dim=turned or None,
-            d_conv=3 if self.dwconv else 0,
-            scale=self.softmax_scale,
-        )
-        mixer.out_proj = nn.Linear(D, D)  # with a bias always
-        return mixer
+        rotary = POSITIONS.make("rotary", base=self.rotary_emb_base, dim=turned) if turned else None
+        conv = 3 if self.dwconv else 0
+        return Attention(D, H, positions=rotary, bias=self.bias, out_bias=True, d_conv=conv, scale=self.softmax_scale)
 
     def mixer_names(self) -> Names:
         """Of :meth:`mixer`."""

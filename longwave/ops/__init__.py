@@ -1,6 +1,7 @@
 """Pure functions on tensors, time on axis 1: what the mixers are made of."""
 
 from longwave.ops.attention import attention
+from longwave.ops.attention_step import attention_step
 from longwave.ops.butterfly import butterfly
 from longwave.ops.cauchy import cauchy
 from longwave.ops.causal_conv import causal_conv
@@ -11,6 +12,7 @@ from longwave.ops.linear_scan import linear_scan
 from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
 from longwave.ops.opaque import opaque
 from longwave.ops.rms_norm import rms_norm
+from longwave.ops.rotary import rotary
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.short_conv import short_conv
 from longwave.ops.state_space_step import state_space_step
@@ -24,6 +26,7 @@ __all__ = [
     "Op",
     "at_least_float32",
     "attention",
+    "attention_step",
     "blockdiag_multiply",
     "butterfly",
     "cauchy",
@@ -35,6 +38,7 @@ __all__ = [
     "monarch_project",
     "opaque",
     "rms_norm",
+    "rotary",
     "selective_scan",
     "short_conv",
     "state_space_step",

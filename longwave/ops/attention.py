@@ -8,22 +8,32 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longwave.ops.dispatch import Op
+from longwave.ops.kernel import transform
+from longwave.ops.opaque import opaque
 
 QUERY_CHUNK = 512  # rows of a mask that exist at once
+LEAST_CHUNK = 64  # with a window as many as it has keys, but no fewer than this
 
 
-def _check_heads(q: Tensor, k: Tensor, *others: object) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: object, window: int | None):
     if k.shape[1] < q.shape[1]:
         raise ValueError(f"attention: T = {k.shape[1]} keys for L = {q.shape[1]} queries; T >= L is needed")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: J = {k.shape[2]} key heads do not divide H = {q.shape[2]} query heads")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"attention: window >= 1, and causal; got window = {window}, causal = {causal}")
 
 
-@Op(
-    q="B L H P", k="B T J P", v="B T J V", mask="B T : bool", check=_check_heads, returns={"y": "B L H V : q"}
-)  # fmt: skip
+@Op(q="B L H P", k="B T J P", v="B T J V", mask="B T : bool", check=_check, returns={"y": "B L H V : q"})
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """y[t] = sum_s softmax_s(scale q[t] . k[s]) v[s].
 
@@ -37,19 +47,20 @@ def attention(
         mask: (B, T) bool, True = real token, False = padding that no other query sees. A padded query sees itself, so
             its row is finite.
         scale: of the logits, default P^-0.5.
+        window: W >= 1, a causal query sees no more than the last W keys, its own included; None is all.
     Returns:
         y: (B, L, H, V) in the dtype of q.
     Raises:
-        ValueError: where sizes or devices disagree, T < L, or J does not divide H.
-    Cost: O(L T) time; memory linear in L and T: masks exist for 512 queries at a time.
+        ValueError: where sizes or devices disagree, T < L, J does not divide H, window < 1 or is not causal.
+    Cost: O(L T) time, O(L W) with a window; memory linear in L and T: masks exist for 512 queries at a time.
     """
     q_, k_, v_ = _heads(q, k, v)
     L, T = q.shape[1], k.shape[1]
     groups = q.shape[2] // k.shape[2]
     k_, v_ = k_.repeat_interleave(groups, 1), v_.repeat_interleave(groups, 1)
     logits = q_ @ k_.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)  # (B, H, L, T)
-    logits = logits.masked_fill(~_allowed(0, L, L, T, causal, mask, q.device), float("-inf"))
-    return (logits.softmax(-1) @ v_).transpose(1, 2).to(q.dtype)
+    allowed = _allowed(range(T - L, T), range(T), causal, mask, window or 0, q.device)
+    return (logits.masked_fill(~allowed, float("-inf")).softmax(-1) @ v_).transpose(1, 2).to(q.dtype)
 
 
 def _heads(*tensors: Tensor) -> list[Tensor]:
@@ -58,40 +69,58 @@ def _heads(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2).to(dtype) for x in tensors]
 
 
-def _allowed(start: int, stop: int, L: int, T: int, causal: bool, mask: Tensor | None, device) -> Tensor:
-    """(B or 1, 1, stop - start, T) bool: which keys the queries start..stop see."""
-    position = torch.arange(T - L + start, T - L + stop, device=device)[:, None]
-    keys = torch.arange(T, device=device)
-    allowed = (keys <= position if causal else torch.ones_like(keys <= position))[None, None]
+def _allowed(queries: range, keys: range, causal: bool, mask: Tensor | None, window: int, device) -> Tensor:
+    """(B or 1, 1, queries, keys) bool: which keys each query sees, both told by their positions."""
+    position = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
+    allowed = (key <= position if causal else torch.ones_like(key <= position))[None, None]
+    if window:
+        allowed = allowed & (key > position - window)
     if mask is not None:
-        allowed = allowed & mask[:, None, None] | (keys == position)
+        allowed = allowed & mask[:, None, None, keys.start : keys.stop] | (key == position)
     return allowed
+
+
+@opaque(like=lambda q, k, v, mask, causal, window: q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: int, window: int) -> Tensor:
+    """(B, H, L, V) of q (B, H, L, P), k and v (B, J, T, P or V) and mask (B, T), a few queries at a time."""
+    L, T = q.shape[2], k.shape[2]
+    size = min(QUERY_CHUNK, max(LEAST_CHUNK, window)) if window else QUERY_CHUNK
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None and L == T <= window:  # which is causal
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+    def rows(q: Tensor, begin: int) -> Tensor:
+        end = begin + q.shape[2]
+        keys = range(max(0, begin - window + 1) if window else 0, end if causal else T)
+        allowed = _allowed(range(begin, end), keys, bool(causal), mask, window, q.device)
+        seen = slice(keys.start, keys.stop)
+        return F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], allowed, enable_gqa=grouped)
+
+    # Recomputed in the backward pass, so that autograd keeps no mask of all L x T; torch.func knows no such thing.
+    again = size < L and torch.is_grad_enabled() and transform() is None
+    chunks = zip(q.split(size, dim=2), range(T - L, T, size))
+    return torch.cat([checkpoint(rows, *c, use_reentrant=False) if again else rows(*c) for c in chunks], dim=2)
 
 
 @attention.backend("torch")
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     dtype, (q, k, v) = q.dtype, _heads(q, k, v)
     L, T = q.shape[2], k.shape[2]
-    grouped = bool(q.shape[1] != k.shape[1])  # a size that is not known yet compares as a symbol
-    if mask is None and (not causal or L == T or L == 1):
+    if mask is None and window is None and (not causal or L == T or L == 1):
+        grouped = bool(q.shape[1] != k.shape[1])  # a size that is not known yet compares as a symbol
         is_causal = bool(causal and L > 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-        return y.transpose(1, 2).to(dtype)
-
-    def rows(q: Tensor, start: int) -> Tensor:
-        stop = start + q.shape[2]
-        seen = T - L + stop if causal else T
-        allowed = _allowed(start, stop, L, T, causal, mask, q.device)[..., :seen]
-        return F.scaled_dot_product_attention(
-            q, k[:, :, :seen], v[:, :, :seen], allowed, scale=scale, enable_gqa=grouped
-        )
-
-    if L <= QUERY_CHUNK:
-        return rows(q, 0).transpose(1, 2).to(dtype)
-    # Recomputed in the backward pass, so that autograd keeps no mask of all L x T.
-    chunks = zip(q.split(QUERY_CHUNK, dim=2), range(0, L, QUERY_CHUNK))
-    again = torch.is_grad_enabled()
-    ys = [checkpoint(rows, *chunk, use_reentrant=False) if again else rows(*chunk) for chunk in chunks]
-    return torch.cat(ys, dim=2).transpose(1, 2).to(dtype)
+    else:
+        q = q if scale is None else q * (scale * q.shape[3] ** 0.5)
+        y = chunked_attention(q, k, v, mask, int(causal), window or 0)
+    return y.transpose(1, 2).to(dtype)

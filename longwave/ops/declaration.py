@@ -12,8 +12,10 @@ KINDS = {
     "real": "floating point",
     "complex": "complex",
     "any": "floating point or complex",
+    "wide": "floating point",
     "stored": "floating point or int8",
     "bool": "bool",
+    "whole": "int64",
 }
 
 
@@ -23,9 +25,9 @@ class Declaration:
     Args:
         op: name, for errors.
         arguments: the axes of every tensor argument and, behind a colon, its kind: real, complex, any, stored (real or
-            int8) or bool; real where nothing is said. ``"B K-1 C"`` names the axes; a letter that occurs twice has one
-            size, which is at least 1, or 0 where it is marked: ``"C M?"``. ``|`` stands between alternatives, ``...``
-            for any axes.
+            int8), wide (real, and float64 where it likes), bool or whole; real where nothing is said. ``"B K-1 C"``
+            names the axes; a letter that occurs twice has one size, which is at least 1, or 0 where it is marked:
+            ``"C M?"``. ``|`` stands between alternatives, ``...`` for any axes.
         returns: the same for the results, with an axis's size as in ``"S*M"`` and the dtype behind the colon, as the
             dtypes and arguments that it is promoted from: ``"B C N : float32+u+A"``, or ``"B C length : c.real"``.
     """
@@ -80,7 +82,7 @@ class Declaration:
 
     def samples(self, device: torch.device | str) -> dict[str, Tensor]:
         """A small tensor for each argument, in float32 or what goes with it."""
-        dtypes = {"complex": torch.complex64, "bool": torch.bool}
+        dtypes = {"complex": torch.complex64, "bool": torch.bool, "whole": torch.int64}
         samples = {}
         for name, (layouts, kind) in self.arguments.items():
             sizes = [axis.partition("-") for axis in layouts[0] if axis != "..."]
@@ -105,11 +107,11 @@ def _partitioned(texts: Mapping[str, str]) -> list[tuple[str, tuple[str, str, st
 def _is_of(kind: str, dtype: torch.dtype) -> bool:
     if dtype == torch.complex32:  # half of torch cannot compute in it
         return False
-    if kind == "bool":
-        return dtype == torch.bool
+    if kind in ("bool", "whole"):
+        return dtype == (torch.bool if kind == "bool" else torch.int64)
     if kind == "stored":
         return dtype.is_floating_point or dtype == torch.int8
-    return (dtype.is_complex and kind != "real") or (dtype.is_floating_point and kind != "complex")
+    return (dtype.is_complex and kind in ("complex", "any")) or (dtype.is_floating_point and kind != "complex")
 
 
 def _fits(axes: list[str], shape: tuple) -> bool:

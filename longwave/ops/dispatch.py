@@ -66,6 +66,8 @@ class Op:
     Used as a decorator on the reference. It names the axes of every tensor that goes in, and in ``returns`` of those
     that come out (see :class:`longwave.ops.declaration.Declaration`), so every backend may rely on the shapes and the
     caller gets his own numbers in the error. What sizes must be beside that, ``check(*inputs)`` says by ValueError.
+    ``growing`` is an axis of one tensor whose size differs from call to call, as that of a past: no check and no choice
+    may depend on it, so that what was found for one size holds for all.
 
         @Op(u="B L C", k="C K", returns={"y": "B L C : u"})
         def causal_conv(u, k): ...
@@ -81,8 +83,15 @@ class Op:
 
     __name__: str
 
-    def __init__(self, *, returns: Mapping[str, str], check: Callable[..., None] | None = None, **tensors: str):
-        self._tensors, self._returns, self._check = tensors, returns, check
+    def __init__(
+        self,
+        *,
+        returns: Mapping[str, str],
+        check: Callable[..., None] | None = None,
+        growing: str | None = None,
+        **tensors: str,
+    ):
+        self._tensors, self._returns, self._check, self._growing = tensors, returns, check, growing
         self.backends: dict[str, Composed | Kernel] = {}
 
     def __call__(self, *args: Any, backend: str = "auto", **options: Any) -> Any:
@@ -90,7 +99,7 @@ class Op:
             return self._define(args[0])
         inputs = self._bound(args, options)
         run: Callable[..., Any]
-        kind = key(inputs)
+        kind = key(inputs, self._free)
         if kind is None:
             run, device = self._choose(backend, inputs)
         else:
@@ -137,6 +146,9 @@ class Op:
         self._required = [p.name for p in parameters if p.default is p.empty]
         self._positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
         self._known: dict[tuple, tuple[Callable[..., Any], torch.device]] = {}
+        places = {name: axes[0].index(self._growing) for name, (axes, _) in self.declaration.arguments.items()
+                  if self._growing in axes[0]}  # fmt: skip
+        self._free = [places.get(name) for name in self.arguments] if places else None
         self.backend("reference")(reference)
         for folder in reversed(FOLDERS):
             if (Path(__file__).parent / f"_{folder}" / f"{self.__name__}.py").exists():

@@ -43,15 +43,22 @@ def watched() -> bool:
     )
 
 
-def key(values: Sequence[Any]) -> tuple | None:
-    """All that checks and choice may depend on; None if a tensor is more than numbers in memory, or one is watched."""
+def key(values: Sequence[Any], free: Sequence[int | None] | None = None) -> tuple | None:
+    """All that checks and choice may depend on; None if a tensor is more than numbers in memory, or one is watched.
+
+    Args:
+        values: the inputs.
+        free: of each an axis whose size does not matter, but that there is something, or None; None for none of all.
+    """
     if torch.compiler.is_compiling() or watched():
         return None
     found: list[Any] = []
-    for x in values:
+    for place, x in enumerate(values):
         kind = type(x)
         if (kind is Tensor or kind is torch.nn.Parameter) and not (x.is_conj() or x.is_neg()):
             found += x.shape, x.dtype, x.device, x.requires_grad
+            if free is not None and (axis := free[place]) is not None and x.shape[axis]:
+                found[-4] = (*x.shape[:axis], *x.shape[axis + 1 :])
         elif x is None or kind in (bool, int, float):
             found.append(x)
         else:
@@ -117,7 +124,8 @@ class Kernel:
         """The reason why it cannot run these inputs, or None."""
         if transform() == "derivative":
             return "torch.func or forward mode differentiates it, which only the reference allows"
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        kinds = {name: kind for name, (_, kind) in self.declaration.arguments.items()}
+        tensors = [x for name, x in zip(self._arguments, inputs) if isinstance(x, Tensor) and kinds[name] != "wide"]
         if hasattr(self._folder, "why_not") and (reason := self._folder.why_not(*tensors)):
             return reason
         return self.module.why_not(*inputs) if hasattr(self.module, "why_not") else None

@@ -178,19 +178,27 @@ _features = cpu_target.target_context.codegen().magic_tuple()[2]  # those that n
 widest = sixteen if "+avx512f" in _features.split(",") else eight
 
 
-@intrinsic
-def floats(context, address):
-    """The float32 memory at an address as a flat array; who passes the address keeps its owner alive."""
-    kind = types.Array(types.float32, 1, "C")
+def _memory(kind: Any, element: Any, doc: str) -> Any:
+    """An intrinsic: the memory at an address as a flat array; who passes the address keeps its owner alive."""
+    array, width = types.Array(kind, 1, "C"), kind.bitwidth // 8
 
-    def emit(ctx, builder, sig, args):
-        array = make_array(kind)(ctx, builder)
-        size, four = ctx.get_constant(types.intp, 2**60), ctx.get_constant(types.intp, 4)
-        pointer = builder.inttoptr(args[0], _FLOAT.as_pointer())
-        populate_array(array, data=pointer, shape=[size], strides=[four], itemsize=four, meminfo=None)
-        return array._getvalue()
+    def typer(context: Any, address: Any) -> Any:
+        def emit(ctx: Any, builder: Any, sig: Any, args: Sequence) -> Any:
+            made = make_array(array)(ctx, builder)
+            size, step = ctx.get_constant(types.intp, 2**60), ctx.get_constant(types.intp, width)
+            pointer = builder.inttoptr(args[0], element.as_pointer())
+            populate_array(made, data=pointer, shape=[size], strides=[step], itemsize=step, meminfo=None)
+            return made._getvalue()
 
-    return kind(types.intp), emit
+        return array(types.intp), emit
+
+    typer.__doc__ = doc
+    return intrinsic(typer)
+
+
+floats = _memory(types.float32, _FLOAT, "The float32 at an address as a flat array.")
+doubles = _memory(types.float64, ir.DoubleType(), "The float64 at an address as a flat array.")
+integers = _memory(types.int64, ir.IntType(64), "The int64 at an address as a flat array.")
 
 
 @intrinsic
