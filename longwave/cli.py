@@ -54,8 +54,13 @@ def trusted(
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            raise ValueError(f"--trust {file}, line {line}: {type(error).__name__}: {error}") from error
+            del sys.modules[spec.name]  # it is there by half
+            lines = [
+                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin
+            ]
+            if isinstance(error, SyntaxError) and error.filename == spec.origin:
+                lines.append(error.lineno)
+            raise ValueError(f"--trust {file}, line {lines[-1]}: {type(error).__name__}: {error}") from error
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it, by typer's version
@@ -226,6 +231,8 @@ def generate(
     text = b"" if behind else sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
     if not text and from_state is None:
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
+    if stop == "":
+        raise ValueError("--stop is empty: give a text to end after, or leave it out")
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"repetition_penalty": repetition_penalty, "seed": seed, "stop": [list(stop.encode())] if stop else []}
     if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):

@@ -311,6 +311,24 @@ def test_a_trusted_file_brings_its_classes(call, tmp_path):
     assert "none.py: there is no such file" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("import json\n\njson.loads('{')\n", 3, "JSONDecodeError: Expecting property name"),
+        ("x = 1\n\n\ny = = 2\n", 4, "SyntaxError: invalid syntax"),
+        ("import json\ndef f():\n    json.loads('{')\nf()\n", 3, "JSONDecodeError: Expecting"),
+    ],
+)
+def test_a_trusted_file_that_fails_is_named_with_its_own_line(call, tmp_path, text, line, words):
+    """Not with the line of a library that it calls; and nothing of it stays behind."""
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    code, _, err = call("--trust", file, "show", "demo")
+    assert code == 2
+    assert f"--trust {file}, line {line}: {words}" in err
+    assert not [name for name in sys.modules if name.endswith("_broken")]
+
+
 def test_generate_goes_on_from_a_saved_state(call, trained, tmp_path):
     """A prompt is read once; what is written behind its state is what would have been written behind it."""
     state = tmp_path / "state"
@@ -359,6 +377,7 @@ def test_generate_leaves_quietly_when_nobody_reads(trained):
         (["eval", "RUN/checkpoints/step-00000099"], "there is no checkpoint .*step-00000099; the one before it is"),
         (["generate", "RUN", "--prompt", ""], "the prompt is empty"),
         (["generate", "RUN"], "the prompt is empty: give --prompt TEXT or text on standard input"),
+        (["generate", "RUN", "--prompt", "a", "--stop", ""], "--stop is empty: give a text to end after, or leave"),
         (["generate", "RUN", "--prompt", "a", "--max-new", "-1"], "max_new must be >= 0; got -1"),
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature must be >= 0"),
         (["generate", "RUN", "--prompt", "a", "--top-k", "0"], "top_k must lie in 1..256; got 0"),

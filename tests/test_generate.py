@@ -1,12 +1,16 @@
 """Generation equals running the whole text again each time, whatever the batch."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from longwave.mixers import join, select
-from longwave.models import LMSpec, Sampling, generate, load_state, save_state, stream
+from longwave.mixers import join, mixer, select
+from longwave.models import LMSpec, Sampling, SashimiSpec, generate, load_state, save_state, stream
 from longwave.models import generate as generate_function
+from longwave.nn import FreeFilter, Truncated, longest
 
 generate_module = __import__("sys").modules["longwave.models.generate"]
 
@@ -132,6 +136,14 @@ def test_the_number_of_tokens_is_whole(model):
         ([[1]], {"seed": -1}, r"seed must lie in 0\.\.2\^63-1; got -1"),
         ([[1]], {"seed": [1, 2]}, r"seed has 2 entries for 1 rows"),
         ([[1]], {"slots": 0}, r"slots must be >= 1, .*got 0"),
+        ([[1]], {"seed": 1.5}, r"seed must lie in 0\.\.2\^63-1; got 1.5"),
+        ([[1]], {"top_k": 2.5}, r"top_k must be a whole number; got 2.5"),
+        ([[1], [2.9]], {}, r"a prompt is a row of token ids, whole numbers; prompt 1 is \[2.9\]"),
+        (torch.tensor([[1.0]]), {}, r"a prompt is a row of token ids, whole numbers; prompt 0 is \[1.0\]"),
+        ([1, 2], {}, r"a prompt is a row of token ids, whole numbers; prompt 0 is 1"),
+        ([["a"]], {}, r"a prompt is a row of token ids, whole numbers; prompt 0 is \['a'\]"),
+        ([[1]], {"temprature": 1.0}, r"no option of generation is called 'temprature'; .*did you mean 'temperature'"),
+        ([[1]], {"max_length": 1}, r"no option of generation is called 'max_length'; there are stop, seed, .*, top_k"),
         (None, {"state": (1, 2)}, r"state is a Held: .*; got tuple"),
         (None, {}, "there is no prompt"),
     ],
@@ -153,6 +165,42 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(model):
         generate(model, prompts, 9, seed=5, temperature=1.0)[2]
         == (generate(model, prompts[2:3], 9, seed=7, temperature=1.0)[0])
     )
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    exact = generate(model, [[3, 1]], 4, temperature=1.0, seed=7)
+    assert generate(model, np.array([[3, 1]]), np.int64(4), temperature=1.0, seed=np.int64(7)) == exact
+    assert generate(model, [np.array([3, 1])], 4, temperature=1.0, seed=[np.int64(7)]) == exact
+    assert generate(model, torch.tensor([[3, 1]]), 4, temperature=1.0, seed=7) == exact
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_an_interrupted_step_loses_nothing(model, slots, monkeypatch):
+    """Whatever ends a call, the next one goes on as if it had not been."""
+    prompts, options = [[3, 1, 4], [1], [5, 9]], {"temperature": 1.0, "seed": 3, "slots": slots}
+    exact, calls = generate(model, prompts, 5, **options), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) in (1, 3, 6, 9):
+            raise KeyboardInterrupt
+
+    draw = Sampling.draw
+    monkeypatch.setattr(Sampling, "draw", lambda *args: interrupt() or draw(*args))
+    tokens = stream(model, prompts, 5, progress=interrupt, **options)
+    rows, interrupts = [[], [], []], 0
+    while True:
+        try:
+            step = next(tokens)
+        except KeyboardInterrupt:
+            interrupts += 1
+        except StopIteration:
+            break
+        else:
+            for row, token in zip(rows, step):
+                row += [] if token is None else [token]
+    assert interrupts == 4
+    assert rows == exact
 
 
 def test_stop_sequences_end_a_row(model):
@@ -200,6 +248,20 @@ def test_goes_on_from_what_it_holds(model, tmp_path):
     assert more == [generate(model, [p + list(f) + m], 4)[0] for p, f, m in zip(prompts, first, [[7, 7], [2]])]
 
 
+def test_what_was_read_counts_behind_a_state(model, tmp_path):
+    """For the repetition penalty: the prompt and what was written, of each row."""
+    prompts, options = [[3, 1, 4], [1]], {"repetition_penalty": 3.0}
+    whole = generate(model, prompts, 12, **options)
+    assert whole != generate(model, prompts, 12)
+    tokens = stream(model, prompts, 5, **options)
+    first = [list(row) for row in zip(*tokens)]
+    for held in (tokens.held, saved_and_loaded(tmp_path / "held", tokens.held, model)):
+        assert held.length.tolist() == [8, 6]
+        assert [a + b for a, b in zip(first, generate(model, None, 7, state=held, **options))] == whole
+    swapped = generate(model, None, 7, state=select(tokens.held, [1, 0]), **options)
+    assert swapped == [whole[1][5:], whole[0][5:]]
+
+
 def saved_and_loaded(file, state, model):
     save_state(file, state, model, text="a note")
     again, notes = load_state(file, model)
@@ -233,13 +295,36 @@ def test_states_of_others_are_refused(model, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other holds no state; make it again"):
         load_state(tmp_path / "other", model)
+    tensors = {"state.layers": torch.ones(1), "last": torch.ones(1, 1, dtype=torch.int64)}
+    save_file(tensors, tmp_path / "old", metadata={"longwave_state": "1", "model": "", "notes": "{}"})
+    with pytest.raises(
+        ValueError, match=r"old has format 1 and this longwave reads 2; make it again with --save-state"
+    ):
+        load_state(tmp_path / "old", model)
     (tmp_path / "torn").write_bytes((tmp_path / "state").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"torn is not a readable safetensors file"):
         load_state(tmp_path / "torn", model)
 
 
+def test_held_states_of_other_weights_are_refused(model, tmp_path):
+    tokens = stream(model, [[1, 2]], 3)
+    list(tokens)
+    held, twin = tokens.held, copy.deepcopy(model)
+    assert generate(twin, None, 3, state=held) == generate(model, None, 3, state=held)
+    twin.head.weight.data[0, 0] += 1
+    refused = r"the state is one of other weights than this model's; read the text again with this one"
+    with pytest.raises(ValueError, match=refused):
+        generate(twin, None, 3, state=held)
+    with pytest.raises(ValueError, match=refused):
+        save_state(tmp_path / "state", held, twin)
+
+
 def test_held_needs_rows_that_have_ended(model):
     tokens = stream(model, [[1], [2]], 5)
+    with pytest.raises(ValueError, match=r"no token has been drawn yet: take a step of the stream first"):
+        _ = tokens.logprobs
+    with pytest.raises(ValueError, match=r"a row has not ended yet"):
+        _ = tokens.held
     next(tokens)
     with pytest.raises(ValueError, match=r"a row has not ended yet"):
         _ = tokens.held
@@ -259,6 +344,29 @@ def test_progress_counts_the_prompts_tokens(model, monkeypatch):
 def test_a_filters_end_is_said_before_the_first_token():
     model = LMSpec(vocab=20, d_model=8, pattern=[{"kind": "hyena", "max_len": 10, "width": 8}]).build()
     assert len(generate(model, [[1, 2, 3]], 8)[0]) == 8
-    message = r"prompt of 3 tokens and max_new = 9 .* filters of max_len = 10 can serve; take max_new <= 8"
+    message = r"a text of 3 tokens and max_new = 9 .* the 10 tokens that filters .* can serve; take max_new <= 8"
     with pytest.raises(ValueError, match=message):
         stream(model, [[1, 2, 3]], 9)
+    tokens = stream(model, [[1, 2, 3]], 4)
+    assert len(list(tokens)) == 4
+    with pytest.raises(ValueError, match=r"a text of 9 tokens and max_new = 3 .*; take max_new <= 2"):
+        stream(model, [[1, 2]], 3, state=tokens.held)
+    assert len(generate(model, [[1, 2]], 2, state=tokens.held)[0]) == 2
+
+
+def test_a_filters_end_is_where_the_model_ends():
+    """Not where a part does that is cut off before, or that makes one step of many."""
+    hyena = {"kind": "hyena", "max_len": 3, "width": 8}
+    low = SashimiSpec(vocab=20, d_model=8, pattern=["s4d"], layers=1, pool=[4]).build()
+    low.backbone.levels[1].blocks[0].mixer = mixer("hyena", max_len=3, width=8).build(16)
+    assert longest(low) == 15
+    assert len(generate(low, [[1, 2, 3]], 13)[0]) == 13
+    with pytest.raises(ValueError, match=r"the 15 tokens .*; take max_new <= 13"):
+        generate(low, [[1, 2, 3]], 14)
+    cut = LMSpec(vocab=20, d_model=8, pattern=[hyena]).build()
+    conv = mixer("conv").build(8)
+    conv.kernel = Truncated(FreeFilter(8, 6), 5)
+    cut.backbone.layers[0].mixer = conv
+    conv.State = type(mixer("long_conv", max_len=6).build(8).init_state(1))
+    assert longest(cut) is None
+    assert len(generate(cut, [[1, 2, 3]], 13)[0]) == 13

@@ -1,8 +1,9 @@
 """Generation: a prompt is read once, then one token at a time, through the same forward as training."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from numbers import Integral
 from random import Random
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longwave.errors import shown
+from longwave.errors import shown, unknown
 from longwave.mixers import join, select
 from longwave.models.lm import LM
-from longwave.models.states import Held
-from longwave.nn import Filter, frozen
+from longwave.models.states import Held, check_weights, fingerprint
+from longwave.nn import frozen, longest
 
 PREFILL_CHUNK = 8192  # tokens of prompts that go through the model at once
 
@@ -92,8 +93,28 @@ class _Row:
     prompt: list[int]
     draws: Random
     begin: Held | None
+    seen: bytearray  # by token, whether it is in the text
+    length: int  # of the text
     written: list[int] = field(default_factory=list)
-    end: Held | None = None
+    end: tuple[Any, Tensor] | None = None  # the state, and the last token
+
+    def __post_init__(self) -> None:
+        self.number = self.draws.random()  # that draws the next token
+
+    def write(self, token: int) -> None:
+        """Add a token to the text."""
+        self.written.append(token)
+        self.seen[token] = True
+        self.length += 1
+        self.number = self.draws.random()
+
+
+def _row(index: int, prompt: list[int], seed: int | None, begin: Held | None, vocab: int) -> _Row:
+    seen = bytearray(vocab) if begin is None else bytearray(begin.seen[0].cpu().numpy().tobytes())
+    for token in set(prompt):
+        seen[token] = True
+    behind = 0 if begin is None else int(begin.length)
+    return _Row(index, prompt, Random(seed), begin, seen, behind + len(prompt))
 
 
 class Stream(Iterator[list[int | None]]):
@@ -116,10 +137,14 @@ class Stream(Iterator[list[int | None]]):
         progress: Callable[[int, int], None] | None = None,
         **sampling,
     ):
+        for name in sampling:
+            if name not in _SAMPLING:
+                options = [*inspect.signature(Stream).parameters][3:-1]
+                raise ValueError(unknown("option of generation", name, [*options, *_SAMPLING]))
         self.model, self.max_new, self.slots, self.progress = model, max_new, slots, progress
         self.sampling, self.stop = Sampling(**sampling), [_sequence(s, model.vocab) for s in stop]
-        for name, value in {"max_new": max_new, "slots": slots}.items():
-            if value is not None and value != round(value):
+        for name, value in {"max_new": max_new, "slots": slots, "top_k": self.sampling.top_k}.items():
+            if not (value is None or isinstance(value, Integral)):
                 raise ValueError(f"{name} must be a whole number; got {shown(value)}")
         if max_new < 0:
             raise ValueError(f"max_new must be >= 0; got {max_new}")
@@ -131,42 +156,54 @@ class Stream(Iterator[list[int | None]]):
         if self.sampling.top_k is not None and not 1 <= self.sampling.top_k <= model.vocab:
             raise ValueError(f"top_k must lie in 1..{model.vocab}; got {self.sampling.top_k}")
         rows = _prompts(model, prompts, state)
-        self._rows = [
-            _Row(i, prompt, Random(own), None if state is None else select(state, [i]))
-            for i, (prompt, own) in enumerate(zip(rows, _seeds(seed, len(rows))))
-        ]
+        self._frozen = frozen(model)
+        if state is not None:
+            with self._frozen, torch.no_grad():
+                check_weights(state, model)
+        begins = [None if state is None else select(state, [i]) for i in range(len(rows))]
+        each = zip(rows, _seeds(seed, len(rows)), begins)
+        self._rows = [_row(i, prompt, own, begin, model.vocab) for i, (prompt, own, begin) in enumerate(each)]
         _check_lengths(model, self._rows, max_new)
         self._waiting, self._live = list(self._rows), list[_Row]()
-        self._frozen = frozen(model)
         self.state: Any = None
-        self._logits: Any = None  # (rows, V) of the live rows, for their next token
-        self._tokens: Any = None  # (rows, 1) of the live rows, drawn and not yet read
+        self._tokens: Any = None  # (rows, 1) of the live rows, their last ones, not yet read
+        self._step: Any = None  # of the last step: rows, logits, tokens
 
     @torch.inference_mode()
     def __next__(self) -> list[int | None]:
-        if self._live:
-            self._logits, self.state = self._read(self._tokens, self.state)
-        self._admit()
-        if self.max_new == 0:
-            self.close()
-        if not self._live:
+        parts = [(*self._read(self._tokens, self.state), self._tokens)] if self._live else []
+        free = len(self._waiting) if self.slots is None else self.slots - len(self._live)
+        live, waiting = self._live + self._waiting[:free], self._waiting[free:]
+        parts += self._read_prompts(live[len(self._live) :])
+        if not live:
             raise StopIteration
-        device = self._logits.device
-        draws = torch.tensor([row.draws.random() for row in self._live], dtype=torch.float64, device=device)
-        tokens = self.sampling.draw(self._logits.double(), draws, self._seen())
-        self._step = [row.index for row in self._live], self._logits, tokens
-        self._tokens = tokens[:, None]
-        for row, token in zip(self._live, tokens.tolist()):
-            row.written.append(token)
-        self._release()
+        every, states, last = zip(*parts)
+        logits, state = torch.cat(every), states[0] if len(states) == 1 else join(states)
+        if self.max_new == 0:
+            self._live, self._waiting, self.state, self._tokens = live, waiting, state, torch.cat(last)
+            self.close()
+            raise StopIteration
+        draws = torch.tensor([row.number for row in live], dtype=torch.float64, device=logits.device)
+        tokens = self.sampling.draw(logits.double(), draws, self._seen(live))
+        # At the end, at once: who is interrupted before goes on from where he was.
+        self._live, self._waiting, self.state, self._tokens = live, waiting, state, tokens[:, None]
+        self._step = [row.index for row in live], logits, tokens
         step: list[int | None] = [None] * len(self._rows)
-        for index, token in zip(self._step[0], tokens.tolist()):
-            step[index] = token
+        for row, token in zip(live, tokens.tolist()):
+            row.write(token)
+            step[row.index] = token
+        self._release()
         return step
 
     @property
     def logprobs(self) -> list[float | None]:
-        """The natural logarithms of the probabilities that the model gave to the tokens of the last step."""
+        """The natural logarithms of the probabilities that the model gave to the tokens of the last step.
+
+        Raises:
+            ValueError: before the first step.
+        """
+        if self._step is None:
+            raise ValueError("no token has been drawn yet: take a step of the stream first")
         result: list[float | None] = [None] * len(self._rows)
         indices, logits, tokens = self._step
         values = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -178,6 +215,8 @@ class Stream(Iterator[list[int | None]]):
     def held(self) -> Held:
         """What each row goes on from when all of them have ended, for ``stream(..., state=...)`` or ``save_state``.
 
+        It holds the hash of the weights, so take it before they change.
+
         Raises:
             ValueError: where a row has not ended, or with slots, as the states of rows that gave way are not kept.
         """
@@ -186,7 +225,13 @@ class Stream(Iterator[list[int | None]]):
         ends = [row.end for row in self._rows]
         if any(end is None for end in ends):
             raise ValueError("a row has not ended yet: go through the stream to its end, or close() it")
-        return join(ends)
+        with self._frozen, torch.no_grad():
+            own = torch.frombuffer(bytearray(fingerprint(self.model)), dtype=torch.uint8)
+        states, tokens = zip(*ends)
+        last, seen = torch.cat(tokens), torch.stack([_as_bools(row.seen) for row in self._rows])
+        length = torch.tensor([row.length for row in self._rows])
+        more = (t.to(last.device) for t in (seen, length, own.repeat(len(ends), 1)))
+        return Held(join(states), last, *more)
 
     def close(self) -> None:
         """End every row where it is."""
@@ -199,41 +244,31 @@ class Stream(Iterator[list[int | None]]):
             logits, state = self.model(ids, state, last=True)
         return logits[:, -1], state
 
-    def _admit(self) -> None:
-        """Read the prompts of as many waiting rows as there are free slots for; those of one length together."""
-        free = len(self._waiting) if self.slots is None else self.slots - len(self._live)
-        new, self._waiting = self._waiting[:free], self._waiting[free:]
-        if not new:
-            return
+    def _read_prompts(self, new: list[_Row]) -> list[tuple[Tensor, Any, Tensor]]:
+        """Logits, state and last tokens of rows that begin; those of one length together."""
         device = self.model.embedding.weight.device
-        total, done = sum(len(row.prompt) + (row.begin is not None) for row in new), 0
+        total, done, parts = sum(len(row.prompt) + (row.begin is not None) for row in new), 0, []
         for _, group in groupby(new, key=lambda row: (len(row.prompt), row.begin is None)):
             rows = list(group)
             ids = torch.tensor([row.prompt for row in rows], dtype=torch.int64, device=device)
             state, logits = self.model.init_state(len(rows)), ids.new_zeros(len(rows), self.model.vocab)
-            if rows[0].begin is not None:
-                state, last = join([row.begin for row in rows])
-                ids = torch.cat([last.to(device), ids], dim=1)
-            self._tokens = torch.cat([self._tokens, ids[:, -1:]]) if self._live else ids[:, -1:]
+            if begins := [row.begin for row in rows if row.begin is not None]:
+                state, last = join([begin.state for begin in begins]), [begin.last for begin in begins]
+                ids = torch.cat([torch.cat(last).to(device), ids], dim=1)
             read = ids if self.max_new else ids[:, :-1]  # nothing is to be drawn: the last token stays unread
             for chunk in read.split(max(1, PREFILL_CHUNK // len(rows)), dim=1) if read.numel() else ():
                 logits, state = self._read(chunk, state)
                 done += chunk.numel()
                 if self.progress is not None:
                     self.progress(done, total)
-            if self._live:
-                state, logits = join([self.state, state]), torch.cat([self._logits, logits])
-            self.state, self._logits = state, logits
-            self._live += rows
+            parts.append((logits, state, ids[:, -1:]))
+        return parts
 
-    def _seen(self) -> Tensor | None:
-        """(B, V) which tokens each live row has read or written."""
+    def _seen(self, live: list[_Row]) -> Tensor | None:
+        """(B, V) which tokens each row has read or written."""
         if self.sampling.repetition_penalty == 1:
             return None
-        seen = torch.zeros(len(self._live), self.model.vocab, dtype=torch.bool)
-        for i, row in enumerate(self._live):
-            seen[i, row.prompt + row.written] = True
-        return seen.to(self.model.embedding.weight.device)
+        return torch.stack([_as_bools(row.seen) for row in live]).to(self.model.embedding.weight.device)
 
     def _release(self, every: bool = False) -> None:
         """Take out the rows that have ended, with what they would go on from."""
@@ -242,10 +277,10 @@ class Stream(Iterator[list[int | None]]):
             return
         for i, row in enumerate(self._live):
             if ended[i] and self.slots is None:
-                row.end = Held(select(self.state, [i]), self._tokens[i : i + 1])
+                row.end = select(self.state, [i]), self._tokens[i : i + 1]
         if not all(ended):
             keep = [i for i, end in enumerate(ended) if not end]
-            self.state, self._tokens, self._logits = select(self.state, keep), self._tokens[keep], None
+            self.state, self._tokens = select(self.state, keep), self._tokens[keep]
         self._live = [row for row, end in zip(self._live, ended) if not end]
 
     def _ended(self, row: _Row) -> bool:
@@ -286,6 +321,13 @@ def generate(model: LM, prompts: Rows | None, max_new: int, **options) -> list[l
     return [row.written for row in tokens._rows]
 
 
+_SAMPLING = [option.name for option in fields(Sampling)]
+
+
+def _as_bools(flags: bytearray) -> Tensor:
+    return torch.frombuffer(flags, dtype=torch.bool)
+
+
 def _sequence(stop: int | Sequence[int], vocab: int) -> tuple[int, ...]:
     sequence: tuple[Any, ...] = (stop,) if isinstance(stop, Integral) else tuple(stop)  # type: ignore[arg-type]
     if not sequence:
@@ -300,42 +342,40 @@ def _sequence(stop: int | Sequence[int], vocab: int) -> tuple[int, ...]:
 def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int | None]:
     if seed is None:
         return [None] * rows
-    seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
+    seeds: list[Any] = list(seed) if hasattr(seed, "__iter__") else [seed + i for i in range(rows)]
     if len(seeds) != rows:
         raise ValueError(f"seed has {len(seeds)} entries for {rows} rows; give one a row, or one int")
     for own in seeds:
-        if not 0 <= own < 2**63:
+        if not (isinstance(own, Integral) and 0 <= int(own) < 2**63):
             raise ValueError(f"seed must lie in 0..2^63-1; got {shown(own)}")
-    return seeds  # type: ignore[return-value]
+    return [int(own) for own in seeds]
 
 
 def _prompts(model: LM, prompts: Rows | None, state: Held | None) -> list[list[int]]:
-    if state is None:
-        rows = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts or [])]
-        if not rows:
-            raise ValueError("there is no prompt: give at least one row of token ids")
-    else:
-        held = len(state.last)
-        rows = [[] for _ in range(held)] if prompts is None else [list(row) for row in prompts]
-        if len(rows) != held:
-            raise ValueError(f"there are {len(rows)} prompts for a state of {held} rows; give one a row")
-    for i, row in enumerate(rows):
+    given = [[]] * (0 if state is None else len(state.last)) if prompts is None else list(prompts)
+    if state is None and not given:
+        raise ValueError("there is no prompt: give at least one row of token ids")
+    if state is not None and len(given) != len(state.last):
+        raise ValueError(f"there are {len(given)} prompts for a state of {len(state.last)} rows; give one a row")
+    rows = []
+    for i, prompt in enumerate(given):
+        row: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if not isinstance(row, Sequence) or not all(issubclass(kind, Integral) for kind in set(map(type, row))):
+            raise ValueError(f"a prompt is a row of token ids, whole numbers; prompt {i} is {shown(row)}")
         if not row and state is None:
             raise ValueError(f"prompt {i} is empty: a model needs at least one token to go on from")
         if row and (min(row) < 0 or max(row) >= model.vocab):
             wrong = min(row) if min(row) < 0 else max(row)
             raise ValueError(f"prompt {i} has token id {wrong}; the model knows 0..{model.vocab - 1}")
+        rows.append([int(token) for token in row])
     return rows
 
 
 def _check_lengths(model: LM, rows: list[_Row], max_new: int) -> None:
     """Before the first token, not at it: a filter of the model ends somewhere."""
-    every = [m.longest() for m in model.modules() if isinstance(m, Filter)]
-    limits = [limit for limit in every if limit is not None]
-    longest = max(len(row.prompt) for row in rows) + max(max_new - 1, 0)
-    if limits and longest > min(limits):
+    limit, most = longest(model), max(row.length for row in rows)
+    if limit is not None and most + max(max_new - 1, 0) > limit:
         raise ValueError(
-            f"a prompt of {longest - max(max_new - 1, 0)} tokens and max_new = {max_new} are more than the model's "
-            f"filters of max_len = {min(limits)} can serve; take max_new <= "
-            f"{max(0, min(limits) - longest + max_new)}, or a model of larger max_len"
+            f"a text of {most} tokens and max_new = {max_new} are more than the {limit} tokens that filters of the "
+            f"model can serve; take max_new <= {max(0, limit - most + 1)}, or a model of larger max_len"
         )

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from longwave.mixers import Mixer, join, select
 from longwave.mixers.base import without_padding
 from longwave.models.backbone import Block
-from longwave.nn import like_output
+from longwave.nn import like_output, longest
 from longwave.nn.padding import is_real, real_first, take_steps
 
 
@@ -193,6 +193,15 @@ class Sashimi(nn.Module):
     def mixers(self) -> list[Mixer]:
         """The mixer of every block, from the full rate to the lowest."""
         return [mixer for level in self.levels for mixer in cast(Level, level).mixers]
+
+    def longest(self) -> int | None:
+        """See :func:`longwave.nn.longest`: a lower level makes a step of many."""
+        limits, rate = [], 1
+        for level, factor in zip(self.levels, [*(cast(Pool, pool).factor for pool in self.pools), 1]):
+            if (limit := longest(level)) is not None:
+                limits.append(limit * rate + rate - 1)
+            rate *= factor
+        return min(limits, default=None)
 
     def init_state(self, batch: int) -> SashimiState:
         """The state before the first step of ``batch`` sequences. Its size never changes, if no mixer's does."""

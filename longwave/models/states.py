@@ -13,23 +13,39 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longwave.models.sashimi import SashimiRows
+from longwave.nn import derived
 from longwave.nn.module import checksums, whole
 
 
 class Held(NamedTuple):
-    """What generation goes on from: the model's state behind all tokens of each row but the last, and that token."""
+    """What generation goes on from: the model's state behind all tokens of each row but the last, that token, and what
+    else generation knows of the row's text."""
 
     state: Any
     last: Tensor  # (B, 1) int64
+    seen: Tensor  # (B, V) bool, whether a token is in the text
+    length: Tensor  # (B,) int64, of the text, the last token included
+    weights: Tensor  # (B, 32) uint8, the fingerprint of the model
 
 
-FORMAT = "1"  # of the files; it changes when a state of before can no longer be read
+FORMAT = "2"  # of the files; it changes when a state of before can no longer be read
 PAIRS = ":complex"  # behind the name of a complex tensor, stored as real and imaginary parts
 
 
-def fingerprint(model: nn.Module) -> str:
+@derived
+def fingerprint(model: nn.Module) -> bytes:
     """A SHA-256 over the names, shapes, dtypes and values of all parameters and buffers."""
-    return hashlib.sha256(json.dumps(checksums(model)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(checksums(model)).encode()).digest()
+
+
+def check_weights(held: Held, model: nn.Module) -> None:
+    """Refuse to go on with other weights than those that the state was made with.
+
+    Raises:
+        ValueError: where they are others.
+    """
+    if bool((held.weights.cpu() != torch.frombuffer(bytearray(fingerprint(model)), dtype=torch.uint8)).any()):
+        raise ValueError("the state is one of other weights than this model's; read the text again with this one")
 
 
 def save_state(file: str | Path, state: Any, model: nn.Module, **notes: str) -> None:
@@ -42,11 +58,14 @@ def save_state(file: str | Path, state: Any, model: nn.Module, **notes: str) -> 
         notes: short texts that :func:`load_state` returns too.
     Raises:
         OSError: where it cannot be written.
+        ValueError: for a Held of other weights than the model's.
     """
+    if isinstance(state, Held):
+        check_weights(state, model)
     tensors = {path: whole(t).clone() for path, t in _leaves(state)}
     pairs = {path + PAIRS: torch.view_as_real(t) for path, t in tensors.items() if t.is_complex()}
     tensors = {path: t for path, t in tensors.items() if not t.is_complex()} | pairs
-    about = {"longwave_state": FORMAT, "model": fingerprint(model), "notes": json.dumps(notes)}
+    about = {"longwave_state": FORMAT, "model": fingerprint(model).hex(), "notes": json.dumps(notes)}
     try:
         save_file(tensors, file, metadata=about)
     except SafetensorError as error:
@@ -71,13 +90,13 @@ def load_state(file: str | Path, model: nn.Module) -> tuple[Any, dict[str, str]]
         found = about.get("longwave_state")
         what = "holds no state" if found is None else f"has format {found} and this longwave reads {FORMAT}"
         raise ValueError(f"{file} {what}; make it again with --save-state or save_state()")
-    if about["model"] != fingerprint(model):
+    if about["model"] != fingerprint(model).hex():
         raise ValueError(f"{file} is the state of other weights than this model's; read the text again with this one")
     template: Any = model.init_state(1)  # type: ignore[operator]
     if rows := {int(row[1]) for name in tensors if (row := re.fullmatch(r"(?:state\.)?rows\.(\d+)\..*", name))}:
         template = SashimiRows((template,) * len(rows))
     if "last" in tensors:
-        template = Held(template, tensors["last"])
+        template = Held(template, *(tensors[name] for name in Held._fields[1:]))
     device = next(model.parameters()).device
     return _fill(template, {name: t.to(device) for name, t in tensors.items()}, ""), json.loads(about["notes"])
 

@@ -26,6 +26,7 @@ from longwave.nn.filters import (
     StateSpace,
     StateSpaceFilter,
     Truncated,
+    longest,
     responses,
 )
 from longwave.nn.frozen import derived, frozen
@@ -98,6 +99,7 @@ __all__ = [
     "init_conv_state",
     "like_output",
     "long_conv",
+    "longest",
     "monarch_conv",
     "monarch_fft",
     "monarch_sizes",

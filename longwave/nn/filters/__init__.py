@@ -4,7 +4,16 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from longwave.nn.filters.base import Filter, FilterSpec, Response, StateSpace, StateSpaceFilter, Truncated, responses
+from longwave.nn.filters.base import (
+    Filter,
+    FilterSpec,
+    Response,
+    StateSpace,
+    StateSpaceFilter,
+    Truncated,
+    longest,
+    responses,
+)
 from longwave.nn.filters.ckconv import CKConvFilter, FlexConvFilter
 from longwave.nn.filters.diagonal import S4DFilter
 from longwave.nn.filters.dplr import DenseStateSpace, DPLRFilter, DPLRStateSpace
@@ -61,5 +70,6 @@ __all__ = [
     "StateSpace",
     "StateSpaceFilter",
     "Truncated",
+    "longest",
     "responses",
 ]

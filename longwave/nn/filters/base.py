@@ -183,6 +183,14 @@ def responses(module: nn.Module, name: str = "") -> Iterator[Response]:
             yield from responses(child, f"{name}.{key}".lstrip("."))
 
 
+def longest(module: Any) -> int | None:
+    """The greatest number of steps that all of a module is defined for, by the outermost parts that say so by a method
+    of this name; None where there is no end."""
+    if hasattr(module, "longest"):
+        return module.longest()
+    return min((limit for child in module.children() if (limit := longest(child)) is not None), default=None)
+
+
 def require_max_len(what: str, max_len: int, length: int = 1) -> None:
     """Refuse a filter of no length, and a sequence of ``length`` steps where it is longer than the filter is defined.
 
@@ -223,3 +231,7 @@ class Truncated(Filter):
     def forward(self, length: int) -> Tensor:
         assert self.support is not None
         return self.inner(min(length, self.support))
+
+    def longest(self) -> int | None:
+        inner = self.inner.longest()
+        return inner if inner is not None and self.support is not None and inner < self.support else None
