@@ -183,7 +183,7 @@ def eval(
         if weights is not None:
             _, small = load_run(run, [], weights)
             other = evaluate(fabric, fabric.setup(Objective(small)).eval(), recipe.task, batch)
-            other |= compare(model, small, fabric.to_device(recipe.task.eval_batch(batch, 0))[0])
+            other |= compare(model, small, fabric.to_device(recipe.task.eval_batch(batch, 0)))
             metrics |= {f"{name}, {weights}": value for name, value in other.items()}
     if ranks.main:
         for name, value in metrics.items():
@@ -223,8 +223,7 @@ def generate(
 
     recipe, model = load_run(run, [], weights)
     if not isinstance(recipe.task, Text):
-        kind = type(recipe.task).model_fields["kind"].default
-        raise ValueError(f"{run} was trained on {kind}; generate works on byte-level text models")
+        raise ValueError(f"{run} was trained on {recipe.task.kind}; generate works on byte-level text models")
     if prompt is None and from_state is None and sys.stdin.isatty():
         _note("type the text to go on from, then Enter and Ctrl-D")
     behind = from_state is not None and (prompt is None and sys.stdin.isatty())

@@ -41,7 +41,7 @@ def test_types_limits_defaults_and_meaning():
     )
     page = look_up("recipe")
     assert re.search(r"^  steps +int \(>= 1\) +needed\n +optimiser steps", page, re.M)
-    assert re.search(r"^  model +lm \| masked_lm \| sashimi \| classifier +needed", page, re.M)
+    assert re.search(r"^  model +lm \| masked_lm \| sashimi \| \.\.\. +needed", page, re.M)
     assert re.search(r"^  schedule +cosine \| linear \| constant +cosine", page, re.M)
     assert "it has no options" in look_up("lstm")
     assert "longwave show demo" in look_up("demo")

@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from longwave.mixers import MIXERS, mixer
-from longwave.models import LM, Backbone, Classifier, ClassifierSpec, LMSpec, MaskedLMSpec, SashimiSpec, load, save
+from longwave.models import (
+    LM,
+    Backbone,
+    Classifier,
+    ClassifierSpec,
+    ForecasterSpec,
+    LMSpec,
+    MaskedLMSpec,
+    PairClassifierSpec,
+    RegressorSpec,
+    SashimiSpec,
+    load,
+    save,
+)
 from longwave.models import lm as lm_module
 from longwave.models.size import on_meta
 
@@ -155,6 +168,63 @@ def test_not_a_number_at_padding_reaches_neither_labels_nor_gradients(pooling, p
     ours, exact = (torch.autograd.grad(y.square().sum(), parameters) for y in (model(x, mask=mask), alone))
     for a, b in zip(ours, exact):
         close(a, b)
+
+
+REAL = {"d_model": 8, "pattern": ["s4d", "mamba"], "features": 2}
+HEADS_OF_ROWS = [
+    ClassifierSpec(**REAL, classes=3),
+    RegressorSpec(**REAL, width=3),
+    RegressorSpec(**REAL, width=3, pooling="last"),
+    ForecasterSpec(**REAL, steps=4, width=3),
+]
+
+
+@pytest.mark.parametrize("spec", HEADS_OF_ROWS, ids=lambda spec: spec.kind)
+def test_heads_of_rows_ignore_padding(spec):
+    torch.manual_seed(0)
+    model, x = spec.build().double(), torch.randn(2, 13, 2, dtype=torch.float64)
+    mask = torch.tensor([[1] * 9 + [0] * 4, [1, 0] * 4 + [1] * 5]).bool()
+    x[~mask] = torch.nan
+    alone = torch.cat([model(row[on][None]) for row, on in zip(x, mask)])
+    close(model(x, mask=mask), alone)
+
+
+def test_a_pair_is_two_sequences_through_one_backbone():
+    torch.manual_seed(0)
+    model = PairClassifierSpec(d_model=8, pattern=["s4d"], classes=3, vocab=7).build().double()
+    x, mask = torch.randint(0, 7, (2, 2, 9)), torch.ones(2, 2, 9).bool()
+    mask[0, 1, 5:] = False
+    y = model(x, mask=mask)
+    assert y.shape == (2, 3)
+    alone = [model.backbone(model.encoder(x[i, j][mask[i, j]][None]))[0].mean(1) for i in (0, 1) for j in (0, 1)]
+    for row, (a, b) in zip(y, (alone[:2], alone[2:])):
+        close(row[None], model.out(torch.relu(model.hidden(torch.cat([a, b, a - b, a * b], dim=-1)))))
+    assert model.score(x, torch.tensor([2, -100]), mask).total == 1
+
+
+@pytest.mark.parametrize("spec", [RegressorSpec(**REAL, width=3), ForecasterSpec(**REAL, steps=4, width=3)])
+def test_errors_are_summed_over_what_is_known(spec):
+    torch.manual_seed(0)
+    model, x = spec.build().double(), torch.randn(2, 9, 2, dtype=torch.float64)
+    targets = torch.randn_like(model(x))
+    targets[0, ..., 1] = torch.nan
+    score, known = model.score(x, targets), ~targets.isnan()
+    error = (model(x) - targets)[known]
+    assert score.total == known.sum()
+    close(score.loss, error.square().sum())
+    close(score.absolute, error.abs().sum())
+    score.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_forecast_needs_its_steps():
+    model = ForecasterSpec(**REAL, steps=4, width=1).build()
+    with pytest.raises(ValueError, match=r"a row of 3 steps has no last 4: make inputs longer"):
+        model(torch.zeros(1, 3, 2))
+    with pytest.raises(ValueError, match=r"a row of 2 steps has no last 4"):
+        model(torch.zeros(1, 5, 2), mask=torch.tensor([[1, 1, 0, 0, 0]]))
+    with pytest.raises(ValueError, match=r"targets are \(1, 4, 1\); got \(1, 4\)"):
+        model.score(torch.zeros(1, 5, 2), torch.zeros(1, 4))
 
 
 def test_padded_prompts_go_on():

@@ -318,7 +318,7 @@ def test_recipe(tmp_path):
     recipe = load_recipe(tmp_path / "r.yaml", ["model.pool=[4, 4]", "model.expand=3"])
     model = recipe.model.build()
     assert isinstance(recipe.model, SashimiSpec)
-    assert recipe.model.vocab == recipe.task.vocab
+    assert recipe.model.vocab == recipe.task.inputs.vocab
     assert [m.d_model for m in model.backbone.mixers] == [8, 24, 72]
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == recipe

@@ -249,7 +249,7 @@ class Weighed(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
-    def forward(self, inputs, targets):
+    def forward(self, inputs, targets, mask):
         scored = targets >= 0
         per_token = (inputs.double()[..., None] * self.weight).pow(2).sum(-1)
         return Score((per_token * scored).sum(), scored.sum(), scored.sum())
@@ -851,8 +851,8 @@ def test_weights_of_another_model_are_named(tmp_path, broken_run):
 def test_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
     original = loop.Objective.forward
 
-    def poisoned(self, inputs, targets):
-        score = original(self, inputs, targets)
+    def poisoned(self, inputs, targets, mask):
+        score = original(self, inputs, targets, mask)
         calls.append(self.training)
         return score._replace(loss=score.loss * math.nan) if sum(calls) == 5 else score
 

@@ -1,14 +1,24 @@
 """Backbones, the heads over them, generation and storage."""
 
 from longwave.models.backbone import Backbone, BackboneState, Block
-from longwave.models.classifier import Classifier
+from longwave.models.classifier import Classifier, PairClassifier
 from longwave.models.distill import Distilled, distill
 from longwave.models.generate import Sampling, Stream, generate, stream
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM, MaskedLMHead
+from longwave.models.regressor import Forecaster, Regressor
 from longwave.models.sashimi import Level, Sashimi, SashimiState
-from longwave.models.score import Score
-from longwave.models.spec import MODEL_SPEC, ClassifierSpec, LMSpec, MaskedLMSpec, ModelSpec, SashimiSpec
+from longwave.models.spec import (
+    MODEL_SPEC,
+    ClassifierSpec,
+    ForecasterSpec,
+    LMSpec,
+    MaskedLMSpec,
+    ModelSpec,
+    PairClassifierSpec,
+    RegressorSpec,
+    SashimiSpec,
+)
 from longwave.models.states import Held, load_state, save_state
 from longwave.models.storage import load, save, weights
 
@@ -21,6 +31,8 @@ __all__ = [
     "Classifier",
     "ClassifierSpec",
     "Distilled",
+    "Forecaster",
+    "ForecasterSpec",
     "Held",
     "LMSpec",
     "Level",
@@ -28,11 +40,14 @@ __all__ = [
     "MaskedLMHead",
     "MaskedLMSpec",
     "ModelSpec",
+    "PairClassifier",
+    "PairClassifierSpec",
+    "Regressor",
+    "RegressorSpec",
     "Sampling",
     "Sashimi",
     "SashimiSpec",
     "SashimiState",
-    "Score",
     "Stream",
     "distill",
     "generate",

@@ -1,18 +1,14 @@
-"""A classifier of whole sequences: one label a row."""
-
-from typing import Literal
+"""Classifiers of whole sequences: one label a row, of one sequence or of two."""
 
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers.base import as_mask, zero_padding
 from longwave.models.backbone import Backbone
-from longwave.models.lm import embed
+from longwave.models.pooling import Pooling, check_pooling, encode, make_encoder, mask_of, pool
 from longwave.models.sashimi import Sashimi
-from longwave.models.score import Score, score_logits
-from longwave.tasks.base import IGNORE
-
-POOLINGS = ("mean", "last", "first")
+from longwave.models.score import score_logits
+from longwave.tasks.base import Score
+from longwave.tasks.forms import scored
 
 
 class Classifier(nn.Module):
@@ -35,16 +31,12 @@ class Classifier(nn.Module):
         *,
         vocab: int | None = None,
         features: int | None = None,
-        pooling: Literal["mean", "last", "first"] = "mean",
+        pooling: Pooling = "mean",
     ):
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"no pooling is called {pooling!r}; there are {', '.join(POOLINGS)}")
-        if (vocab is None) == (features is None):
-            raise ValueError(f"a classifier takes either vocab or features; got vocab = {vocab}, features = {features}")
-        D = backbone.d_model
-        self.encoder = nn.Embedding(vocab, D) if vocab is not None else nn.Linear(features or 0, D)
-        self.backbone, self.pooling, self.head = backbone, pooling, nn.Linear(D, classes)
+        check_pooling(pooling)
+        self.encoder = make_encoder("a classifier", backbone.d_model, vocab, features)
+        self.backbone, self.pooling, self.head = backbone, pooling, nn.Linear(backbone.d_model, classes)
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits over the labels.
@@ -58,35 +50,66 @@ class Classifier(nn.Module):
         Raises:
             ValueError: where lengths are not in 1..L, or both are given.
         """
-        L = x.shape[1]
         if lengths is not None:
             if mask is not None:
                 raise ValueError("give either lengths or mask, not both")
-            if lengths.min() < 1 or lengths.max() > L:
-                raise ValueError(
-                    f"lengths must lie in 1..{L}, the padded length; got {lengths.min().item()}..{lengths.max().item()}"
-                )
-            mask = torch.arange(L, device=x.device) < lengths[:, None]
-        if mask is not None:
-            mask = as_mask(mask, x)
-            x = zero_padding(x, mask) if x.is_floating_point() else x
-        u = embed(self.encoder, x) if isinstance(self.encoder, nn.Embedding) else self.encoder(x)
-        y, _ = self.backbone(u, mask=mask)  # (B, L, D)
-        return self.head(self._pool(y, mask))
+            mask = mask_of(lengths, x.shape[1])
+        return self.head(pool(encode(self.encoder, self.backbone, x, mask), mask, self.pooling))
 
-    def score(self, x: Tensor, targets: Tensor, *, lengths: Tensor | None = None) -> Score:
+    def score(self, x: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the labels targets (B,) that are not -100, with gradient."""
-        scored = targets != IGNORE
-        return score_logits(self(x, lengths=lengths)[scored], targets[scored])
+        return _score(self(x, mask=mask), targets)
 
-    def _pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
-        if self.pooling == "mean":
-            return (y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).to(y.dtype)
-        place = torch.arange(y.shape[1], device=y.device)
-        if self.pooling == "last":
-            where = torch.where(mask, place, -1).amax(1)
-        else:
-            where = torch.where(mask, place, y.shape[1]).amin(1)
-        return y[torch.arange(len(y), device=y.device), where]
+
+class PairClassifier(nn.Module):
+    """Two sequences, each through the same encoder, backbone and pooling, to (B, D) each; then one label of both:
+
+        head(a, b) = out(relu(hidden [a, b, a - b, a * b]))
+
+    Source: Tay et al. (2020) "Long Range Arena", arXiv:2011.04006, sec. 2.2.3, the two towers of its matching task, in
+    its authors' code.
+
+    Args:
+        backbone, classes, vocab, features, pooling: see :class:`Classifier`.
+    Raises:
+        ValueError: as there.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | Sashimi,
+        classes: int,
+        *,
+        vocab: int | None = None,
+        features: int | None = None,
+        pooling: Pooling = "mean",
+    ):
+        super().__init__()
+        check_pooling(pooling)
+        D = backbone.d_model
+        self.encoder = make_encoder("a pair classifier", D, vocab, features)
+        self.backbone, self.pooling = backbone, pooling
+        self.hidden, self.out = nn.Linear(4 * D, D), nn.Linear(D, classes)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Logits over the labels.
+
+        Args:
+            x: (B, 2, L) int64 ids or (B, 2, L, features).
+            mask: (B, 2, L) bool or integers 0 and 1, True = real; at least one a sequence.
+        Returns:
+            logits: (B, classes).
+        """
+        mask = None if mask is None else mask.flatten(0, 1)
+        y = pool(encode(self.encoder, self.backbone, x.flatten(0, 1), mask), mask, self.pooling)  # (2 B, D)
+        a, b = y.unflatten(0, (-1, 2)).unbind(1)
+        return self.out(torch.relu(self.hidden(torch.cat([a, b, a - b, a * b], dim=-1))))
+
+    def score(self, x: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:
+        """As :meth:`Classifier.score`."""
+        return _score(self(x, mask=mask), targets)
+
+
+def _score(logits: Tensor, targets: Tensor) -> Score:
+    counts = scored(targets)
+    return score_logits(logits[counts], targets[counts])

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from longwave.models.backbone import Backbone, BackboneState
 from longwave.models.sashimi import Sashimi, SashimiRows, SashimiState
-from longwave.models.score import Score, score_tokens
+from longwave.models.score import score_tokens
 from longwave.nn.padding import last_real, take_steps
+from longwave.tasks.base import Score
 
 ModelState = BackboneState | SashimiState | SashimiRows
 
@@ -90,7 +91,7 @@ class LM(nn.Module):
             x = x[:, -1:] if mask is None else take_steps(x, last_real(mask)[:, None])
         return self.head(x), state
 
-    def score(self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> Score:
+    def score(self, ids: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the targets that are not -100, with gradient.
 
         The logits of the whole sequence never exist at once: they are made, and in the backward pass made again, for

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LOGITS_AT_ONCE, draw_tokens, embed
 from longwave.models.sashimi import Sashimi
-from longwave.models.score import Score, score_tokens
+from longwave.models.score import score_tokens
+from longwave.tasks.base import Score
 
 
 class MaskedLMHead(nn.Module):
@@ -76,7 +77,7 @@ class MaskedLM(nn.Module):
         """
         return self.head(self.backbone(embed(self.embedding, ids), mask=mask)[0])
 
-    def score(self, ids: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> Score:
+    def score(self, ids: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the targets that are not -100, with gradient.
 
         Logits exist for the scored places alone, and for a few of them at a time.

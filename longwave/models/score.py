@@ -1,22 +1,14 @@
 """What judges a head: sums over the scored targets."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longwave.tasks.base import IGNORE
-
-
-class Score(NamedTuple):
-    """Sums over the scored targets: what a loss, a perplexity and an accuracy are made of. Scalars."""
-
-    loss: Tensor  # - sum ln p(target)
-    correct: Tensor  # int64, how often the target was the most probable
-    total: Tensor  # int64, how many targets there were
+from longwave.tasks.base import Errors, Score
+from longwave.tasks.forms import IGNORE, scored
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> Score:
@@ -40,8 +32,8 @@ def score_tokens(x: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], a
 
     No more than ``at_once`` tokens have logits at a time: they are made, and in the backward pass made again.
     """
-    scored = targets.flatten() != IGNORE
-    x, targets = x.flatten(0, 1)[scored], targets.flatten()[scored]
+    counts = scored(targets)
+    x, targets = x[counts], targets[counts]
     chunks = list(zip(x.split(max(1, at_once)), targets.split(max(1, at_once))))
     again = len(chunks) > 1 and torch.is_grad_enabled()
 
@@ -50,3 +42,17 @@ def score_tokens(x: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], a
 
     parts = [checkpoint(score, *c, use_reentrant=False) if again else score(*c) for c in chunks]
     return Score(*(torch.stack(column).sum() for column in zip(*parts)))
+
+
+def score_values(y: Tensor, targets: Tensor) -> Errors:
+    """Score real numbers y against targets of the same shape, of which those that are NaN count not; in float32 or
+    better.
+
+    Raises:
+        ValueError: where the shapes differ.
+    """
+    if y.shape != targets.shape:
+        raise ValueError(f"targets are {tuple(y.shape)}; got {tuple(targets.shape)}")
+    counts = scored(targets)
+    error = (y.float() if y.dtype.itemsize < 4 else y)[counts] - targets[counts]
+    return Errors(error.square().sum(), error.detach().abs().sum(), counts.sum())

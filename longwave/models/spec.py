@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationInfo, field_validator
 from torch import nn
 
 from longwave.mixers import MIXERS, AnyMixer, Mixer
 from longwave.models.backbone import Backbone, Block
-from longwave.models.classifier import Classifier
+from longwave.models.classifier import Classifier, PairClassifier
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM
+from longwave.models.pooling import Pooling
+from longwave.models.regressor import Forecaster, Regressor
 from longwave.models.sashimi import Level, Sashimi
 from longwave.nn import MLP, RMSNorm, SwiGLU
 from longwave.spec import Parts, PartSpec, Spec, read_kind
+from longwave.tasks.base import Task
+from longwave.tasks.forms import Future, Label, Pair, Targets, Tokens, Values
 
 
 class ChannelSpec(PartSpec):
@@ -29,6 +33,14 @@ CHANNEL_MIXERS: Parts[nn.Module, ChannelSpec] = Parts(
     "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "mlp": MLP}
 )
 AnyChannelMixer = Annotated[SerializeAsAny[ChannelSpec], BeforeValidator(CHANNEL_MIXERS.field)]
+
+SIZES = {  # what a model may leave open: a task has them by the same names
+    "vocab": "token ids",
+    "features": "features a step",
+    "classes": "classes",
+    "steps": "steps",
+    "width": "numbers",
+}
 
 
 class BackboneSpec(Spec):
@@ -45,6 +57,10 @@ class BackboneSpec(Spec):
         dropout: probability on both branches of a block, in [0, 1).
     """
 
+    tells: ClassVar[type[Targets]]  # the form of targets
+    of_pairs: ClassVar[bool] = False  # of two sequences together
+
+    kind: str
     d_model: int = Field(ge=1)
     pattern: list[AnyMixer] = Field(min_length=1)
     layers: int | None = Field(None, ge=1, le=4096)
@@ -57,6 +73,42 @@ class BackboneSpec(Spec):
     @classmethod
     def _one_turn(cls, layers: int | None, info: ValidationInfo) -> int | None:
         return len(info.data.get("pattern", ())) or None if layers is None else layers
+
+    @classmethod
+    def serves(cls, task: Task) -> bool:
+        """Whether it tells what the task asks for."""
+        return cls.tells is type(task.targets) and cls.of_pairs == isinstance(task.inputs, Pair)
+
+    def serving(self, task: Task) -> Self:
+        """This with the task's sizes where it leaves them open.
+
+        Raises:
+            ValueError: where the task asks for something else, or of another size.
+        """
+        if not self.serves(task):
+            asked = f"{task.targets.words}{' of pairs' * isinstance(task.inputs, Pair)}"
+            fitting = " or ".join(name for name, spec in MODELS.items() if spec.serves(task))
+            raise ValueError(
+                f"model {self.kind} gives {self.tells.words}{' of pairs' * self.of_pairs}, and the task "
+                f"{task.kind} asks for {asked}; {f'take the model {fitting}' if fitting else 'no model does'}"
+            )
+        sizes: dict[str, int] = {}
+        for form in (task.inputs.of if isinstance(task.inputs, Pair) else task.inputs, task.targets):
+            for name, size in vars(form).items():
+                sizes[name] = max(size, sizes.get(name, 0))
+        for name, size in sizes.items():
+            own = getattr(self, name)
+            if own is not None and own != size and not (own > size and name in ("vocab", "classes")):
+                raise ValueError(f"model.{name} = {own} does not fit: the task has {size} {SIZES[name]}")
+            sizes[name] = own or size
+        return self.model_copy(update=sizes)
+
+    def known(self, name: str) -> int:
+        """A size, which a model needs at the latest when it is built."""
+        size = getattr(self, name)
+        if size is None:
+            raise ValueError(f"model {self.kind} needs {name}, how many {SIZES[name]} there are")
+        return size
 
     def build_backbone(self) -> Backbone | Sashimi:
         """The blocks, freshly drawn."""
@@ -81,14 +133,14 @@ class LanguageSpec(BackboneSpec):
         tied: whether the map to logits is the embedding.
     """
 
+    tells = Tokens
     vocab: int | None = Field(None, ge=1)
     tied: bool = True
 
-    def known_vocab(self) -> int:
-        """``vocab``, which a model needs at the latest when it is built."""
-        if self.vocab is None:
-            raise ValueError("a language model needs vocab, the number of token ids")
-        return self.vocab
+    @classmethod
+    def serves(cls, task: Task) -> bool:
+        """As others, where ids go in."""
+        return super().serves(task) and isinstance(task.inputs, Tokens)
 
 
 class LMSpec(LanguageSpec):
@@ -98,7 +150,7 @@ class LMSpec(LanguageSpec):
 
     def build(self) -> LM:
         """The model, freshly drawn."""
-        return LM(self.build_backbone(), self.known_vocab(), self.tied)
+        return LM(self.build_backbone(), self.known("vocab"), self.tied)
 
 
 class SashimiSpec(LanguageSpec):
@@ -131,7 +183,7 @@ class SashimiSpec(LanguageSpec):
 
     def build(self) -> LM:
         """The model, freshly drawn."""
-        return LM(self.build_backbone(), self.known_vocab(), self.tied)
+        return LM(self.build_backbone(), self.known("vocab"), self.tied)
 
 
 class MaskedLMSpec(LanguageSpec):
@@ -139,42 +191,119 @@ class MaskedLMSpec(LanguageSpec):
 
     kind: Literal["masked_lm"] = "masked_lm"
 
+    @classmethod
+    def serves(cls, task: Task) -> bool:
+        """As a language model, where it does not see what it is asked for."""
+        return super().serves(task) and not task.asks_next
+
+    def serving(self, task: Task) -> Self:
+        """As others."""
+        if task.asks_next:
+            raise ValueError(
+                f"model masked_lm sees the next token, which is what the task {task.kind} asks for; "
+                "take the model lm, or a task that hides its targets, such as masked_text"
+            )
+        return super().serving(task)
+
     def build(self) -> MaskedLM:
         """The model, freshly drawn."""
-        return MaskedLM(self.build_backbone(), self.known_vocab(), self.tied)
+        return MaskedLM(self.build_backbone(), self.known("vocab"), self.tied)
 
 
-class ClassifierSpec(BackboneSpec):
-    """A classifier, see :class:`longwave.models.Classifier`.
+class EncodedSpec(BackboneSpec):
+    """What takes ids or real numbers.
 
     Fields, besides those of a stack:
-        classes: how many labels there are.
         vocab: token ids are embedded, so many; or null.
-        features: real inputs of this width are mapped; or null. One of vocab and features is given.
+        features: real inputs of this width are mapped; or null. In a recipe default the task's, and elsewhere one of
+            vocab and features is given.
+    """
+
+    vocab: int | None = Field(None, ge=1)
+    features: int | None = Field(None, ge=1)
+
+
+class PooledSpec(EncodedSpec):
+    """What tells one thing of a whole sequence.
+
+    Fields, besides those of what takes ids or real numbers:
         pooling: mean over the real tokens, the last of them, or the first.
     """
 
+    pooling: Pooling = "mean"
+
+    def _options(self) -> dict[str, Any]:
+        return {"vocab": self.vocab, "features": self.features, "pooling": self.pooling}
+
+
+class ClassifierSpec(PooledSpec):
+    """A classifier, see :class:`longwave.models.Classifier`.
+
+    Fields, besides those of what pools:
+        classes: how many labels there are; in a recipe default the task's.
+    """
+
+    tells = Label
     kind: Literal["classifier"] = "classifier"
-    classes: int = Field(ge=1)
-    vocab: int | None = Field(None, ge=1)
-    features: int | None = Field(None, ge=1)
-    pooling: Literal["mean", "last", "first"] = "mean"
+    classes: int | None = Field(None, ge=1)
 
     def build(self) -> Classifier:
         """The model, freshly drawn."""
-        return Classifier(
-            self.build_backbone(), self.classes, vocab=self.vocab, features=self.features, pooling=self.pooling
-        )
+        return Classifier(self.build_backbone(), self.known("classes"), **self._options())
 
 
-MODELS: dict[str, type[BackboneSpec]] = {
-    "lm": LMSpec,
-    "masked_lm": MaskedLMSpec,
-    "sashimi": SashimiSpec,
-    "classifier": ClassifierSpec,
-}
-ModelSpec = Annotated[
-    LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec,
-    BeforeValidator(partial(read_kind, "model", MODELS, MODELS.__getitem__)),
-]
-MODEL_SPEC: TypeAdapter[LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec] = TypeAdapter(ModelSpec)
+class PairClassifierSpec(PooledSpec):
+    """A classifier of pairs, see :class:`longwave.models.PairClassifier`.
+
+    Fields, besides those of what pools:
+        classes: how many labels there are; in a recipe default the task's.
+    """
+
+    tells, of_pairs = Label, True
+    kind: Literal["pair_classifier"] = "pair_classifier"
+    classes: int | None = Field(None, ge=1)
+
+    def build(self) -> PairClassifier:
+        """The model, freshly drawn."""
+        return PairClassifier(self.build_backbone(), self.known("classes"), **self._options())
+
+
+class RegressorSpec(PooledSpec):
+    """Real numbers of a whole sequence, see :class:`longwave.models.Regressor`.
+
+    Fields, besides those of what pools:
+        width: how many numbers are told of a row; in a recipe default the task's.
+    """
+
+    tells = Values
+    kind: Literal["regressor"] = "regressor"
+    width: int | None = Field(None, ge=1)
+
+    def build(self) -> Regressor:
+        """The model, freshly drawn."""
+        return Regressor(self.build_backbone(), self.known("width"), **self._options())
+
+
+class ForecasterSpec(EncodedSpec):
+    """Real numbers at the last steps, see :class:`longwave.models.Forecaster`.
+
+    Fields, besides those of what takes ids or real numbers:
+        steps: how many are told; in a recipe default the task's.
+        width: how many numbers at each; in a recipe default the task's.
+    """
+
+    tells = Future
+    kind: Literal["forecaster"] = "forecaster"
+    steps: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)
+
+    def build(self) -> Forecaster:
+        """The model, freshly drawn."""
+        steps, width = self.known("steps"), self.known("width")
+        return Forecaster(self.build_backbone(), steps, width, vocab=self.vocab, features=self.features)
+
+
+AnyModel = LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec | PairClassifierSpec | RegressorSpec | ForecasterSpec
+MODELS: dict[str, type[AnyModel]] = {spec.model_fields["kind"].default: spec for spec in get_args(AnyModel)}
+ModelSpec = Annotated[AnyModel, BeforeValidator(partial(read_kind, "model", MODELS, MODELS.__getitem__))]
+MODEL_SPEC: TypeAdapter[AnyModel] = TypeAdapter(ModelSpec)

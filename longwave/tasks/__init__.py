@@ -1,6 +1,7 @@
 """Data and how it is scored: each task is named by its `kind` and listed in TASKS."""
 
-from longwave.tasks.base import IGNORE, TASKS, Batch, Task
+from longwave.tasks.base import TASKS, Errors, Score, Task
+from longwave.tasks.forms import IGNORE, Batch, Future, Label, Pair, Row, Signal, Tokens, Values
 from longwave.tasks.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying
 from longwave.tasks.text import Corpus, MaskedText, Text
 
@@ -10,9 +11,18 @@ __all__ = [
     "AssociativeRecall",
     "Batch",
     "Corpus",
+    "Errors",
+    "Future",
     "InductionHeads",
+    "Label",
     "MaskedText",
+    "Pair",
+    "Row",
+    "Score",
     "SelectiveCopying",
+    "Signal",
     "Task",
     "Text",
+    "Tokens",
+    "Values",
 ]

@@ -1,29 +1,19 @@
-"""What a task is: batches that depend on nothing but their number, and the names of the numbers that judge a model."""
+"""What a task is: rows that depend on nothing but their number, and the names of the numbers that judge a model."""
 
+import functools
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import ConfigDict
-from torch import Tensor
+import torch
+from pydantic import ConfigDict, field_validator
 
 from longwave.spec import Spec
-
-IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
+from longwave.tasks.forms import Batch, Inputs, Row, Targets, Tokens, collate
 
 TRAIN, EVAL, EPOCH, HIDE = range(4)  # the streams of random numbers, which share nothing
-
-
-class Batch(NamedTuple):
-    """Token ids, and beside each the id the model is to predict there, or IGNORE; both (B, L) int64."""
-
-    inputs: Tensor
-    targets: Tensor
-
-
-def next_token(sequences: Tensor) -> Batch:
-    """Every token but the last of (B, L + 1) sequences, with the one after it as its target; no memory is shared."""
-    return Batch(sequences[:, :-1].clone(), sequences[:, 1:].clone())
+_ROUNDS = 6  # of the shuffle
 
 
 def random_stream(seed: int, stream: int, index: int) -> np.random.Generator:
@@ -35,35 +25,103 @@ def random_stream(seed: int, stream: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed | stream << 64, counter=index << 192))
 
 
-class Task(Spec):
-    """A problem stated as token sequences: training batches, evaluation batches, and how they are scored.
+def shuffled(seed: int, visit: int, count: int) -> int:
+    """Which of ``count`` examples is visited as number ``visit``, when all are gone through in a new order every epoch.
 
-    A subclass with a field `kind: Literal["name"] = "name"` is entered in TASKS under that name. Batches are pure
-    functions of their arguments and of the options, so an interrupted run goes on with exactly the batches it missed.
+    No order is kept in memory: each is a Feistel network over the least even number of bits that holds ``count``, whose
+    keys belong to (seed, epoch), and what lies beyond ``count`` is sent through it again.
+
+    Source: Black & Rogaway (2002) "Ciphers with arbitrary finite domains", the cycle-walking of sec. 3.
+    """
+    epoch, place = divmod(visit, count)
+    half = max(1, (max(1, count - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = place >> half, place & (1 << half) - 1
+        for key in _keys(seed, epoch):
+            mixed = (right + key) * 0x9E3779B97F4A7C15 & 2**64 - 1
+            mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & 2**64 - 1
+            left, right = right, left ^ mixed >> 64 - half
+        place = left << half | right
+        if place < count:
+            return place
+
+
+@functools.lru_cache(maxsize=4)
+def _keys(seed: int, epoch: int) -> list[int]:
+    return random_stream(seed, EPOCH, epoch).integers(2**64, size=_ROUNDS, dtype=np.uint64).tolist()
+
+
+class Score(NamedTuple):
+    """Sums over the scored targets of tokens and labels: of tensors in a model, of numbers in :meth:`Task.metrics`."""
+
+    loss: Any  # - sum ln p(target)
+    correct: Any  # how often the target was the most probable
+    total: Any  # how many targets there were
+
+
+class Errors(NamedTuple):
+    """Sums over the scored targets that are real numbers, as :class:`Score`."""
+
+    loss: Any  # of squared errors
+    absolute: Any  # of their absolute values
+    total: Any
+
+
+class Task(Spec):
+    """A problem stated as sequences: training rows, evaluation rows, and how they are scored.
+
+    ``class Foo(Task, name="foo")`` is entered in TASKS, and its ``kind`` is its name. Rows are pure
+    functions of their arguments and of the options, so an interrupted run goes on with exactly those it missed, and
+    the same rows make a step however they are shared out over processes. What a subclass must say: `inputs`,
+    `longest`, `train_row`, `eval_row` and `eval_rows`; `targets` where they are not an id at every step.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    metric: ClassVar[str]  # the name, among metrics(), of the number that says which checkpoint is best
-    higher_is_better: ClassVar[bool]
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # small options, each put through longwave/contract/tasks.py
+    metric: ClassVar[str] = "loss"  # the name, among metrics(), of the number that says which checkpoint is best
+    higher_is_better: ClassVar[bool] = False
     asks_next: ClassVar[bool] = False  # targets are the inputs one step on, which a model that looks ahead would see
 
+    name: ClassVar[str] = ""
+    kind: str = ""
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name or ""
+        if name is not None:
+            if name in TASKS:
+                raise ValueError(f"two tasks are called {name!r}: {TASKS[name].__name__} and {cls.__name__}")
+            TASKS[name] = cls
+
+    @field_validator("kind")
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        if "kind" in cls.model_fields:
-            kind = cls.model_fields["kind"].default
-            assert kind not in TASKS, f"two tasks are called {kind!r}"
-            TASKS[kind] = cls
+    def _its_own(cls, kind: str) -> str:
+        if TASKS.get(kind or cls.name, cls) is not cls:
+            raise ValueError(f"{cls.__name__} is not the task {kind!r}")
+        return kind or cls.name or cls.__name__
+
+    @classmethod
+    def title(cls) -> str:
+        """What it is called in an error."""
+        return repr(cls.name or cls.__name__)
 
     @property
     @abstractmethod
-    def vocab(self) -> int:
-        """The number of token ids a model of this task needs."""
+    def inputs(self) -> Inputs:
+        """What a model is given."""
+
+    @property
+    def targets(self) -> Targets:
+        """What it is asked for; default a token at every step, as it is given them."""
+        if not isinstance(self.inputs, Tokens):
+            raise NotImplementedError(f"{type(self).__name__} does not say its targets")
+        return self.inputs
 
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Tokens in the longest inputs there are, of training or of evaluation."""
+        """Steps in the longest inputs there are, of training or of evaluation."""
 
     def prepare(self) -> None:
         """Check, once before a run, everything that can only be known by looking, such as files on disk.
@@ -73,26 +131,47 @@ class Task(Spec):
         """
 
     @abstractmethod
+    def train_row(self, seed: int, number: int) -> Row:
+        """Training row ``number`` of an endless sequence of them; both in [0, 2^63)."""
+
+    @property
+    @abstractmethod
+    def eval_rows(self) -> int:
+        """How many rows are evaluated, at least 1."""
+
+    @abstractmethod
+    def eval_row(self, number: int) -> Row:
+        """Row ``number`` of those evaluated: the same for every seed."""
+
     def train_batch(self, size: int, seed: int, index: int) -> Batch:
-        """Training batch number `index` of `size` rows; seed and index in [0, 2^64)."""
+        """Training rows size * index and the ``size`` - 1 that follow."""
+        rows = [self.train_row(seed, number) for number in range(size * index, size * (index + 1))]
+        return collate(rows, self.inputs, self.targets)
 
-    @abstractmethod
     def eval_batches(self, size: int) -> int:
-        """The number of evaluation batches of `size` rows."""
+        """The number of evaluation batches of ``size`` rows."""
+        return math.ceil(self.eval_rows / size)
 
-    @abstractmethod
     def eval_batch(self, size: int, index: int) -> Batch:
-        """Evaluation batch number `index` of `size` rows; the last one may have fewer. The same for every seed."""
+        """Evaluation rows size * index and following; of the last batch there may be fewer than ``size``."""
+        rows = [self.eval_row(number) for number in range(size * index, min(size * (index + 1), self.eval_rows))]
+        return collate(rows, self.inputs, self.targets)
 
-    def metrics(self, loss_sum: float, correct: int, tokens: int) -> dict[str, float]:
-        """Named numbers from sums over all scored evaluation tokens.
+    def blank(self, rows: int) -> Batch:
+        """So many of the longest rows, all zeros: to see whether a model takes them."""
+        forms = (self.inputs, self.targets)
+        return Batch(*(torch.zeros(form.shape(rows, self.longest), dtype=form.dtype) for form in forms))
 
-        Args:
-            loss_sum: sum of -ln(probability of the target).
-            correct: how often the most probable token was the target.
-            tokens: how many tokens were scored, at least 1.
+    def metrics(self, score: Score | Errors) -> dict[str, float]:
+        """Named numbers from sums over all scored evaluation targets, of which there is at least one.
+
+        Among them is ``loss``, what is trained on. Tokens and labels have an accuracy; real numbers have the mean
+        squared error, which is the loss, and the mean absolute one.
         """
-        return {"loss": loss_sum / tokens, "accuracy": correct / tokens}
+        loss = score.loss / score.total
+        if isinstance(score, Score):
+            return {"loss": loss, "accuracy": score.correct / score.total}
+        return {"loss": loss, "mse": loss, "mae": score.absolute / score.total}
 
 
 TASKS: dict[str, type[Task]] = {}

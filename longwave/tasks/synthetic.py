@@ -1,24 +1,18 @@
 """Synthetic languages that ask one thing of a model: to remember what was said, and where."""
 
-import functools
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from longwave.machine import require_memory
-from longwave.tasks.base import EPOCH, EVAL, IGNORE, TRAIN, Batch, Task, next_token, random_stream
+from longwave.tasks.base import EVAL, TRAIN, Task, random_stream, shuffled
+from longwave.tasks.forms import IGNORE, Batch, Row, Tokens
 
 _MOST_KEYS = 2**16  # every sequence has a table with one value a key
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    return random_stream(seed, EPOCH, epoch).permutation(examples)
 
 
 class Synthetic(Task):
@@ -67,19 +61,14 @@ class Synthetic(Task):
     def _least_length(self) -> int:
         """The least length that the other options allow."""
 
-    @property
     @abstractmethod
-    def _answers(self) -> int:
-        """How many positions at the end of a sequence evaluation scores."""
-
-    @abstractmethod
-    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
-        """Draw `rows` sequences, with every target there is."""
+    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Row:
+        """Draw `rows` sequences: inputs and targets, (rows, L) int64 each."""
 
     @property
     def longest(self) -> int:
         """Of a sequence of the greater length."""
-        return self._draw(random_stream(0, EVAL, 0), 1, max(self.length, self.eval_length or 0)).inputs.shape[1]
+        return len(self._row(random_stream(0, EVAL, 0), max(self.length, self.eval_length or 0), train=True).inputs)
 
     def prepare(self) -> None:
         """Refuse a sequence that this machine cannot hold, with its inputs and targets.
@@ -90,35 +79,36 @@ class Synthetic(Task):
         length = max(self.length, self.eval_length or 0)
         require_memory(24 * length, f"a sequence of {length:,} tokens", "set length and eval_length lower")
 
+    def train_row(self, seed: int, number: int) -> Row:
+        """A fresh example, or one of the training set in the order of the epoch."""
+        if self.train_examples is not None:
+            number = shuffled(seed, number, self.train_examples)
+        return self._row(random_stream(seed, TRAIN, number), self.length, train=True)
+
     def train_batch(self, size: int, seed: int, index: int) -> Batch:
-        """Fresh examples, or the next ones of the training set in the order of the epoch."""
-        if self.train_examples is None:
-            random = random_stream(seed, TRAIN, index)
-            if self.shortest is None:
-                return self._draw(random, size, self.length)
-            length = round(math.exp(random.uniform(math.log(self.shortest), math.log(self.length))))
-            return self._draw(random, size, length)
-        visits = (divmod(visit, self.train_examples) for visit in range(size * index, size * (index + 1)))
-        numbers = (int(_epoch_order(seed, epoch, self.train_examples)[place]) for epoch, place in visits)
-        return self._examples(seed, TRAIN, numbers, self.length)
+        """As of every task; with ``shortest``, rows of the length that is drawn for this batch, and so together."""
+        if self.shortest is None:
+            return super().train_batch(size, seed, index)
+        random = random_stream(seed, TRAIN, index)
+        length = round(math.exp(random.uniform(math.log(self.shortest), math.log(self.length))))
+        return Batch(*map(torch.from_numpy, self._asked(self._draw(random, size, length), train=True)))
 
-    def eval_batches(self, size: int) -> int:
-        """How many batches of `size` rows the evaluation set makes."""
-        return math.ceil(self.eval_examples / size)
+    @property
+    def eval_rows(self) -> int:
+        """The size of the evaluation set."""
+        return self.eval_examples
 
-    def eval_batch(self, size: int, index: int) -> Batch:
-        """Examples size * index and following of the evaluation set; only the answers are scored."""
-        numbers = range(size * index, min(size * (index + 1), self.eval_examples))
-        return self._answers_only(self._examples(0, EVAL, numbers, self.eval_length or self.length))
+    def eval_row(self, number: int) -> Row:
+        """An example of the evaluation set."""
+        return self._row(random_stream(0, EVAL, number), self.eval_length or self.length, train=False)
 
-    def _examples(self, seed: int, stream: int, numbers: Iterable[int], length: int) -> Batch:
-        rows = [self._draw(random_stream(seed, stream, number), 1, length) for number in numbers]
-        return Batch(*(torch.cat(tensors) for tensors in zip(*rows)))
+    def _row(self, random: np.random.Generator, length: int, train: bool) -> Row:
+        inputs, targets = self._asked(self._draw(random, 1, length), train)
+        return Row(inputs[0], targets[0])
 
-    def _answers_only(self, batch: Batch) -> Batch:
-        targets = torch.full_like(batch.targets, IGNORE)
-        targets[:, -self._answers :] = batch.targets[:, -self._answers :]
-        return Batch(batch.inputs, targets)
+    def _asked(self, rows: Row, train: bool) -> Row:
+        """Rows with the targets that count."""
+        return rows
 
 
 class _NextToken(Synthetic):
@@ -136,28 +126,36 @@ class _NextToken(Synthetic):
     asks_next: ClassVar[bool] = True
 
     @property
-    def vocab(self) -> int:
-        """Token ids, the two special ones among them."""
-        return self.vocab_size
+    def inputs(self) -> Tokens:
+        """All tokens, the two special ones among them."""
+        return Tokens(self.vocab_size)
 
     def tokens(self) -> list[str]:
         """The name of every token id."""
         return sorted([".", "=>", *map(str, range(self.vocab_size - 2))])
 
-    def train_batch(self, size: int, seed: int, index: int) -> Batch:
-        """As every synthetic task, with every next token a target unless mask_train is set."""
-        batch = super().train_batch(size, seed, index)
-        return self._answers_only(batch) if self.mask_train else batch
+    @property
+    @abstractmethod
+    def _answers(self) -> int:
+        """How many positions at the end of a sequence evaluation scores."""
 
-    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
-        return next_token(torch.from_numpy(self._sequences(random, rows, length)))
+    def _asked(self, rows: Row, train: bool) -> Row:
+        if train and not self.mask_train:
+            return rows
+        targets = np.full_like(rows.targets, IGNORE)
+        targets[:, -self._answers :] = rows.targets[:, -self._answers :]
+        return Row(rows.inputs, targets)
+
+    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Row:
+        sequences = self._sequences(random, rows, length)
+        return Row(sequences[:, :-1].copy(), sequences[:, 1:].copy())
 
     @abstractmethod
     def _sequences(self, random: np.random.Generator, rows: int, length: int) -> np.ndarray:
         """Draw sequences (rows, tokens) int64, answers included."""
 
 
-class AssociativeRecall(_NextToken):
+class AssociativeRecall(_NextToken, name="associative_recall"):
     """Pairs of a key and its value, then a key again: what was its value?
 
     Source: Fu et al. (2023), arXiv:2212.14052, sec. 3.1, as in the authors' generator (safari, synthetics.py).
@@ -176,7 +174,6 @@ class AssociativeRecall(_NextToken):
         ValueError: where the vocabulary has no key and no value, there are too many keys, or no pair fits the length.
     """
 
-    kind: Literal["associative_recall"] = "associative_recall"
     vocab_size: int = Field(10, ge=4)
     length: int = Field(20, ge=1)
     """Tokens before the prefix (input_seq_len)."""
@@ -220,7 +217,7 @@ class AssociativeRecall(_NextToken):
         return np.concatenate([pairs.reshape(rows, -1), prefix, key_tokens[asked[:, 0]], answer], axis=1)
 
 
-class InductionHeads(_NextToken):
+class InductionHeads(_NextToken, name="induction_heads"):
     """A special token once among random ones, and again at the end: what came after it?
 
     Source: Fu et al. (2023), arXiv:2212.14052, sec. 3.1, as in the authors' generator (safari, synthetics.py);
@@ -239,7 +236,6 @@ class InductionHeads(_NextToken):
         ValueError: where the length leaves no place for the special token and what follows it.
     """
 
-    kind: Literal["induction_heads"] = "induction_heads"
     vocab_size: int = Field(20, ge=3)
     length: int = Field(30, ge=1)
     """Tokens before the last special token (input_seq_len)."""
@@ -277,7 +273,7 @@ class InductionHeads(_NextToken):
         return sequence
 
 
-class SelectiveCopying(Synthetic):
+class SelectiveCopying(Synthetic, name="selective_copying"):
     """A few data tokens scattered in noise: repeat them in order.
 
     Source: Gu and Dao (2023), arXiv:2312.00752, sec. 4.1.1 and app. E.1; the format is that of the authors' S4
@@ -295,7 +291,6 @@ class SelectiveCopying(Synthetic):
         ValueError: where the data do not fit into the length.
     """
 
-    kind: Literal["selective_copying"] = "selective_copying"
     vocab_size: int = Field(16, ge=3)
     """Token ids: the noise is 0, the marker vocab_size - 1, the data are those between."""
     length: int = Field(4096, ge=1)
@@ -304,19 +299,15 @@ class SelectiveCopying(Synthetic):
     """Data tokens in a sequence."""
 
     @property
-    def vocab(self) -> int:
+    def inputs(self) -> Tokens:
         """Noise, data and marker."""
-        return self.vocab_size
+        return Tokens(self.vocab_size)
 
     @property
     def _least_length(self) -> int:
         return self.copy_length
 
-    @property
-    def _answers(self) -> int:
-        return self.copy_length
-
-    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
+    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Row:
         data = random.integers(1, self.vocab_size - 1, size=(rows, self.copy_length))
         places = random.random((rows, length)).argpartition(self.copy_length - 1, axis=1)[:, : self.copy_length]
         places.sort(axis=1)
@@ -325,4 +316,4 @@ class SelectiveCopying(Synthetic):
         inputs[:, length:] = self.vocab_size - 1
         targets = np.full_like(inputs, IGNORE)
         targets[:, length:] = data
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+        return Row(inputs, targets)

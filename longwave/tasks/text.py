@@ -6,16 +6,16 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from longwave.errors import choose, shown
-from longwave.tasks.base import EVAL, HIDE, IGNORE, TRAIN, Batch, Task, next_token, random_stream
+from longwave.tasks.base import EVAL, HIDE, TRAIN, Errors, Score, Task, random_stream
+from longwave.tasks.forms import IGNORE, Row, Tokens, next_token
 
 BOOKS = Path(__file__).with_name("books")
 _CHUNK = 2**20  # bytes given to a compressor at a time
@@ -110,7 +110,7 @@ def _open(files: tuple[str, ...]) -> Corpus:
 Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
-class Text(Task):
+class Text(Task, name="text"):
     """Predict the next byte of any files, text or not; the last part of them is kept for evaluation.
 
     The files, in the order given, make one corpus of bytes. Training windows start anywhere in the part before the
@@ -120,7 +120,6 @@ class Text(Task):
     starts less than `stride` after the one before. A held-out part too short for a window is one shorter window.
     """
 
-    kind: Literal["text"] = "text"
     files: Files = Field(["book:emma"], min_length=1)
     """One or several: files, folders (all files below, by relative path, but hidden and empty ones), `book:NAME`."""
     length: int = Field(512, ge=1)
@@ -148,9 +147,9 @@ class Text(Task):
         return self.stride or max(1, self.length // 2)
 
     @property
-    def vocab(self) -> int:
+    def inputs(self) -> Tokens:
         """One id a byte value."""
-        return 256
+        return Tokens(256)
 
     @property
     def longest(self) -> int:
@@ -192,14 +191,14 @@ class Text(Task):
         _open.cache_clear()
         _ = self.train_bytes
 
-    def train_batch(self, size: int, seed: int, index: int) -> Batch:
-        """Windows that start at random positions of the training part."""
-        starts = random_stream(seed, TRAIN, index).integers(self.train_bytes - self.length, size=size)
-        return self._windows(starts.tolist(), self.length)
+    def train_row(self, seed: int, number: int) -> Row:
+        """A window that starts at a random position of the training part."""
+        return next_token(self.train_window(seed, number))
 
-    def _windows(self, starts: Sequence[int], length: int) -> Batch:
-        read = self.corpus.read
-        return next_token(torch.from_numpy(np.stack([read(start, start + length + 1) for start in starts])).long())
+    def train_window(self, seed: int, number: int) -> np.ndarray:
+        """The bytes of training window ``number``, (length + 1,) uint8."""
+        start = int(random_stream(seed, TRAIN, number).integers(self.train_bytes - self.length))
+        return self.corpus.read(start, start + self.length + 1)
 
     def _eval_plan(self) -> tuple[int, int, int]:
         """(bytes to score, tokens in a window, windows)."""
@@ -207,24 +206,25 @@ class Text(Task):
         length = min(self.length, scored)
         return scored, length, 1 + math.ceil((scored - length) / self._stride)
 
-    def eval_batches(self, size: int) -> int:
-        """How many batches of `size` windows it takes to score the held-out part."""
-        return math.ceil(self._eval_plan()[2] / size)
+    @property
+    def eval_rows(self) -> int:
+        """How many windows it takes to score the held-out part."""
+        return self._eval_plan()[2]
 
-    def eval_batch(self, size: int, index: int) -> Batch:
-        """Windows size * index and following over the held-out part."""
-        scored, length, windows = self._eval_plan()
-        numbers = range(size * index, min(size * (index + 1), windows))
-        starts = [min(number * self._stride, scored - length) for number in numbers]
-        batch = self._windows([self.train_bytes + start for start in starts], length)
-        for row, (number, start) in enumerate(zip(numbers, starts)):
-            if number > 0:
-                batch.targets[row, : (number - 1) * self._stride + length - start] = IGNORE
-        return batch
+    def eval_row(self, number: int) -> Row:
+        """Window ``number`` over the held-out part."""
+        scored, length, _ = self._eval_plan()
+        start = min(number * self._stride, scored - length)
+        begin = self.train_bytes + start
+        inputs, targets = next_token(self.corpus.read(begin, begin + length + 1).astype(np.int64))
+        if number > 0:
+            targets = targets.copy()
+            targets[: (number - 1) * self._stride + length - start] = IGNORE
+        return Row(inputs, targets)
 
-    def metrics(self, loss_sum: float, correct: int, tokens: int) -> dict[str, float]:
+    def metrics(self, score: Score | Errors) -> dict[str, float]:
         """Loss in nats a byte, the same in bits, and accuracy."""
-        named = super().metrics(loss_sum, correct, tokens)
+        named = super().metrics(score)
         return {**named, "bits_per_byte": named["loss"] / math.log(2)}
 
     def baselines(self) -> dict[str, float]:
@@ -248,7 +248,7 @@ class Text(Task):
         return sum(len(encode.compress(chunk.tobytes())) for chunk in chunks) + len(encode.flush())
 
 
-class MaskedText(Task):
+class MaskedText(Task, name="masked_text"):
     """Tell hidden bytes of any files from what stands on both sides; the last part of the files is for evaluation.
 
     Windows are those of `text`. In each, a share of the bytes is asked for; of these 80 % appear as the token 256, 10 %
@@ -258,7 +258,6 @@ class MaskedText(Task):
     Source: Devlin et al. (2018) "BERT", arXiv:1810.04805, sec. 3.1.
     """
 
-    kind: Literal["masked_text"] = "masked_text"
     files: Files = Field(["book:emma"], min_length=1)
     """As in `text`."""
     length: int = Field(512, ge=1)
@@ -272,9 +271,9 @@ class MaskedText(Task):
     higher_is_better: ClassVar[bool] = False
 
     @property
-    def vocab(self) -> int:
+    def inputs(self) -> Tokens:
         """One id a byte value, and one that hides."""
-        return 257
+        return Tokens(257)
 
     @property
     def longest(self) -> int:
@@ -289,29 +288,26 @@ class MaskedText(Task):
         """As :meth:`Text.prepare`."""
         self._text.prepare()
 
-    def train_batch(self, size: int, seed: int, index: int) -> Batch:
-        """Windows that start at random positions of the training part."""
-        return self._hide(self._text.train_batch(size, seed, index).inputs, random_stream(seed, HIDE, index))
+    def train_row(self, seed: int, number: int) -> Row:
+        """A window that starts at a random position of the training part."""
+        window = self._text.train_window(seed, number)[:-1]
+        return self._hide(window, random_stream(seed, HIDE, number))
 
-    def eval_batches(self, size: int) -> int:
-        """How many batches of `size` windows there are over the held-out part."""
-        return self._text.eval_batches(size)
+    @property
+    def eval_rows(self) -> int:
+        """How many windows there are over the held-out part."""
+        return self._text.eval_rows
 
-    def eval_batch(self, size: int, index: int) -> Batch:
-        """Windows size * index and following over the held-out part."""
-        windows = enumerate(self._text.eval_batch(size, index).inputs, size * index)
-        hidden = [self._hide(window[None], random_stream(0, EVAL, number)) for number, window in windows]
-        return Batch(*(torch.cat(rows) for rows in zip(*hidden)))
+    def eval_row(self, number: int) -> Row:
+        """Window ``number`` over the held-out part."""
+        return self._hide(self._text.eval_row(number).inputs, random_stream(0, EVAL, number))
 
-    def _hide(self, ids: torch.Tensor, random: np.random.Generator) -> Batch:
-        rows, length = ids.shape
-        asked = np.zeros((rows, length), bool)
-        places = random.random((rows, length)).argsort(axis=1)[:, : max(1, round(self.share * length))]
-        np.put_along_axis(asked, places, True, axis=1)
-        fate, noise = random.random((rows, length)), random.integers(256, size=(rows, length))
-        shown = np.where(fate < 0.8, 256, np.where(fate < 0.9, noise, ids.numpy()))
-        ask = torch.from_numpy(asked)
-        return Batch(torch.where(ask, torch.from_numpy(shown), ids), torch.where(ask, ids, IGNORE))
+    def _hide(self, ids: np.ndarray, random: np.random.Generator) -> Row:
+        asked = np.zeros(len(ids), bool)
+        asked[random.permutation(len(ids))[: max(1, round(self.share * len(ids)))]] = True
+        fate, noise = random.random(len(ids)), random.integers(256, size=len(ids))
+        shown = np.where(fate < 0.8, 256, np.where(fate < 0.9, noise, ids))
+        return Row(np.where(asked, shown, ids), np.where(asked, ids.astype(np.int64), IGNORE))
 
 
 _COMPRESSORS: dict[str, Callable[[], Any]] = {

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from longwave.errors import clipped, nearest, shown
-from longwave.models import ClassifierSpec, MaskedLMSpec, ModelSpec
+from longwave.models import ModelSpec
 from longwave.spec import Spec, explain, read_kind
 from longwave.tasks import TASKS, Task
 
@@ -30,7 +30,7 @@ class Recipe(Spec):
 
     Fields:
         task: what is learned.
-        model: what learns it; without ``vocab`` it has the task's.
+        model: what learns it; sizes that it leaves open, such as ``vocab``, are the task's.
         steps: optimiser steps.
         batch: rows a step, over all processes and accumulated parts.
         accumulate: parts a step's rows are run in, to save memory.
@@ -85,24 +85,7 @@ class Recipe(Spec):
     @classmethod
     def _serves_the_task(cls, model: Any, info: ValidationInfo) -> Any:
         task: Task | None = info.data.get("task")
-        if task is None:  # it is wrong, and said to be
-            return model
-        kind = type(task).model_fields["kind"].default
-        if isinstance(model, ClassifierSpec):
-            raise ValueError(
-                f"model classifier gives one label a row, and the task {kind} asks for tokens; take the model "
-                f"{'lm' if task.asks_next else 'masked_lm'}"
-            )
-        if isinstance(model, MaskedLMSpec) and task.asks_next:
-            raise ValueError(
-                f"model masked_lm sees the next token, which is what the task {kind} asks for; "
-                "take the model lm, or a task that hides its targets, such as masked_text"
-            )
-        if model.vocab is None:
-            return model.model_copy(update={"vocab": task.vocab})
-        if model.vocab < task.vocab:
-            raise ValueError(f"model.vocab = {model.vocab} is too small: the task has {task.vocab} token ids")
-        return model
+        return model if task is None else model.serving(task)  # None: it is wrong, and said to be
 
     @field_validator("eval_batch")
     @classmethod

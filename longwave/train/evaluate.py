@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longwave.nn import frozen
 from longwave.tasks.base import Task
+from longwave.tasks.forms import Batch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -18,7 +19,7 @@ def evaluate(fabric: "Fabric", objective: nn.Module, task: Task, batch: int) -> 
 
     Args:
         fabric: launched.
-        objective: the set-up module whose forward is (inputs, targets) -> Score; its mode is kept.
+        objective: the set-up module that makes sums of a batch's parts; its mode is kept.
         task: prepared.
         batch: rows a batch.
     """
@@ -35,19 +36,20 @@ def evaluate(fabric: "Fabric", objective: nn.Module, task: Task, batch: int) -> 
                 sums += torch.stack([part.double() for part in score])
     finally:
         objective.train(was_training)
-    loss, correct, tokens = fabric.all_reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
-    return task.metrics(loss, int(correct), int(tokens))
+    totals: Tensor = fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]
+    return task.metrics(type(score)(*totals.tolist()))
 
 
 @torch.no_grad()
-def compare(model: nn.Module, other: nn.Module, inputs: Tensor) -> dict[str, float]:
-    """How far the logits of another model are from those of a model, on the same inputs.
+def compare(model: nn.Module, other: nn.Module, batch: Batch) -> dict[str, float]:
+    """How far the outputs of another model are from those of a model, on the same batch.
 
     Returns:
-        error_of_logits: root mean square of the differences over that of the logits.
+        error_of_logits: root mean square of the differences over that of the outputs.
         same_choice: how often both have their largest logit at the same place.
     """
-    ours, theirs = (logits[0] if isinstance(logits, tuple) else logits for logits in (model(inputs), other(inputs)))
+    outputs = (m(batch.inputs, mask=batch.mask) for m in (model, other))
+    ours, theirs = (y[0] if isinstance(y, tuple) else y for y in outputs)
     error = (ours - theirs).norm() / ours.norm()
     same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
     return {"error_of_logits": error.item(), "same_choice": same.item()}

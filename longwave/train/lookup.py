@@ -141,7 +141,8 @@ def _kind(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(map(str, members))
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(_kind, members))
+        kinds = list(map(_kind, members))
+        return " | ".join(kinds if len(kinds) < 5 else [*kinds[:3], "..."])
     if origin is list:
         return f"list of {_kind(members[0])}"
     if origin is tuple:
@@ -149,7 +150,8 @@ def _kind(annotation: Any) -> str:
     if annotation is types.NoneType:
         return "null"
     kind = getattr(annotation, "model_fields", {}).get("kind")
-    return annotation.__name__.removesuffix("Spec").lower() if kind is None or kind.is_required() else kind.default
+    own = "" if kind is None or kind.is_required() else kind.default
+    return own or annotation.__name__.removesuffix("Spec").lower()
 
 
 def _limits(metadata: Any) -> str:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from longwave.models import LM, Classifier, MaskedLM, Score
 from longwave.models.backbone import Block
 from longwave.models.runs import CONFIG, find, saved_steps, step_of
 from longwave.nn.module import whole
-from longwave.tasks.base import Batch
+from longwave.tasks.base import Errors, Score
+from longwave.tasks.forms import Batch, scored
 from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, write_text
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
@@ -46,14 +46,14 @@ class Interrupted(Exception):
 
 
 class Objective(nn.Module):
-    """What is trained: (inputs, targets) -> Score. One forward, as DDP and FSDP2 want it."""
+    """What is trained: a batch's parts -> sums over it. One forward, as DDP and FSDP2 want it."""
 
-    def __init__(self, model: LM | MaskedLM | Classifier):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Score:
-        return self.model.score(inputs, targets)
+    def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score | Errors:
+        return self.model.score(inputs, targets, mask)
 
 
 class StopFlag:
@@ -218,7 +218,7 @@ def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None) -
                 lr = set_lr(optimizer, step, recipe)
                 torch.manual_seed(_step_seed(recipe.seed, step, fabric.global_rank))
                 parts = batches(step)
-                tokens += sum(part.inputs.numel() for part in parts) * world
+                tokens += sum(part.steps for part in parts) * world
                 loss, norm = _step(ranks, objective, wrapped, parameters, parts, recipe)
                 done = step + 1
                 if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -261,9 +261,8 @@ def threads(count: int | None) -> Iterator[None]:
 @torch.no_grad()
 def _rehearse(fabric: "Fabric", objective: nn.Module, recipe: Recipe) -> None:
     """Run a row of the longest there will be, so that what it is too long for is told before the run begins."""
-    ids = torch.zeros(1, recipe.task.longest, dtype=torch.long, device=fabric.device)
     objective.eval()
-    objective(ids, ids)
+    objective(*fabric.to_device(recipe.task.blank(1)))
     objective.train()
 
 
@@ -310,7 +309,7 @@ def _step(
     Where either is not finite, nothing is changed.
     """
     fabric = ranks.fabric
-    count = ranks.sum(torch.stack([(b.targets >= 0).sum() for b in batches]).sum())
+    count = ranks.sum(torch.stack([scored(b.targets).sum() for b in batches]).sum())
     total = torch.zeros((), device=fabric.device)
     optimizer.zero_grad()
     for i, batch in enumerate(batches):
