@@ -17,6 +17,7 @@ from longwave.inspection import describe, drawn, effective_memory, inspect_layer
 from longwave.mixers import MIXERS
 from longwave.nn import S4ND, DPLRFilter, FreeFilter, Response, S4DFilter, ShiftFilter, responses
 from longwave.official import SYSTEMS
+from longwave.ops import wkv
 from longwave.plots import draw
 from longwave.train import load_recipe, train
 
@@ -138,6 +139,17 @@ def test_s5_from_each_feature_to_itself(options):
         (bank,) = inspect_layer(layer, 32).banks
         for channel in range(4):
             torch.testing.assert_close(bank.taps[channel, :32], impulse_response(layer, channel, 32))
+
+
+def test_rwkv4_weighs_the_past_as_at_equal_keys():
+    layer = drawn("rwkv4", {}, 4)
+    (bank,) = inspect_layer(layer, 64).banks
+    w, u = -layer.time_decay.double().exp().detach(), layer.time_first.double().detach()
+    torch.testing.assert_close(bank.taps[:, :3].log(), torch.stack([u, 0 * w, w], dim=1), rtol=1e-4, atol=1e-4)
+    k, v = torch.zeros(1, 9, 4, dtype=torch.float64), torch.randn(1, 9, 4, dtype=torch.float64)
+    y, _ = wkv(k, v, w, u)
+    taps = bank.taps[:, :9].flip(1)
+    torch.testing.assert_close(y[0, -1], (taps * v[0].T).sum(1) / taps.sum(1), rtol=1e-5, atol=1e-5)
 
 
 def test_mamba_decays_by_its_step_sizes():

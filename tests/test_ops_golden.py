@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from official import error, load
 
-from longwave.ops import linear_attention, short_conv, wkv
+from longwave.ops import linear_attention, short_conv
 
 PIECES = Path(__file__).parent / "golden/pieces"
 
@@ -64,44 +64,6 @@ def test_output_and_every_gradient(path):
     assert recorded
     for key, grad in recorded.items():
         assert error(inputs[key].grad, grad) < 1e-9, key
-
-
-def rwkv(p, ids, layers):
-    """RWKV-4 in the names of Hugging Face's port: everything around the op written out."""
-
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
-
-    def mixed(x, names):
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))
-        return (x * p[name] + before * (1 - p[name]) for name in names)
-
-    x = norm(p["rwkv.embeddings.weight"][ids], "rwkv.blocks.0.pre_ln")
-    for i in range(layers):
-        block = f"rwkv.blocks.{i}"
-        a = f"{block}.attention"
-        k, v, r = mixed(norm(x, f"{block}.ln1"), [f"{a}.time_mix_{name}" for name in ("key", "value", "receptance")])
-        k, v, r = k @ p[f"{a}.key.weight"].T, v @ p[f"{a}.value.weight"].T, r @ p[f"{a}.receptance.weight"].T
-        y, _ = wkv(k, v, -p[f"{a}.time_decay"].exp(), p[f"{a}.time_first"], backend="torch")
-        x = x + (r.sigmoid() * y) @ p[f"{a}.output.weight"].T
-        f = f"{block}.feed_forward"
-        k, r = mixed(norm(x, f"{block}.ln2"), [f"{f}.time_mix_key", f"{f}.time_mix_receptance"])
-        k = F.relu(k @ p[f"{f}.key.weight"].T).square() @ p[f"{f}.value.weight"].T
-        x = x + (r @ p[f"{f}.receptance.weight"].T).sigmoid() * k
-    return norm(x, "rwkv.ln_out") @ p["head.weight"].T
-
-
-@pytest.mark.parametrize("path", sorted(PIECES.glob("rwkv4_hf__*")), ids=lambda path: path.stem)
-def test_wkv_in_the_language_model_around_it(path):
-    case = load(path)
-    weights = {key: t.requires_grad_() for key, t in case.state(torch.float64).items()}
-    logits = rwkv(weights, case.part("input.")["input_ids"], case.config["num_hidden_layers"])
-    assert error(logits, case.part("output64.")["logits"]) < 1e-9
-    (logits * case.tensors["cotangent"]).sum().backward()
-    recorded = case.part("grad64.state.")
-    assert recorded
-    for key, grad in recorded.items():
-        assert error(weights[key].grad, grad) < 1e-9, key
 
 
 def test_every_kind_of_file_is_there():

@@ -15,6 +15,7 @@ from longwave.mixers.liquid_s4 import LiquidS4
 from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
+from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
 from longwave.mixers.s5 import S5, S5TwoSided
@@ -27,6 +28,7 @@ __all__ = [
     "H3",
     "LSTM",
     "MIXERS",
+    "RWKV4",
     "S4",
     "S4D",
     "S5",
@@ -47,6 +49,7 @@ __all__ = [
     "Mamba",
     "Mixer",
     "MixerSpec",
+    "RWKV4Channel",
     "S5TwoSided",
     "State",
     "TwoSided",

@@ -16,6 +16,7 @@ from longwave.official import (
     m2,
     mamba,
     monarch,
+    rwkv4,
     s4,
     s4model,
     s4nd,
@@ -32,7 +33,7 @@ from longwave.official.source import Source, System, mapping
 
 _MODULES: Any = [
     s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
-    monarch, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi,
+    monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi,
 ]  # fmt: skip
 SYSTEMS: dict[str, System] = {name: system for module in _MODULES for name, system in module.SYSTEMS.items()}
 
@@ -48,7 +49,7 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
             (HazyResearch/hyena-dna), m2 (HazyResearch/m2), s4, s4d,
             s4kernel, s4dkernel, s4dmin, s4model (state-spaces/s4),
             s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf (Hugging Face transformers), selective_scan
-            (state-spaces/mamba),
+            (state-spaces/mamba), rwkv4_hf (Hugging Face transformers), rwkv4_blinkdl (BlinkDL/RWKV-LM),
             s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
             (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc (state-spaces/s4),
             monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv
