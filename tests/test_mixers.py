@@ -575,6 +575,11 @@ def test_a_misspelt_mixer_or_option_is_suggested():
         ("long_conv", {"max_len": 8, "smooth": 4}, r"odd width >= 1; got 4"),
         ("mamba", {"d_conv": 0}, r"mamba needs d_conv >= 1; got 0"),
         ("mamba", {"dt_min": 0.0}, r"0 < dt_min <= dt_max; got dt_min = 0.0, dt_max = 0.1"),
+        ("mamba2", {"groups": 3, "head_dim": 4}, r"groups = 3 does not divide the 4 heads"),
+        ("mamba2", {"head_dim": 3}, r"head_dim = 3 does not divide expand \* d_model = 16"),
+        ("mamba2", {"d_state": 0}, r"mamba2 needs d_state >= 1; got 0"),
+        ("mamba2", {"dt_low": 0.2, "dt_high": 0.1}, r"0 <= dt_low <= dt_high; got dt_low = 0.2, dt_high = 0.1"),
+        ("mamba2", {"norm": "norm_gat"}, r"no gated norm is called 'norm_gat'; .*did you mean 'norm_gate'"),
         ("long_conv", {"max_len": 8, "channels": 0}, r"channels >= 1; got 0"),
         ("s4d", {"rate": 0.0}, r"> 0; got rate = 0.0"),
         ("ckconv", {"max_len": 8, "filter": "flexcon"}, r"no continuous filter is called 'flexcon'.*mean 'flexconv'"),
@@ -598,7 +603,7 @@ def test_a_sequence_above_max_len_is_refused(name):
         layer(torch.zeros(1, 1, 8), state)
 
 
-@pytest.mark.parametrize("name", ["s4d", "s5", "h3", "liquid_s4", "mamba", "lstm"])
+@pytest.mark.parametrize("name", ["s4d", "s5", "h3", "liquid_s4", "mamba", "mamba2", "lstm"])
 def test_recurrent_states_do_not_grow(name):
     layer = MIXERS[name](8)
     sizes = [state_bytes(layer(torch.zeros(1, L, 8), layer.init_state(1))[1]) for L in (100, 1000)]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from longwave.mixers import MIXERS, mixer
+from longwave.mixers import MIXERS, Mixer, mixer
 from longwave.models import (
     LM,
     Backbone,
@@ -114,6 +114,29 @@ def test_loads_in_the_dtype_it_was_saved_in(tmp_path, name, dtype):
     assert again.head.decoder.weight.dtype == dtype
     assert again.head.decoder.weight is again.embedding.weight
     assert torch.equal(again(ids), model(ids))
+
+
+class Ones(Mixer):
+    """y = 1."""
+
+    name = "ones"
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.d_model = d_model
+
+    def init_state(self, batch):
+        return ()
+
+    def mix(self, x, state, padding):
+        return torch.ones_like(x), state
+
+
+def test_what_blocks_add_up_is_not_rounded_to_their_dtype():
+    """A one is a quarter of what bfloat16 rounds 512 by: each would be lost."""
+    backbone = Backbone([Ones(4) for _ in range(8)], norm=lambda width: torch.nn.Identity())
+    x = torch.full((1, 3, 4), 512.0, dtype=torch.bfloat16)
+    assert torch.equal(backbone(x)[0], x + 8)
 
 
 def test_broken_models_are_named(tmp_path):

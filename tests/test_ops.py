@@ -17,7 +17,16 @@ from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
-from longwave.ops import OPS, causal_conv, dispatch, linear_attention, linear_scan, selective_scan, short_conv
+from longwave.ops import (
+    OPS,
+    causal_conv,
+    dispatch,
+    linear_attention,
+    linear_scan,
+    rms_norm,
+    selective_scan,
+    short_conv,
+)
 from longwave.ops import attention as attention_op
 from longwave.ops.dispatch import forced, use_backend
 from longwave.ops.kernel import Kernel
@@ -277,6 +286,10 @@ def rows_short(B, L, dtype):
     return [randn(B * L, 5, dtype=dtype), randn(5, dtype=dtype)], {}
 
 
+def rows_grouped(B, L, dtype):
+    return [randn(B, L, 3, 5, dtype=dtype), randn(3, 5, dtype=dtype)], {}
+
+
 def gate_and_value(B, L, dtype):
     return [randn(B, L, 2, 37, dtype=dtype)], {}
 
@@ -303,7 +316,7 @@ INPUTS = {
     "blockdiag_multiply": [block_diagonal, block_diagonal_complex],
     "monarch": [monarch_rank_two, monarch_complex],
     "butterfly": [butterfly_pairs, butterfly_blocks, butterfly_complex],
-    "rms_norm": [rows, rows_short],
+    "rms_norm": [rows, rows_short, rows_grouped],
     "swiglu": [gate_and_value, gate_and_value_short],
     "weight_only_linear": [stored_float, stored_bfloat16, stored_int8],
 }
@@ -889,6 +902,8 @@ def test_wrong_shapes_are_named():
         causal_conv(u, torch.zeros(3, 5, device="meta"))
     with pytest.raises(ValueError, match=r"B has 2 groups and C 2.*divides E = 3"):
         selective_scan(u, u, torch.zeros(3, 4), torch.zeros(2, 5, 2, 4), torch.zeros(2, 5, 2, 4))
+    with pytest.raises(ValueError, match=r"weight \(G, D\) = \(2, 4\) takes x \(..., G, D\); got shape \(5, 4\)"):
+        rms_norm(torch.zeros(5, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"G = 2 groups, which must divide the H = 3 heads of v"):
         linear_attention(*(torch.zeros(1, 5, 2, 4) for _ in "qk"), torch.zeros(1, 5, 3, 4))
     with pytest.raises(ValueError, match=r"decay must be \(H\) or \(B, L, H\) or .* got shape \(1, 5, 2, 3\)"):

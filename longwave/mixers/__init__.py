@@ -15,6 +15,7 @@ from longwave.mixers.liquid_s4 import LiquidS4
 from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
+from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
@@ -47,6 +48,7 @@ __all__ = [
     "LiquidS4",
     "LongConvMixer",
     "Mamba",
+    "Mamba2",
     "Mixer",
     "MixerSpec",
     "RWKV4Channel",

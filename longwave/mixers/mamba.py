@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Hint, Response, derived, without_bias
-from longwave.nn.module import step_range, widened
+from longwave.nn import Hint, Response, derived, slowest_modes, without_bias
+from longwave.nn.module import draw_steps, step_range, widened
 from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import selective_scan
 
@@ -76,8 +76,7 @@ class Mamba(Mixer, name="mamba"):
         self.A_log.copy_(torch.arange(1.0, N + 1, device=self.D.device).log().expand_as(self.A_log))
         self.D.fill_(1.0)
         self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
-        dt = torch.empty_like(self.D).uniform_(*self.log_dt_range).exp().clamp(min=1e-4)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        draw_steps(self.dt_proj.bias, *self.log_dt_range)
 
     @derived
     def A(self) -> Tensor:
@@ -88,12 +87,7 @@ class Mamba(Mixer, name="mamba"):
         """Its step sizes depend on the input: those of a silent input, and of each channel the slowest mode."""
         A_log, bias = widened(self.A_log, self.dt_proj.bias)
         a = torch.exp(-nn.functional.softplus(bias)[:, None] * A_log.exp())
-        slowest = a.amax(1, keepdim=True)
-
-        def taps(length: int) -> Tensor:
-            return slowest ** torch.arange(length, device=a.device)
-
-        return [Response("slowest modes at x = 0", len(a), taps, torch.complex(a, torch.zeros_like(a)))]
+        return [slowest_modes(a)]
 
     def init_state(self, batch: int) -> MambaState:
         weight = self.conv1d.weight

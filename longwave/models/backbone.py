@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from longwave.mixers import Mixer
 from longwave.mixers.base import without_padding
 from longwave.nn import RMSNorm
+from longwave.ops import at_least_float32
 
 
 class Block(nn.Module):
@@ -33,12 +35,16 @@ class Block(nn.Module):
         self.channel = None if channel is None else channel(mixer.d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """x (B, L, D), the mixer's state and mask -> (B, L, D) and the state, or None where none came in."""
-        y, state = self.mixer(self.norm1(x), state, mask=mask)
+    def forward(
+        self, x: Tensor, state: Any = None, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Any]:
+        """x (B, L, D), the mixer's state and mask -> (B, L, D) and the state, or None where none came in; dtype is that
+        of the parts, where x is kept in a wider one."""
+        dtype = dtype or x.dtype
+        y, state = self.mixer(self.norm1(x.to(dtype)), state, mask=mask)
         x = x + self.dropout(y)
         if self.channel is not None and self.norm2 is not None:
-            x = x + self.dropout(self.channel(self.norm2(x)))
+            x = x + self.dropout(self.channel(self.norm2(x.to(dtype))))
         return x, state
 
 
@@ -48,6 +54,9 @@ class BackboneState(NamedTuple):
 
 class Backbone(nn.Module):
     """Blocks one after another, then a norm: (B, L, D) -> (B, L, D). Obeys the mixers' rule on states.
+
+    What the blocks add up is kept in float32 or better, whatever dtype they compute in: else a sum of many rounds what
+    the last ones add away.
 
     Args:
         mixers: one a layer, all of one d_model.
@@ -85,9 +94,10 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, BackboneState | None]:
         """See :class:`longwave.mixers.Mixer`."""
         x, mask = without_padding(x, mask)
+        dtype, x = x.dtype, x.to(at_least_float32(x.dtype))
         states = [None] * len(self.layers) if state is None else state.layers
         new = []
         for layer, s in zip(self.layers, states, strict=True):
-            x, s = layer(x, s, mask=mask)
+            x, s = layer(x, s, mask=mask, dtype=dtype)
             new.append(s)
-        return self.norm(x), None if state is None else BackboneState(tuple(new))
+        return self.norm(x.to(dtype)), None if state is None else BackboneState(tuple(new))

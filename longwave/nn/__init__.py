@@ -28,8 +28,10 @@ from longwave.nn.filters import (
     Truncated,
     longest,
     responses,
+    slowest_modes,
 )
 from longwave.nn.frozen import derived, frozen
+from longwave.nn.gated_norm import GATED_NORMS, AnyGatedNorm, Gate, GateNorm, NormGate
 from longwave.nn.hippo import hippo, nplr
 from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv, online_length, two_sided_conv
 from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, reset, set_rate
@@ -45,11 +47,13 @@ from longwave.nn.weight_only import WeightOnlyLinear, like_output, weight_only, 
 __all__ = [
     "C_INITS",
     "FILTERS",
+    "GATED_NORMS",
     "MLP",
     "NORMS",
     "POSITIONS",
     "S4ND",
     "AnyFilter",
+    "AnyGatedNorm",
     "AnyNorm",
     "AnyPositions",
     "BlockFFT",
@@ -67,6 +71,8 @@ __all__ = [
     "FlexConvFilter",
     "FreeFilter",
     "GSSFilter",
+    "Gate",
+    "GateNorm",
     "Hint",
     "HyenaFilter",
     "LayerNorm",
@@ -74,6 +80,7 @@ __all__ = [
     "ModalFilter",
     "MonarchFFT",
     "MonarchLinear",
+    "NormGate",
     "OutputGLU",
     "OutputLinear",
     "RMSNorm",
@@ -112,6 +119,7 @@ __all__ = [
     "reset",
     "responses",
     "set_rate",
+    "slowest_modes",
     "two_sided_conv",
     "weight_only",
     "without_bias",

@@ -85,6 +85,13 @@ def step_range(dt_min: float, dt_max: float) -> tuple[float, float]:
     return math.log(dt_min), math.log(dt_max)
 
 
+@torch.no_grad()
+def draw_steps(bias: Tensor, low: float, high: float) -> None:
+    """Draw a bias whose softplus is a step size: log-uniform between exp(low) and exp(high), no smaller than 1e-4."""
+    dt = torch.empty_like(bias).uniform_(low, high).exp().clamp(min=1e-4)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+
 def set_rate(module: nn.Module, rate: float) -> nn.Module:
     """Make every state space in a trained module read signals at another sampling rate; returns the module.
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from longwave.errors import nearest
@@ -30,6 +31,7 @@ from longwave.official import (
     sashimi,
 )
 from longwave.official.source import Source, System, mapping
+from longwave.spec import explain
 
 _MODULES: Any = [
     s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
@@ -48,8 +50,8 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
             longconvkernel, longconvstandalone, blockfft, hyenalm, h3lm (HazyResearch/safari, HazyResearch/H3), hyenadna
             (HazyResearch/hyena-dna), m2 (HazyResearch/m2), s4, s4d,
             s4kernel, s4dkernel, s4dmin, s4model (state-spaces/s4),
-            s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf (Hugging Face transformers), selective_scan
-            (state-spaces/mamba), rwkv4_hf (Hugging Face transformers), rwkv4_blinkdl (BlinkDL/RWKV-LM),
+            s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf, mamba2_hf, rwkv4_hf (Hugging Face
+            transformers), mamba_ssm_lm, selective_scan (state-spaces/mamba), rwkv4_blinkdl (BlinkDL/RWKV-LM),
             s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
             (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc (state-spaces/s4),
             monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv
@@ -72,4 +74,5 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
     try:
         return SYSTEMS[system].load(mapping(config), state)
     except ValueError as error:
-        raise ValueError(f"{system}: {error}") from error
+        sentence = explain(error, "model") if isinstance(error, ValidationError) else error
+        raise ValueError(f"{system}: {sentence}") from error

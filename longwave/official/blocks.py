@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers import Mixer
+from longwave.models import LMSpec
+from longwave.official.source import Source
 
 Elementwise = Literal[
     "gelu", None, "id", "identity", "linear", "relu", "elu", "tanh", "sigmoid", "softplus", "silu", "swish"
@@ -66,9 +68,23 @@ def mixed_transposed(mixer: nn.Module, x: Tensor) -> Tensor:
     return mixer(x.transpose(1, 2))[0].transpose(1, 2)
 
 
-def logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """A language model without state: input_ids (B, L) -> logits (B, L, V); it does not look at positions."""
-    return model(input_ids)[0]
+def logits(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> Tensor:
+    """A language model without state: input_ids (B, L) -> logits (B, L, V); it does not look at positions. Where
+    attention_mask (B, L) is 0 no time passes, in whatever way the official model treats padding."""
+    return model(input_ids, mask=attention_mask)[0]
+
+
+class LMSource(Source):
+    """A language model that is one of ours as data."""
+
+    def spec(self) -> LMSpec:
+        """What it is."""
+        raise NotImplementedError
+
+    def build(self) -> nn.Module:
+        return Call(self.spec().build(), logits)
 
 
 def kernel_rows(filter: nn.Module, features: int, length: int) -> Tensor:

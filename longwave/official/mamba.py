@@ -1,76 +1,283 @@
-"""Mamba: the language model of Hugging Face transformers, and the scan of github.com/state-spaces/mamba."""
+"""Mamba and Mamba-2: the language models of github.com/state-spaces/mamba and of transformers, and the scan."""
 
 import math
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Len
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from longwave.mixers import Mamba
-from longwave.models.backbone import Backbone
-from longwave.models.lm import LM
-from longwave.official.blocks import Call, logits
-from longwave.official.source import Alias, Flag, Name, Names, Size, Source, System
+from longwave.errors import choose
+from longwave.mixers import MixerSpec, mixer
+from longwave.models import LMSpec
+from longwave.models.spec import CHANNEL_MIXERS
+from longwave.official.blocks import Call, LMSource
+from longwave.official.source import (
+    HUGGING_FACE,
+    Alias,
+    Count,
+    Flag,
+    Name,
+    Names,
+    Positive,
+    Size,
+    Source,
+    System,
+    Turn,
+    mapping,
+    numbered,
+    part,
+)
 from longwave.ops import selective_scan
 
 
-class MambaForCausalLM(Source):
-    """MambaForCausalLM of transformers."""
+def _open(value: Any) -> Any:
+    """A pair of limits, of which none is infinity."""
+    return [None if x == math.inf else x for x in value] if isinstance(value, list | tuple) else value
+
+
+Limits = Annotated[
+    Sequence[float | None],
+    BeforeValidator(_open),
+    Len(2, 2),
+    Field(description="must be two numbers, the least step size and the greatest or infinity"),
+]
+Rank = Size | Literal["auto"]
+NO_LIMITS = (0.0, None)
+SWAPPED = Turn(lambda w: w.roll(len(w) // 2, 0), lambda w: w)  # [value | gate] as [gate | value]
+
+
+class Mamba1(Source):
+    """Mamba of mamba_ssm."""
 
     ignored = frozenset(
-        {"residual_in_fp32", "initializer_range", "rescale_prenorm_residual", "use_cache", "use_mambapy"}
-        | {"use_associative_scan", "time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme"}
-        | {"time_step_floor", "pad_token_id", "bos_token_id", "eos_token_id", "architectures", "model_type"}
-        | {"torch_dtype", "dtype", "transformers_version", "d_model", "d_inner", "n_layer", "ssm_cfg"}
-        | {"fused_add_norm", "pad_vocab_size_multiple"}
+        {"layer", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer_idx", "device"}
+        | {"dtype"}
     )
+    d_model: Size
+    d_state: Size = 16
+    d_conv: Size = 4
+    expand: Positive = 2.0
+    dt_rank: Rank = "auto"
+    conv_bias: Flag = True
+    bias: Flag = False
+
+    def mixer(self) -> MixerSpec:
+        """Its mixer as data, whose tensors have the official names."""
+        return mixer(
+            "mamba",
+            d_state=self.d_state,
+            d_conv=self.d_conv,
+            expand=int(self.expand * self.d_model) / self.d_model,
+            dt_rank=None if self.dt_rank == "auto" else self.dt_rank,
+            bias=self.bias,
+            conv_bias=self.conv_bias,
+        )
+
+
+class Mamba2(Source):
+    """Mamba2 of mamba_ssm."""
+
+    ignored = frozenset(
+        {"layer", "conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "chunk_size", "use_mem_eff_path"}
+        | {"layer_idx", "process_group", "sequence_parallel", "device", "dtype"}
+    )
+    d_model: Size
+    d_state: Size = 128
+    d_conv: Size = 4
+    expand: Positive = 2.0
+    headdim: Size = 64
+    d_ssm: Size | None = None
+    ngroups: Size = 1
+    D_has_hdim: Flag = False
+    rmsnorm: Flag = True
+    norm_before_gate: Flag = False
+    dt_limit: Limits = NO_LIMITS
+    conv_bias: Flag = True
+    bias: Flag = False
+
+    def mixer(self, eps: float = 1e-5) -> MixerSpec:
+        """Its mixer as data, whose tensors have the official names; eps is of its norm."""
+        E, (low, high) = int(self.expand * self.d_model), self.dt_limit
+        if self.d_ssm not in (None, E):
+            raise ValueError(f"d_ssm = {self.d_ssm} is not carried over; longwave has all {E} channels in the states")
+        norm = {"kind": "norm_gate" if self.norm_before_gate else "gate_norm", "eps": eps}
+        return mixer(
+            "mamba2",
+            d_state=self.d_state,
+            d_conv=self.d_conv,
+            expand=E / self.d_model,
+            head_dim=self.headdim,
+            groups=self.ngroups,
+            norm=norm if self.rmsnorm else "gate",
+            skip="channel" if self.D_has_hdim else "head",
+            bias=self.bias,
+            conv_bias=self.conv_bias,
+            dt_low=low,
+            dt_high=high,
+        )
+
+
+def _lm_names(embedding: str, layers: int, tied: bool) -> Names:
+    """Of a language model of blocks around mixers."""
+    head = "lm_head.weight"
+    block = [
+        Name("norm.", "norm1."),
+        Name("norm2.", "norm2."),
+        Name("mlp.fc1.weight", "channel.up.weight", SWAPPED),
+        Name("mlp.fc2.weight", "channel.down.weight"),
+        Name("mixer.", "mixer."),
+    ]
+    return [
+        *([Alias(head, f"{embedding}.weight")] if tied else []),
+        Name(head, "model.head.weight"),
+        Name(f"{embedding}.", "model.embedding."),
+        Name("backbone.norm_f.", "model.backbone.norm."),
+        *numbered(layers, "backbone.layers.{}.", "model.backbone.layers.{}.", block),
+    ]
+
+
+class MambaLMHeadModel(LMSource):
+    """MambaLMHeadModel of mamba_ssm, by the options of its MambaConfig."""
+
+    ignored = frozenset({"residual_in_fp32", "fused_add_norm", "initializer_cfg", "device", "dtype"})
     optional = True
-    vocab_size: Size = 50280
-    hidden_size: Size = 768
-    state_size: Size = 16
-    num_hidden_layers: Size = 32
-    layer_norm_epsilon: float = 1e-5
-    expand: float = 2.0
-    intermediate_size: Size | None = None
+    d_model: Size = 2560
+    d_intermediate: Count = 0
+    n_layer: Size = 64
+    vocab_size: Size = 50277
+    ssm_cfg: Any = None
+    norm_epsilon: Positive = 1e-5
+    rms_norm: Flag = True
+    pad_vocab_size_multiple: Size = 8
+    tie_embeddings: Flag = True
+
+    def spec(self) -> LMSpec:
+        hidden = -(-self.d_intermediate // 128) * 128
+        return LMSpec(
+            d_model=self.d_model,
+            pattern=[self._mixer()],
+            layers=self.n_layer,
+            channel=CHANNEL_MIXERS.make("swiglu", expand=hidden / self.d_model) if hidden else None,
+            norm="rms" if self.rms_norm else "layer",
+            norm_eps=self.norm_epsilon,
+            vocab=-(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple,
+            tied=self.tie_embeddings,
+        )
+
+    def _mixer(self) -> MixerSpec:
+        config = {} if self.ssm_cfg is None else mapping(self.ssm_cfg)
+        kind = choose("layer in ssm_cfg", config.get("layer", "Mamba1"), {"Mamba1": Mamba1, "Mamba2": Mamba2})
+        return part("ssm_cfg", kind, config, d_model=self.d_model).mixer()
+
+    def names(self) -> Names:
+        return _lm_names("backbone.embedding", self.n_layer, self.tie_embeddings)
+
+
+class HuggingFaceMamba(LMSource):
+    """What both language models of transformers have in common."""
+
+    ignored = HUGGING_FACE | {
+        *("residual_in_fp32", "rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor")
+    }
+    optional = True
+    hidden_size: Size
+    num_hidden_layers: Size
+    vocab_size: Size
+    state_size: Size
+    layer_norm_epsilon: Positive = 1e-5
+    expand: Positive = 2.0
     conv_kernel: Size = 4
     use_bias: Flag = False
     use_conv_bias: Flag = True
-    time_step_rank: Size | Literal["auto"] = "auto"
     hidden_act: Literal["silu", "swish"] = "silu"
     tie_word_embeddings: Flag = True
     rms_norm: Literal[True] = True
 
-    def build(self) -> nn.Module:
-        D = self.hidden_size
-        E = int(self.expand * D) if self.intermediate_size is None else self.intermediate_size
-        if E % D:
-            raise ValueError(f"intermediate_size = {E} is not carried over: it is no multiple of hidden_size = {D}")
-        options: dict[str, Any] = {
-            "d_state": self.state_size,
-            "d_conv": self.conv_kernel,
-            "expand": E // D,
-            "dt_rank": math.ceil(D / 16) if self.time_step_rank == "auto" else self.time_step_rank,
-            "bias": self.use_bias,
-            "conv_bias": self.use_conv_bias,
-        }
-        mixers = [Mamba(D, **options) for _ in range(self.num_hidden_layers)]
-        backbone = Backbone(mixers, partial(nn.RMSNorm, eps=self.layer_norm_epsilon))
-        return Call(LM(backbone, self.vocab_size, tied=self.tie_word_embeddings), logits)
+    def mixer(self) -> MixerSpec:
+        """That of every layer, as data."""
+        raise NotImplementedError
+
+    def spec(self) -> LMSpec:
+        return LMSpec(
+            d_model=self.hidden_size,
+            pattern=[self.mixer()],
+            layers=self.num_hidden_layers,
+            channel=None,
+            norm_eps=self.layer_norm_epsilon,
+            vocab=self.vocab_size,
+            tied=self.tie_word_embeddings,
+        )
 
     def names(self) -> Names:
-        head = "lm_head.weight"
-        return [
-            *([Alias(head, "backbone.embeddings.weight")] if self.tie_word_embeddings else []),
-            Name("backbone.embeddings.", "model.embedding."),
-            Name("backbone.norm_f.", "model.backbone.norm."),
-            Name(head, "model.head.weight"),
-            *(
-                Name(f"backbone.layers.{i}.norm.", f"model.backbone.layers.{i}.norm1.")
-                for i in range(self.num_hidden_layers)
-            ),
-            Name("", "model."),
-        ]
+        return _lm_names("backbone.embeddings", self.num_hidden_layers, self.tie_word_embeddings)
+
+
+class MambaForCausalLM(HuggingFaceMamba):
+    """MambaForCausalLM of transformers."""
+
+    ignored = HuggingFaceMamba.ignored | {
+        *("time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan"),
+        *("d_model", "d_inner", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple"),
+    }
+    vocab_size: Size = 50280
+    hidden_size: Size = 768
+    state_size: Size = 16
+    num_hidden_layers: Size = 32
+    intermediate_size: Size | None = None
+    time_step_rank: Rank = "auto"
+
+    def mixer(self) -> MixerSpec:
+        E = int(self.expand * self.hidden_size)
+        if self.intermediate_size not in (None, E):
+            raise ValueError(
+                f"intermediate_size = {self.intermediate_size} is not carried over; the official model has "
+                f"expand * hidden_size = {E} whatever it says"
+            )
+        return Mamba1(
+            d_model=self.hidden_size,
+            d_state=self.state_size,
+            d_conv=self.conv_kernel,
+            expand=self.expand,
+            dt_rank=self.time_step_rank,
+            conv_bias=self.use_conv_bias,
+            bias=self.use_bias,
+        ).mixer()
+
+
+class Mamba2ForCausalLM(HuggingFaceMamba):
+    """Mamba2ForCausalLM of transformers."""
+
+    ignored = HuggingFaceMamba.ignored | {"time_step_rank", "chunk_size", "norm_before_gate"}
+    vocab_size: Size = 32768
+    hidden_size: Size = 4096
+    state_size: Size = 128
+    num_hidden_layers: Size = 64
+    num_heads: Size = 128
+    head_dim: Size = 64
+    n_groups: Size = 8
+    time_step_limit: Limits = NO_LIMITS
+    tie_word_embeddings: Flag = False
+
+    def mixer(self) -> MixerSpec:
+        E = int(self.expand * self.hidden_size)
+        if self.num_heads * self.head_dim != E:
+            raise ValueError(
+                f"num_heads * head_dim = {self.num_heads} * {self.head_dim} is not expand * hidden_size = {E}"
+            )
+        return Mamba2(
+            d_model=self.hidden_size,
+            d_state=self.state_size,
+            d_conv=self.conv_kernel,
+            expand=self.expand,
+            headdim=self.head_dim,
+            ngroups=self.n_groups,
+            dt_limit=self.time_step_limit,
+            conv_bias=self.use_conv_bias,
+            bias=self.use_bias,
+        ).mixer(self.layer_norm_epsilon)
 
 
 class SelectiveScan(Source):
@@ -127,4 +334,9 @@ def _time_second(x: Tensor, A: Tensor, length: int) -> Tensor:
     return (x[:, None] if x.ndim == 3 else x).permute(0, 3, 1, 2)
 
 
-SYSTEMS = {"mamba_hf": System(MambaForCausalLM), "selective_scan": System(SelectiveScan)}
+SYSTEMS = {
+    "mamba_hf": System(MambaForCausalLM),
+    "mamba2_hf": System(Mamba2ForCausalLM),
+    "mamba_ssm_lm": System(MambaLMHeadModel),
+    "selective_scan": System(SelectiveScan),
+}

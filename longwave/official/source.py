@@ -19,6 +19,13 @@ from longwave.spec import Spec, explain
 
 RUN = frozenset({"L", "batch", "length", "prefill"})  # how an official run was made, not what the module is
 
+HUGGING_FACE = frozenset(  # what any config of transformers may say and no function depends on
+    {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache"}
+    | {"id2label", "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions"}
+    | {"chunk_size_feed_forward", "is_encoder_decoder", "initializer_range"}
+    | {"pad_token_id", "bos_token_id", "eos_token_id"}
+)
+
 Shapes = dict[str, tuple[int, ...]]
 State = dict[str, Tensor]
 T = TypeVar("T")

@@ -7,7 +7,14 @@ from torch import Tensor
 from longwave.ops.dispatch import Op, at_least_float32
 
 
-@Op(x="... D", weight="D", returns={"y": "... D : x"})
+def _check_groups(x: Tensor, weight: Tensor, eps: float) -> None:
+    if weight.ndim == 2 and (x.ndim < 2 or x.shape[-2] != len(weight)):
+        raise ValueError(
+            f"rms_norm: weight (G, D) = {tuple(weight.shape)} takes x (..., G, D); got shape {tuple(x.shape)}"
+        )
+
+
+@Op(x="... D", weight="D | G D", check=_check_groups, returns={"y": "... D : x"})
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """y = weight x / sqrt(mean(x^2) + eps),  the mean over the last axis.
 
@@ -15,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
     Args:
         x: (..., D).
-        weight: (D,).
+        weight: (D,), or (G, D) where x is (..., G, D).
         eps: > 0, added to the mean square.
     Returns:
         y: (..., D) in the dtype of x; computed in float32 or better.
@@ -32,4 +39,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     "torch", why_not=lambda x, weight, eps: None if x.dtype == weight.dtype else "x and weight differ in dtype"
 )
 def _torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if weight.ndim == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape[1:], None, eps) * weight

@@ -13,6 +13,7 @@ from longwave.nn.filters.base import (
     Truncated,
     longest,
     responses,
+    slowest_modes,
 )
 from longwave.nn.filters.ckconv import CKConvFilter, FlexConvFilter
 from longwave.nn.filters.diagonal import S4DFilter
@@ -72,4 +73,5 @@ __all__ = [
     "Truncated",
     "longest",
     "responses",
+    "slowest_modes",
 ]

@@ -173,6 +173,20 @@ def _eigenvalues(system: Any) -> Tensor | None:
     return torch.atleast_2d(a) if a.is_complex() else torch.linalg.eigvals(a)
 
 
+def slowest_modes(a: Tensor) -> Response:
+    """Of a recurrence whose step sizes its input sets, the slowest mode of each channel at those of a silent input.
+
+    Args:
+        a: (C, N) what is left then of every mode after a step, in (0, 1).
+    """
+    slowest = a.amax(1, keepdim=True)
+
+    def taps(length: int) -> Tensor:
+        return slowest ** torch.arange(length, device=a.device)
+
+    return Response("slowest modes at x = 0", len(a), taps, torch.complex(a, torch.zeros_like(a)))
+
+
 def responses(module: nn.Module, name: str = "") -> Iterator[Response]:
     """All filters in a module, under their names, by the outermost parts that say what they stand for."""
     own: list[Response] = getattr(module, "responses", list)()

@@ -26,22 +26,22 @@ ROWS = 32  # of a task
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y (..., D)."""
-    D = x.shape[-1]
+    D, G = x.shape[-1], weight.numel() // x.shape[-1]
     y, rows = pool.empty(*x.shape), x.numel() // D
     u, weight = x.float().contiguous(), weight.float().contiguous()
-    pool.run(_forward, -(-rows // ROWS), widest, u.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, D, eps)
+    pool.run(_forward, -(-rows // ROWS), widest, u.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, G, D, eps)
     return y.to(x.dtype)
 
 
 def backward(needed: set[str], dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> dict[str, Tensor]:
     """Both gradients; that of weight as sums over tasks, which are the same whatever the threads."""
-    D = x.shape[-1]
+    D, G = x.shape[-1], weight.numel() // x.shape[-1]
     dx, rows = pool.empty(*x.shape), x.numel() // D
     tasks = -(-rows // ROWS)
-    sums = np.zeros(tasks * D, np.float32)
+    sums = np.zeros((tasks, *weight.shape), np.float32)
     arrays = pool.flat(x), pool.flat(weight), pool.flat(dy), pool.flat(dx)
-    pool.run(_backward, tasks, widest, *arrays, sums, rows, D, eps)
-    return {"x": dx, "weight": torch.from_numpy(sums.reshape(tasks, D).sum(0, dtype=np.float64))}
+    pool.run(_backward, tasks, widest, *arrays, sums.reshape(-1), rows, G, D, eps)
+    return {"x": dx, "weight": torch.from_numpy(sums.sum(0, dtype=np.float64))}
 
 
 @kernel
@@ -60,45 +60,45 @@ def row_scale(w, x, o, D, eps):
 
 
 @kernel
-def _forward(start, stop, scratch, w, x, weight, y, rows, D, eps):
+def _forward(start, stop, scratch, w, x, weight, y, rows, G, D, eps):
     """On addresses: arrays would cost one token more than its arithmetic."""
     x, weight, y = floats(x), floats(weight), floats(y)
     full = lanes_of(w)
     whole, rest = D - D % full, D % full
     for r in range(start * ROWS, min(stop * ROWS, rows)):
-        o = r * D
+        o, g = r * D, r % G * D
         scale = splat(w, row_scale(w, x, o, D, eps))
         for i in range(0, whole, full):
-            store(y, o + i, load(w, x, o + i) * scale * load(w, weight, i))
+            store(y, o + i, load(w, x, o + i) * scale * load(w, weight, g + i))
         if rest:
-            v = load_first(w, x, o + whole, rest) * scale * load_first(w, weight, whole, rest)
+            v = load_first(w, x, o + whole, rest) * scale * load_first(w, weight, g + whole, rest)
             store_first(y, o + whole, v, rest)
 
 
 @kernel
-def _backward(start, stop, scratch, w, x, weight, dy, dx, sums, rows, D, eps):
+def _backward(start, stop, scratch, w, x, weight, dy, dx, sums, rows, G, D, eps):
     """With n = x scale:  dx = scale (weight dy - n mean(n weight dy)),  dweight = sum of n dy."""
     full = lanes_of(w)
     whole, rest = D - D % full, D % full
     for task in range(start, stop):
-        at = task * D
         for r in range(task * ROWS, min((task + 1) * ROWS, rows)):
-            o = r * D
+            o, g = r * D, r % G * D
+            at = task * G * D + g
             s = row_scale(w, x, o, D, eps)
             scale = splat(w, s)
             total = zero(w)
             for i in range(0, whole, full):
                 p = load(w, x, o + i) * scale * load(w, dy, o + i)
                 store(sums, at + i, load(w, sums, at + i) + p)
-                total = fma(p, load(w, weight, i), total)
+                total = fma(p, load(w, weight, g + i), total)
             if rest:
                 p = load_first(w, x, o + whole, rest) * scale * load_first(w, dy, o + whole, rest)
                 store_first(sums, at + whole, load_first(w, sums, at + whole, rest) + p, rest)
-                total = fma(p, load_first(w, weight, whole, rest), total)
+                total = fma(p, load_first(w, weight, g + whole, rest), total)
             back = splat(w, np.float32(-s * s * sum_lanes(total) / D))
             for i in range(0, whole, full):
-                g = load(w, dy, o + i) * load(w, weight, i) * scale
-                store(dx, o + i, fma(load(w, x, o + i), back, g))
+                d = load(w, dy, o + i) * load(w, weight, g + i) * scale
+                store(dx, o + i, fma(load(w, x, o + i), back, d))
             if rest:
-                g = load_first(w, dy, o + whole, rest) * load_first(w, weight, whole, rest) * scale
-                store_first(dx, o + whole, fma(load_first(w, x, o + whole, rest), back, g), rest)
+                d = load_first(w, dy, o + whole, rest) * load_first(w, weight, g + whole, rest) * scale
+                store_first(dx, o + whole, fma(load_first(w, x, o + whole, rest), back, d), rest)
