@@ -34,6 +34,9 @@ app = typer.Typer(
 Weights = Annotated[
     str | None, typer.Option(help="int8 or bf16: keep the weights in so many bits; a token costs their bytes.")
 ]
+Trained = Annotated[
+    Path, typer.Argument(help="A run (its best checkpoint is taken), one of its checkpoints, or a saved model.")
+]
 Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.")]
 
 
@@ -155,10 +158,11 @@ def train(
 @app.command(
     epilog="Examples:\n\n"
     "- `longwave eval runs/demo`\n\n"
-    "- `longwave eval runs/induction_mamba task.eval_length=16384 eval_batch=1`"
+    "- `longwave eval runs/induction_mamba task.eval_length=16384 eval_batch=1`\n\n"
+    "- `longwave eval distilled 'task={kind: text, files: [my.txt]}'`"
 )
 def eval(
-    run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken) or one of its checkpoints.")],
+    run: Trained,
     changes: Changes = None,
     weights: Weights = None,
 ) -> None:
@@ -173,6 +177,11 @@ def eval(
     from longwave.train.runs import load_run
 
     recipe, model = load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
+    if recipe is None:
+        raise ValueError(
+            f"{run} is a saved model, which knows no task: say what to evaluate it on, such as "
+            "'task={kind: text, files: [my.txt]}'"
+        )
     recipe.task.prepare()
     if recipe.keep_memory:
         keep_freed_memory()
@@ -197,7 +206,7 @@ def eval(
     "- `cat letter.txt | longwave generate runs/mine --max-new 1000`"
 )
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken) or one of its checkpoints.")],
+    run: Trained,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from; default standard input.")] = None,
     max_new: Annotated[int, typer.Option(help="Most bytes to write.")] = 400,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable byte each time.")] = 0.8,
@@ -222,8 +231,10 @@ def generate(
     from longwave.train.runs import load_run
 
     recipe, model = load_run(run, [], weights)
-    if not isinstance(recipe.task, Text):
+    if recipe is not None and not isinstance(recipe.task, Text):
         raise ValueError(f"{run} was trained on {recipe.task.kind}; generate works on byte-level text models")
+    if not isinstance(model, models.LM) or model.vocab != 256:
+        raise ValueError(f"{run} tells no bytes: generate works on language models of vocab = 256")
     if prompt is None and from_state is None and sys.stdin.isatty():
         _note("type the text to go on from, then Enter and Ctrl-D")
     behind = from_state is not None and (prompt is None and sys.stdin.isatty())
@@ -265,7 +276,7 @@ def generate(
 
 @app.command(epilog="Examples:\n\n- `longwave distill runs/mine --order 16 --out distilled`")
 def distill(
-    run: Annotated[Path, typer.Argument(help="A run (its best checkpoint is taken), a checkpoint or a saved model.")],
+    run: Trained,
     out: Annotated[Path, typer.Option(help="Folder for the new model, which longwave.models.load reads.")],
     order: Annotated[int, typer.Option(help="State size of every fitted filter, even.")] = 16,
 ) -> None:
@@ -280,7 +291,7 @@ def distill(
     for name, errors in result.filters.items():
         print(f"{name:32}{errors.median().item():12.2e}{errors.max().item():12.2e}")
     print(f"{'logits':32}{result.logits:12.2e}")
-    _note(f"model: {out}")
+    _note(f"model: {out}; eval, inspect and generate take it as they take a run")
 
 
 @app.command(
@@ -308,9 +319,13 @@ def show(
     from longwave.models.runs import CONFIG
     from longwave.models.size import on_meta
     from longwave.train.config import load_recipe
+    from longwave.train.loop import first_difference
 
-    source = Path(what) / CONFIG if (Path(what) / CONFIG).is_file() else what
-    recipe = load_recipe(source, list(changes or []))
+    is_run = (Path(what) / CONFIG).is_file()
+    recipe = load_recipe(Path(what) / CONFIG if is_run else what, list(changes or []))
+    if is_run and (of_run := load_recipe(Path(what) / CONFIG).model) != recipe.model:
+        change = first_difference("model", of_run.model_dump(), recipe.model.model_dump())
+        raise ValueError(f"{what} holds another model: {change}; name a recipe to show a model that is none of a run")
     model = on_meta(recipe.model)
     print(recipe.to_yaml())
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
@@ -324,7 +339,7 @@ def show(
     "- `longwave inspect runs/demo --out pictures/`"
 )
 def inspect(
-    what: Annotated[str, typer.Argument(help="A mixer (longwave list), a run (its best checkpoint) or a checkpoint.")],
+    what: Annotated[str, typer.Argument(help="A mixer (longwave list), a run, a checkpoint or a saved model.")],
     changes: Annotated[list[str] | None, typer.Argument(help="Options of the mixer and d_model, key=value.")] = None,
     out: Annotated[
         Path | None,
@@ -337,10 +352,12 @@ def inspect(
     """Draw the filters of a mixer at its start, or of a trained model: time, frequency, eigenvalues, memory."""
     from longwave import inspection, plots
     from longwave.mixers import MIXERS
-    from longwave.models.runs import model_at, run_of, step_of
+    from longwave.models.runs import is_checkpoint, model_at, run_of, step_of
     from longwave.train.config import set_field
     from longwave.train.runs import load_run
 
+    if out is not None and out.suffix not in ("", *plots.FORMATS) and not out.is_dir():
+        raise ValueError(f"--out {out}: a figure ends in {', '.join(plots.FORMATS)}, and a folder in none of it")
     path, made = Path(what), list(changes or [])
     title = " ".join([what, *made])
     if what not in MIXERS and (path.exists() or len(path.parts) > 1):
@@ -348,7 +365,8 @@ def inspect(
             raise ValueError(f"{what} is drawn as it was trained: leave out {' '.join(made)}")
         modules = list(inspection.time_layers(load_run(path, [])[1]))
         out = out or run_of(path) / "inspect"
-        title = f"{run_of(path)}, step {step_of(model_at(path))}"
+        folder = model_at(path)
+        title = f"{run_of(path)}, step {step_of(folder)}" if is_checkpoint(folder) else str(path)
     else:
         options: dict[str, Any] = {"d_model": 64}
         for change in made:

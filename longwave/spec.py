@@ -6,19 +6,34 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic._internal._model_construction import ModelMetaclass
 from pydantic_core import PydanticCustomError
 from torch import nn
 
 from longwave.errors import nearest, shown, unknown
+
+MOST = {"d_state": 65536}  # of options that would else take all memory before anything could say so
 
 T = TypeVar("T", bound="Spec")
 P = TypeVar("P", bound="PartSpec")
 C = TypeVar("C")
 
 
-class Spec(BaseModel):
-    """Fields that are checked: immutable, strict about their names, and without infinite numbers."""
+class _Worded(ModelMetaclass):  # an __init__ of its own would be called for parts of a whole too
+    def __call__(cls: Any, *args: Any, **fields: Any) -> Any:
+        try:
+            return ModelMetaclass.__call__(cls, *args, **fields)
+        except ValidationError as error:
+            raise ValueError(explain(error, cls.title())) from None
+
+
+class Spec(BaseModel, metaclass=_Worded):
+    """Fields that are checked: immutable, strict about their names, and without infinite numbers.
+
+    Raises:
+        ValueError: for fields that cannot be, in a line or two that name them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -113,6 +128,8 @@ class Parts(dict[str, type[C]], Generic[C, P]):
         fields: dict[str, Any] = {"kind": (typing.Literal[name], name)}
         for key, parameter in inspect.signature(source, eval_str=True).parameters.items():
             if key not in self.given and (annotation := _as_data(parameter.annotation)) is not None:
+                if key in MOST:
+                    annotation = typing.Annotated[annotation, Field(le=MOST[key])]
                 fields[key] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
         made = typing.cast(Any, create_model)(source.__name__, __base__=self.base, __module__=__name__, **fields)
         made.what, made.source, made.__doc__ = self.what, source, source.__doc__

@@ -371,6 +371,9 @@ def test_generate_leaves_quietly_when_nobody_reads(trained):
         (["train", "--resume", "nowhere"], "nowhere is no run: it has no config.yaml"),
         (["eval", "nowhere"], "nowhere is no run"),
         (["show", "demoo"], "'demoo' is neither"),
+        (["show", "RUN", "model.d_model=16"], "holds another model: model.d_model was 8 and is now 16; name a recipe"),
+        (["inspect", "s4d", "--out", "x.foo"], "--out x.foo: a figure ends in .png, .svg, .pdf, and a folder in none"),
+        (["train", "demo", "model.pattern.0={kind: s4d, d_state: 1000000000000}"], "d_state: .* equal to 65536"),
         (["eval", "RUN", "task.lenght=3"], "task.lenght: .* did you mean 'length'"),
         (["eval", "RUN", "--weights", "int4"], "no form of weights is called 'int4'.* did you mean 'int8'"),
         (["eval", "RUN", "model.d_model=16"], "holds another model: model.d_model was 8 and is now 16"),
@@ -438,9 +441,32 @@ def test_distill_writes_a_model_and_says_how_near_it_is(call, tmp_path):
     assert re.search(r"^backbone\.layers\.0\.mixer +\d\.\d+e[+-]\d+ +\d\.\d+e[+-]\d+$", out, re.M)
     assert re.search(r"^logits +\d\.\d+e[+-]\d+$", out, re.M)
     assert load(tmp_path / "new")[1].pattern[0].kind == "laughing_hyena"
+    code, out, _ = call("inspect", tmp_path / "new")
+    assert code == 0
+    assert "laughing_hyena" in out
+    code, _, err = call("generate", tmp_path / "new", "--prompt", "a")
+    assert code == 2
+    assert "new tells no bytes: generate works on language models of vocab = 256" in err
     code, _, err = call(*command)
     assert code == 2
     assert "is there already; name another --out" in err
+
+
+def test_a_saved_model_is_taken_as_a_run_is(call, trained, tmp_path):
+    """But for the task, which it does not know."""
+    save(tmp_path / "model", *load(trained[1]))
+    write = "--prompt", "Emma", "--temperature", 0, "--max-new", 5
+    assert call("generate", tmp_path / "model", *write)[1] == call("generate", trained[1], *write)[1]
+    task = f"task={{kind: text, length: 16, held_out: 0.01, files: [{trained[0].parent / 'text.txt'}]}}"
+    code, out, _ = call("eval", tmp_path / "model", task)
+    assert code == 0
+    assert out == call("eval", trained[1])[1]
+    code, _, err = call("eval", tmp_path / "model")
+    assert code == 2
+    assert "model is a saved model, which knows no task: say what to evaluate it on, such as 'task={kind: text" in err
+    code, _, err = call("eval", tmp_path / "model", task, "model.d_model=16")
+    assert code == 2
+    assert "holds another model: model.d_model was 8 and is now 16" in err
 
 
 def test_generate_wants_a_text_model(call, trained, tmp_path):

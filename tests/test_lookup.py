@@ -31,7 +31,7 @@ def test_a_page_has_a_line_for_every_option(name):
 
 
 def test_types_limits_defaults_and_meaning():
-    assert re.search(r"^  d_state +int +16 +N, state size a channel\.$", look_up("mamba"), re.M)
+    assert re.search(r"^  d_state +int \(<= 65536\) +16 +N, state size a channel\.$", look_up("mamba"), re.M)
     assert re.search(r"^  max_len +int +needed +longest sequence\.$", look_up("hyena"), re.M)
     assert re.search(r"^  init +str +lin +lin \| inv \| quad \| legs \| real, of A and B\.$", look_up("s4d"), re.M)
     assert re.search(r"^  held_out +float \(> 0, < 1\) +0.1 +The fraction of the corpus", look_up("text"), re.M)

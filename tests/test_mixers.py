@@ -162,6 +162,13 @@ class TestContract:
         layer, x = build(name, kw), noise(1, 5, D).requires_grad_()
         assert torch.autograd.gradcheck(lambda x: layer(x)[0], x, fast_mode=True)
 
+    def test_forward_mode_is_reverse_mode(self, name, kw):
+        """In float32, which kernels and libraries take that know no forward mode."""
+        layer, x, dx = build(name, kw).float(), noise(1, 5, D).float(), noise(1, 5, D, seed=2).float()
+        y, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (dx,))
+        (gradient,) = torch.func.vjp(lambda x: layer(x)[0], x)[1](y)
+        torch.testing.assert_close((y * tangent).sum(), (gradient * dx).sum(), rtol=1e-3, atol=1e-4)
+
     def test_every_parameter_is_trained(self, name, kw):
         layer = build(name, kw)
         layer(noise(B, L, D))[0].square().sum().backward()

@@ -207,3 +207,23 @@ def test_another_kind_has_its_own_defaults():
     assert recipe.model.pattern[0] == mixer("mamba", d_state=8)
     assert recipe.model.channel.expand == 8 / 3
     assert (recipe.task.length, recipe.model.d_model) == (256, 96)
+
+
+def test_a_spec_that_cannot_be_is_a_line():
+    """Also where it is made in Python: no page of pydantic's."""
+    good = {"d_model": 8, "pattern": ["s4d"]}
+    for fields, words in (
+        ({**good, "vocab": -1}, "vocab: Input should be greater than or equal to 1; got -1"),
+        ({**good, "pattern": ["s4dd"]}, "pattern.0: no mixer is called 's4dd'; there are .*"),
+        ({**good, "patern": 1}, "patern: 'lm' has no field 'patern'; did you mean 'pattern'.?"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            LMSpec(**fields)
+
+
+def test_numbers_with_an_exponent_are_numbers():
+    """To YAML 1.1 they were text, which a field of whole numbers refused."""
+    recipe = load_recipe("demo", ["steps=1e3", "warmup=1.5e2", "lr=3E-4"])
+    assert (recipe.steps, recipe.warmup, recipe.lr) == (1000, 150, 3e-4)
+    with pytest.raises(ValueError, match=r"steps: .*; got 1.5"):
+        load_recipe("demo", ["steps=15e-1"])

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from longwave.mixers.base import Mixer
 from longwave.nn.module import widened
@@ -22,9 +23,24 @@ class LSTMState(NamedTuple):
     c: Tensor  # (B, D)
 
 
+def step_of_lstm(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h and c (B, D) after one step x (B, E)."""
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, dim=1)
+    c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+    return o.sigmoid() * c.tanh(), c
+
+
 @opaque(like=lambda u, h, *weights: u.new_empty(u.shape[0], u.shape[1] + 1, h.shape[1]))
 def steps_of_lstm(u: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
     """h (B, L, D) after every step of u (B, L, E), behind h and c (B, D), and behind them the last c."""
+    if forward_ad._current_level >= 0:  # of which torch.lstm knows nothing in float32
+        after = []
+        for x in u.unbind(1):
+            h, c = step_of_lstm(x, h, c, w_ih, w_hh, b_ih, b_hh)
+            after.append(h)
+        return torch.stack([*after, c], dim=1)
     biases, layers, dropout, training, both_ways, batch_first = True, 1, 0.0, False, False, True
     options = biases, layers, dropout, training, both_ways, batch_first
     y, _, end = torch.lstm(u, (h[None], c[None]), [w_ih, w_hh, b_ih, b_hh], *options)
@@ -65,10 +81,7 @@ class LSTM(Mixer, name="lstm"):
         h, c = (t.to(u.dtype) for t in (self.init_state(x.shape[0]) if state is None else state))
         if x.shape[1] == 1 and state is not None:  # torch.lstm takes ten times as long to begin
             with without_autocast(x.device):
-                gates = F.linear(u[:, 0], w_ih, b_ih) + F.linear(h, w_hh, b_hh)
-            i, f, g, o = gates.chunk(4, dim=1)
-            memory = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
-            out = o.sigmoid() * memory.tanh()
+                out, memory = step_of_lstm(u[:, 0], h, c, w_ih, w_hh, b_ih, b_hh)
             if padding is not None:
                 idle = padding[:, None] == 1
                 return out[:, None].to(x.dtype), LSTMState(torch.where(idle, h, out), torch.where(idle, c, memory))

@@ -49,7 +49,7 @@ class BackboneSpec(Spec):
     Fields:
         d_model: D, the width of all layers.
         pattern: mixers, cycled over the layers: one for a pure model, several for a hybrid. A name alone takes the
-            mixer's defaults.
+            mixer's defaults, where it needs no option.
         layers: how many, at most 4,096; default one turn of the pattern.
         channel: channel mixer of every block, or null.
         norm: rms | layer.

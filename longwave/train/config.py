@@ -1,5 +1,7 @@
 """What a run is: a recipe, read from YAML, changed by ``key=value``, and checked as a whole before anything starts."""
 
+import re
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -23,6 +25,15 @@ from longwave.tasks import TASKS, Task
 
 AnyTask = Annotated[SerializeAsAny[Task], BeforeValidator(partial(read_kind, "task", TASKS, TASKS.__getitem__))]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Yaml(yaml.SafeLoader):
+    """YAML in which 1e3 and 3e-4 are numbers, as they are in its version 1.2 and to everybody."""
+
+
+Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class Recipe(Spec):
@@ -129,11 +140,16 @@ def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = ()) -
     """
     text, where = _read(str(source))
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Yaml)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{where} is not a recipe: it must hold fields such as model, task and steps")
+    return make_recipe(tree, changes)
+
+
+def make_recipe(tree: dict, changes: Sequence[str]) -> Recipe:
+    """The recipe that a tree of fields with changes is. Raises: see :func:`load_recipe`."""
     for change in changes:
         set_field(tree, change)
     try:
@@ -182,7 +198,7 @@ def set_field(tree: dict, change: str) -> None:
             raise ValueError(f"{where} has no fields")
         if depth == len(parents):
             try:
-                value = yaml.safe_load(text)
+                value = yaml.load(text, Yaml)
             except yaml.YAMLError as error:
                 raise ValueError(f"{clipped(change)}: the value is not valid YAML") from error
             if key == "kind" and len(parents) > 1 and node.get("kind") != value:

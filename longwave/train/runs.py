@@ -5,25 +5,32 @@ from typing import Any
 
 from longwave.models import load
 from longwave.models.runs import CONFIG, run_of
-from longwave.train.config import Recipe, load_recipe
+from longwave.models.storage import CONFIG as MODEL
+from longwave.train.config import Recipe, load_recipe, make_recipe
 from longwave.train.loop import first_difference
 
 
-def load_run(path: Path, changes: list[str], weights: str | None = None) -> tuple[Recipe, Any]:
-    """The recipe of a run and its best model, or that of the checkpoint named.
+def load_run(path: Path, changes: list[str], weights: str | None = None) -> tuple[Recipe | None, Any]:
+    """The recipe of a run and its best model, or that of the checkpoint named; or a saved model.
 
     Args:
-        path: the run or the checkpoint.
-        changes: to the recipe, see :func:`longwave.train.load_recipe`; none of the model.
+        path: the run, the checkpoint or the saved model.
+        changes: to the recipe, see :func:`longwave.train.load_recipe`; none of the model. A saved model has no recipe:
+            it gets one where they say a task.
         weights: how the model's weights are kept, see :func:`longwave.models.load`.
     Raises:
         ValueError: where there is none, it is broken, or the changes ask for another model.
     """
     config = run_of(path) / CONFIG
-    if not config.is_file():
-        raise ValueError(f"{run_of(path)} is no run: it has no {CONFIG}")
-    recipe = load_recipe(config, changes)
+    if not config.is_file() and not (path / MODEL).is_file():
+        raise ValueError(f"{run_of(path)} is no run: it has no {CONFIG}; nor a saved model: it has no {MODEL}")
     model, spec = load(path, weights=weights)
+    if config.is_file():
+        recipe = load_recipe(config, changes)
+    elif any(change.startswith("task") for change in changes):
+        recipe = make_recipe({"model": spec.model_dump(), "steps": 1, "batch": 32, "lr": 1.0}, changes)
+    else:
+        return None, model
     if spec != recipe.model:
         change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
         raise ValueError(f"{path} holds another model: {change}")
