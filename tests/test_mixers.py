@@ -610,6 +610,26 @@ def test_a_sequence_above_max_len_is_refused(name):
         layer(torch.zeros(1, 1, 8), state)
 
 
+@pytest.mark.parametrize("name", ["hyena", "long_conv", "ckconv"])
+def test_padding_is_no_part_of_max_len(name):
+    """Nor is it in chunks, where one row waits for the other."""
+    layer = MIXERS[name](D, **{"max_len": L, **({"order": 3} if name == "hyena" else {})}).double()
+    x = noise(B, L, D)
+    for place in PLACES:
+        padded, mask = with_padding(x, place)
+        close(real(layer(padded, mask=mask)[0], mask), layer(x)[0])
+        for sizes in ([17], [6, 9, 2], [1] * 17):
+            close(real(run_in_chunks(layer, padded, sizes, mask)[0], mask), layer(x)[0])
+    first = torch.arange(B) == torch.tensor([[0], [1]])  # one row, then the other
+    turns = torch.cat([first, first, ~first, ~first] * 5, dim=1)[:, : 2 * L - 6]
+    count = int(turns.sum(1).min())
+    taken = torch.zeros(*turns.shape, D, dtype=torch.float64)
+    taken[turns] = torch.cat([row[: int(n)] for row, n in zip(x, turns.sum(1))])
+    y = run_in_chunks(layer, taken, [2] * (turns.shape[1] // 2), turns)[0]
+    for row, outputs, on in zip(x, y, turns):
+        close(outputs[on][:count], layer(row[None, :count])[0][0])
+
+
 @pytest.mark.parametrize("name", ["s4d", "s5", "h3", "liquid_s4", "mamba", "mamba2", "lstm"])
 def test_recurrent_states_do_not_grow(name):
     layer = MIXERS[name](8)

@@ -284,6 +284,24 @@ CASES = (
         lambda *t: ops.attention(*t, backend="reference"),
         (1024, 4096),
     ),
+    Case(
+        "rms_norm",
+        "torch rms_norm",
+        lambda L: [randn(1, L, 768), randn(768)],
+        lambda x, weight: ops.rms_norm(x, weight, 1e-5),
+        lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5),
+        (1, 2048),
+        note="of one row the call, else the bandwidth of memory",
+    ),
+    Case(
+        "swiglu",
+        "torch silu and a product",
+        lambda L: [randn(1, L, 2, 2048)],
+        ops.swiglu,
+        lambda x: F.silu(x[..., 0, :]) * x[..., 1, :],
+        (1, 2048),
+        note="of one row the call, else the bandwidth of memory",
+    ),
     *(
         Case(
             f"weight_only_linear {form}",

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
-from longwave.nn import Response
+from longwave.nn import Response, longest
 from longwave.nn.module import Hint
 from longwave.nn.padding import real_first, take_steps
 from longwave.spec import Parts, PartSpec
@@ -116,6 +116,9 @@ class Mixer(nn.Module, abc.ABC):
             return self.mix(x, state, None)
         mask = as_mask(mask, x)
         order, back, padding = real_first(mask)
+        if not torch.compiler.is_compiling() and longest(self) is not None:  # a filter that ends: no step of it is lost
+            idle = min(int(padding.min()), x.shape[1] - 1)  # at the end of all rows, which so are as long as they need
+            order, back, padding = order[:, : x.shape[1] - idle], back.clamp(max=x.shape[1] - idle - 1), padding - idle
         y, state = self.mix(take_steps(zero_padding(x, mask), order), state, padding)
         return take_steps(y, back), state
 

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
 from longwave.mixers.states import Growing
-from longwave.nn import CKConvFilter, Filter, FilterSpec, FlexConvFilter, Taps, conv_with_past, derived, online_length
+from longwave.nn import (
+    CKConvFilter,
+    Filter,
+    FilterSpec,
+    FlexConvFilter,
+    Taps,
+    conv_with_past,
+    derived,
+    online_length,
+    taps_needed,
+)
 from longwave.spec import Parts
 
 KERNELS: Parts[Filter, FilterSpec] = Parts(
@@ -74,7 +84,7 @@ class CKConv(Mixer, name="ckconv"):
 
     def mix(self, x: Tensor, state: CKConvState | None, padding: Tensor | None):
         past = None if state is None else state.past
-        length = x.shape[1] + (0 if past is None else past.shape[1])
+        length = x.shape[1] if past is None else taps_needed(self.kernel, past, x.shape[1], padding)
         steps = None if past is None else online_length(self.kernel, length)
         y, past = conv_with_past(x, self.taps(length) if steps is None else self.prepared(steps), past, padding)
         return torch.relu(self.norm(y + self.bias)), None if past is None else CKConvState(past)

@@ -22,6 +22,7 @@ from longwave.nn import (
     init_conv_state,
     long_conv,
     online_length,
+    taps_needed,
 )
 from longwave.nn.padding import padded_short_conv, silence
 from longwave.ops import causal_conv
@@ -136,7 +137,9 @@ class Hyena(HyenaLayer, name="hyena"):
     def mix(self, x: Tensor, state: HyenaState | None, padding: Tensor | None):
         short, pasts = (None, [None] * (self.order - 1)) if state is None else state
         first, gates, v, short = self.project(x, short, padding)
-        length = x.shape[1] if state is None else x.shape[1] + state.pasts[0].shape[1]
+        length = x.shape[1]
+        if state is not None:
+            length = max(taps_needed(self.filter_fn, past, length, padding) for past in state.pasts)
         steps = None if state is None else online_length(self.filter_fn, length)
         taps: Any = self.by_order(self.filter_fn(length)) if steps is None else self.prepared(steps)
         biases = self.by_order(self.filter_fn.bias)

@@ -33,7 +33,15 @@ from longwave.nn.filters import (
 from longwave.nn.frozen import derived, frozen
 from longwave.nn.gated_norm import GATED_NORMS, AnyGatedNorm, Gate, GateNorm, NormGate
 from longwave.nn.hippo import hippo, nplr
-from longwave.nn.long_conv import LongConv, conv_with_past, init_conv_state, long_conv, online_length, two_sided_conv
+from longwave.nn.long_conv import (
+    LongConv,
+    conv_with_past,
+    init_conv_state,
+    long_conv,
+    online_length,
+    taps_needed,
+    two_sided_conv,
+)
 from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, reset, set_rate
 from longwave.nn.monarch import BlockdiagLinear, ButterflyLinear, MonarchLinear
 from longwave.nn.monarch_conv import monarch_conv
@@ -120,6 +128,7 @@ __all__ = [
     "responses",
     "set_rate",
     "slowest_modes",
+    "taps_needed",
     "two_sided_conv",
     "weight_only",
     "without_bias",

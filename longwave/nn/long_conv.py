@@ -45,6 +45,15 @@ def online_length(filter: Filter, length: int) -> int | None:
     return min(steps, longest)
 
 
+def taps_needed(filter: Filter, past: Tensor, L: int, padding: Tensor | None) -> int:
+    """How many taps L more steps need behind past (B, t, C): of a filter that ends, padding and silence need none."""
+    length, longest = past.shape[1] + L, filter.longest()
+    if padding is None or longest is None or length <= longest or torch.compiler.is_compiling():
+        return length
+    silent = (past == 0).flatten(2).all(2).cumprod(1).sum(1)  # steps in front
+    return max(1, length - int((silent + padding).min()))
+
+
 def conv_with_past(
     u: Tensor,
     k: Tensor | Taps,
@@ -122,7 +131,7 @@ def long_conv(
         y = y if skip is None else torch.addcmul(y, x, skip.to(y.dtype))
         return y if gate_out is None else y * gate_out, past
     if not isinstance(filter, StateSpaceFilter):
-        length = state.shape[1] + L
+        length = taps_needed(filter, state, L, padding)
         steps = online_length(filter, length)
         k = filter(length) if steps is None else filter.prepared(steps)
         y, past = conv_with_past(u, k, state, padding, skip=skip, **gates)
