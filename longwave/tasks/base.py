@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, field_validator
 
+from longwave.own import Table
 from longwave.spec import Spec
-from longwave.tasks.forms import Batch, Inputs, Row, Targets, Tokens, collate
+from longwave.tasks.forms import Batch, Future, Inputs, Label, Pair, Row, Signal, Targets, Tokens, Values, collate
 
 TRAIN, EVAL, EPOCH, HIDE = range(4)  # the streams of random numbers, which share nothing
 _ROUNDS = 6  # of the shuffle
@@ -67,6 +68,9 @@ class Errors(NamedTuple):
     total: Any
 
 
+TASKS: Table["Task"] = Table("task")
+
+
 class Task(Spec):
     """A problem stated as sequences: training rows, evaluation rows, and how they are scored.
 
@@ -76,7 +80,9 @@ class Task(Spec):
     `longest`, `train_row`, `eval_row` and `eval_rows`; `targets` where they are not an id at every step.
     """
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        use_attribute_docstrings=True, ignored_types=(Tokens, Signal, Pair, Label, Values, Future)
+    )
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # small options, each put through longwave/contract/tasks.py
     metric: ClassVar[str] = "loss"  # the name, among metrics(), of the number that says which checkpoint is best
@@ -174,4 +180,4 @@ class Task(Spec):
         return {"loss": loss, "mse": loss, "mae": score.absolute / score.total}
 
 
-TASKS: dict[str, type[Task]] = {}
+TASKS.of = Task
