@@ -1,6 +1,7 @@
-"""The command line: train | eval | generate | distill | list | show | inspect | doctor | bench."""
+"""The command line: train | eval | generate | distill | data | list | show | inspect | doctor | bench."""
 
 import codecs
+import importlib.util
 import logging
 import os
 import re
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longwave import own
 from longwave.errors import clipped
 
 if TYPE_CHECKING:
@@ -37,17 +37,7 @@ Weights = Annotated[
 Trained = Annotated[
     Path, typer.Argument(help="A run (its best checkpoint is taken), one of its checkpoints, or a saved model.")
 ]
-
-
-def _allowed(value: str | list[str] | None) -> str | list[str] | None:
-    """What the caller wrote: files of classes that it names are allowed by that."""
-    own.trust_named([value] if isinstance(value, str) else value or [])
-    return value
-
-
-Changes = Annotated[
-    list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.", callback=_allowed)
-]
+Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.")]
 
 
 @app.callback()
@@ -57,11 +47,23 @@ def trusted(
     ] = None,
 ) -> None:
     """What stands before every command."""
-    for file in trust or []:
+    for i, file in enumerate(trust or []):
+        if not file.is_file():
+            raise ValueError(f"--trust {file}: there is no such file")
+        spec = importlib.util.spec_from_file_location(f"trusted_{i}_{file.stem}", file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"--trust {file} is no Python file; name one that ends in .py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
-            own.trust(file)
-        except ValueError as error:
-            raise ValueError(f"--trust {error}") from error
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[spec.name]  # it is there by half
+            lines = [
+                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin
+            ]
+            if isinstance(error, SyntaxError) and error.filename == spec.origin:
+                lines.append(error.lineno)
+            raise ValueError(f"--trust {file}, line {lines[-1]}: {type(error).__name__}: {error}") from error
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it, by typer's version
@@ -108,9 +110,7 @@ def main() -> None:
     "- `longwave train --resume runs/mine`"
 )
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A shipped recipe (longwave list) or a YAML file.", callback=_allowed)
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe (longwave list) or a YAML file.")] = None,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run, or one of its checkpoints, to go on from.")] = None,
@@ -136,7 +136,7 @@ def train(
             raise ValueError("name a recipe (longwave list shows them) or a run by --resume")
         loaded = load_recipe(source, every)
         run = out or Path("runs") / Path(source).stem
-    go_on = f"{_again()} train --resume {shlex.quote(str(run))}"
+    go_on = f"longwave train --resume {shlex.quote(str(run))}"
     if loaded.keep_memory:
         keep_freed_memory()
     try:
@@ -265,7 +265,7 @@ def generate(
     print(decoder.decode(b"", final=True))
     if save_state is not None:
         models.save_state(save_state, tokens.held, model)
-        _note(f"state: {save_state}; go on with {_again()} generate {run} --from-state {save_state}")
+        _note(f"state: {save_state}; go on with longwave generate {run} --from-state {save_state}")
     seconds = time.monotonic() - start
     _note(f"\n{written} bytes in {seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} a second")
     if begin is not None and written > 1:
@@ -294,16 +294,42 @@ def distill(
     _note(f"model: {out}; eval, inspect and generate take it as they take a run")
 
 
+@app.command(epilog="Examples:\n\n- `longwave data pathfinder size=128 --count 20000 --out pathx --jobs 2`")
+def data(
+    task: Annotated[str, typer.Argument(help="A task that draws its examples: listops or pathfinder.")],
+    out: Annotated[Path, typer.Option(help="Folder to fill; what is whole in it stays.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="Options of the task, key=value.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Examples of the training set.")] = 10000,
+    held_out: Annotated[
+        int | None, typer.Option(min=1, help="Of the validation and the test set each; default a tenth.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Threads.")] = 1,
+) -> None:
+    """Draw a task's examples once, into a folder that training reads (task.folder=DIR); goes on where it stopped."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from longwave.tasks.lra import Drawn
+    from longwave.train.config import read_task
+
+    drawn = read_task(task, changes or [])
+    if not isinstance(drawn, Drawn):
+        raise ValueError(f"the task {task} reads its examples from files, or is drawn as fast as it is read")
+    rest = max(1, count // 10) if held_out is None else held_out
+    counts = {"train": count, "validation": rest, "test": rest}
+    with Progress(console=Console(stderr=True)) as bar:
+        shown = bar.add_task(f"drawing {task}", total=sum(counts.values()))
+        drawn.write(out, counts, jobs, lambda rows: bar.advance(shown, rows))
+    _note(f"{sum(counts.values()):,} examples; train with task.kind={task} task.folder={out}")
+
+
 @app.command(
     "list",
     epilog="Examples:\n\n- `longwave list`\n\n- `longwave list mamba`\n\n- `longwave list text`\n\n"
     "- `longwave list recipe`",
 )
 def list_(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="A mixer, filter, task, model, `recipe` or FILE.py:CLASS; default all.", callback=_allowed),
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="A mixer, filter, task, model or `recipe`; default all.")] = None,
 ) -> None:
     """List mixers, filters, tasks, models and recipes, or the options of one: types, limits, defaults, meaning."""
     from longwave.train.lookup import look_up, overview
@@ -342,15 +368,8 @@ def show(
     "- `longwave inspect runs/demo --out pictures/`"
 )
 def inspect(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="A mixer (longwave list, or FILE.py:CLASS), a run, a checkpoint or a saved model.", callback=_allowed
-        ),
-    ],
-    changes: Annotated[
-        list[str] | None, typer.Argument(help="Options of the mixer and d_model, key=value.", callback=_allowed)
-    ] = None,
+    what: Annotated[str, typer.Argument(help="A mixer (longwave list), a run, a checkpoint or a saved model.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="Options of the mixer and d_model, key=value.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -370,7 +389,7 @@ def inspect(
         raise ValueError(f"--out {out}: a figure ends in {', '.join(plots.FORMATS)}, and a folder in none of it")
     path, made = Path(what), list(changes or [])
     title = " ".join([what, *made])
-    if not MIXERS.find(what) and (path.exists() or len(path.parts) > 1):
+    if what not in MIXERS and (path.exists() or len(path.parts) > 1):
         if made:
             raise ValueError(f"{what} is drawn as it was trained: leave out {' '.join(made)}")
         modules = list(inspection.time_layers(load_run(path, [])[1]))
@@ -460,11 +479,6 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _again() -> str:
-    """The program with what allows it to read what was made here."""
-    return "".join(["longwave", *(f" --trust {shlex.quote(str(file))}" for file in own.trusted())])
-
-
 def _is_main() -> bool:
     """Whether this is the process, among those of lightning-fabric, torchrun or SLURM, that talks."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -497,9 +511,8 @@ def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
             _note(f"  {name:36}{bits:.3f}")
     _note(f"run: {run}   loss plot: {run / 'loss.png'}")
     named, text = shlex.quote(str(run)), isinstance(recipe.task, Text)
-    then = f'generate {named} --prompt "The " --max-new 400' if text else f"eval {named}"
-    _note(f"next: {_again()} {then}")
-    _note(f"to train it on: {_again()} train --resume {named} steps={2 * recipe.steps}")
+    _note(f'next: longwave generate {named} --prompt "The " --max-new 400' if text else f"next: longwave eval {named}")
+    _note(f"to train it on: longwave train --resume {named} steps={2 * recipe.steps}")
     if text:
         _note_own_text()
 

@@ -1,9 +1,12 @@
 """What this machine has, and what does not fit."""
 
+import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -48,3 +51,14 @@ def facts() -> Iterator[str]:
         built = torch.version.cuda
         why = "this torch is built without CUDA" if built is None else f"torch {built} finds no device or driver"
         yield f"cuda: none ({why})"
+
+
+def required(package: str, extra: str) -> Any:
+    """A package that only some tasks need.
+
+    Raises:
+        ValueError: where it is not installed, with the extra that has it.
+    """
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        raise ValueError(f"this needs the package {package}: pip install -c constraints.txt -e '.[{extra}]'")
+    return importlib.import_module(package)

@@ -8,7 +8,6 @@ from longwave.mixers.butterfly_conv import ButterflyConv
 from longwave.mixers.ckconv import CKConv
 from longwave.mixers.conv import Conv
 from longwave.mixers.dss import DSS, DSSSoftmax
-from longwave.mixers.gla import GLA
 from longwave.mixers.gss import GSS
 from longwave.mixers.h3 import H3
 from longwave.mixers.hyena import Hyena, HyenaTwoSided, LaughingHyena
@@ -17,7 +16,6 @@ from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
-from longwave.mixers.retnet import RetNet
 from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
@@ -27,7 +25,6 @@ from longwave.mixers.two_sided import TwoSided
 
 __all__ = [
     "DSS",
-    "GLA",
     "GSS",
     "H3",
     "LSTM",
@@ -55,7 +52,6 @@ __all__ = [
     "Mixer",
     "MixerSpec",
     "RWKV4Channel",
-    "RetNet",
     "S5TwoSided",
     "State",
     "TwoSided",

@@ -151,9 +151,6 @@ class Mixer(nn.Module, abc.ABC):
         return layout
 
 
-MIXERS.of = Mixer
-
-
 class WholeMixer(Mixer):
     """A mixer that looks ahead: it mixes whole sequences, so it has no state."""
 

@@ -30,7 +30,7 @@ class ChannelSpec(PartSpec):
 
 
 CHANNEL_MIXERS: Parts[nn.Module, ChannelSpec] = Parts(
-    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "mlp": MLP}, of=nn.Module
+    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "mlp": MLP}
 )
 AnyChannelMixer = Annotated[SerializeAsAny[ChannelSpec], BeforeValidator(CHANNEL_MIXERS.field)]
 
@@ -156,7 +156,7 @@ class LMSpec(LanguageSpec):
 class SashimiSpec(LanguageSpec):
     """A language model over :class:`longwave.models.Sashimi`, by default the paper's with S4D in the place of S4.
 
-    Audio becomes its tokens by :func:`longwave.nn.mu_law_encode`.
+    Audio becomes its tokens by :func:`longwave.tasks.mu_law_encode`.
 
     Fields, where they differ from those of a stack:
         d_model: width at the full sampling rate.

@@ -45,12 +45,12 @@ from longwave.nn.long_conv import (
 from longwave.nn.module import Hint, append_time, optim_hints, positive_rate, reset, set_rate
 from longwave.nn.monarch import BlockdiagLinear, ButterflyLinear, MonarchLinear
 from longwave.nn.monarch_conv import monarch_conv
-from longwave.nn.mu_law import mu_law_decode, mu_law_encode
 from longwave.nn.norm import NORMS, AnyNorm, LayerNorm, RMSNorm
 from longwave.nn.online_conv import Taps
 from longwave.nn.rotary import POSITIONS, AnyPositions, Rotary
 from longwave.nn.s4nd import S4ND, SeparableConv
 from longwave.nn.weight_only import WeightOnlyLinear, like_output, weight_only, without_bias
+from longwave.tasks.mu_law import mu_law_decode, mu_law_encode
 
 __all__ = [
     "C_INITS",

@@ -1,31 +1,49 @@
 """Data and how it is scored: each task is named by its `kind` and listed in TASKS."""
 
-from longwave.tasks.base import EVAL, TASKS, TRAIN, Errors, Score, Task, random_stream
+from longwave.tasks.audio import Audio, AudioTokens
+from longwave.tasks.base import TASKS, Errors, Score, Task
+from longwave.tasks.dna import DNA, DNALabels, Species
+from longwave.tasks.documents import DocumentPairs, Documents
 from longwave.tasks.forms import IGNORE, Batch, Future, Label, Pair, Row, Signal, Tokens, Values
+from longwave.tasks.images import Images
+from longwave.tasks.lra import ListOps, Pathfinder
+from longwave.tasks.mu_law import mu_law_decode, mu_law_encode
+from longwave.tasks.series import Forecast, SeriesLabels
 from longwave.tasks.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying
 from longwave.tasks.text import Corpus, MaskedText, Text
 
 __all__ = [
-    "EVAL",
+    "DNA",
     "IGNORE",
     "TASKS",
-    "TRAIN",
     "AssociativeRecall",
+    "Audio",
+    "AudioTokens",
     "Batch",
     "Corpus",
+    "DNALabels",
+    "DocumentPairs",
+    "Documents",
     "Errors",
+    "Forecast",
     "Future",
+    "Images",
     "InductionHeads",
     "Label",
+    "ListOps",
     "MaskedText",
     "Pair",
+    "Pathfinder",
     "Row",
     "Score",
     "SelectiveCopying",
+    "SeriesLabels",
     "Signal",
+    "Species",
     "Task",
     "Text",
     "Tokens",
     "Values",
-    "random_stream",
+    "mu_law_decode",
+    "mu_law_encode",
 ]

@@ -3,18 +3,21 @@
 import functools
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, field_validator
 
-from longwave.own import Table
 from longwave.spec import Spec
-from longwave.tasks.forms import Batch, Future, Inputs, Label, Pair, Row, Signal, Targets, Tokens, Values, collate
+from longwave.tasks.forms import Batch, Inputs, Row, Targets, Tokens, collate
 
-TRAIN, EVAL, EPOCH, HIDE = range(4)  # the streams of random numbers, which share nothing
+TRAIN, EVAL, EPOCH, HIDE, TEST = range(5)  # the streams of random numbers, which share nothing
 _ROUNDS = 6  # of the shuffle
+
+T = TypeVar("T")
 
 
 def random_stream(seed: int, stream: int, index: int) -> np.random.Generator:
@@ -68,7 +71,32 @@ class Errors(NamedTuple):
     total: Any
 
 
-TASKS: Table["Task"] = Table("task")
+class opened(Generic[T]):
+    """A property of a task that is found on disk: once for all tasks of the same options, and no part of any.
+
+    Args:
+        find: takes the task.
+    """
+
+    MOST = 8  # that are kept, of the latest
+
+    def __init__(self, find: Callable[[Any], T]):
+        self.find, self._kept = find, OrderedDict[str, T]()
+
+    def __get__(self, task: Any, owner: type | None = None) -> T:
+        if task is None:
+            return self  # type: ignore[return-value]
+        key = task.model_dump_json()
+        if key not in self._kept:
+            found = self.find(task)
+            while len(self._kept) >= self.MOST:
+                self._kept.popitem(last=False)
+            self._kept[key] = found
+        return self._kept[key]
+
+    def forget(self, task: Any) -> None:
+        """Find it again when it is next asked for."""
+        self._kept.pop(task.model_dump_json(), None)
 
 
 class Task(Spec):
@@ -80,9 +108,7 @@ class Task(Spec):
     `longest`, `train_row`, `eval_row` and `eval_rows`; `targets` where they are not an id at every step.
     """
 
-    model_config = ConfigDict(
-        use_attribute_docstrings=True, ignored_types=(Tokens, Signal, Pair, Label, Values, Future)
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True, ignored_types=(opened,))
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # small options, each put through longwave/contract/tasks.py
     metric: ClassVar[str] = "loss"  # the name, among metrics(), of the number that says which checkpoint is best
@@ -129,12 +155,21 @@ class Task(Spec):
     def longest(self) -> int:
         """Steps in the longest inputs there are, of training or of evaluation."""
 
+    @property
+    def steps_per_second(self) -> float | None:
+        """Where steps are taken in time: a model that was trained at others has its rate set to hear them."""
+        return None
+
     def prepare(self) -> None:
         """Check, once before a run, everything that can only be known by looking, such as files on disk.
 
         Raises:
             ValueError: where the task cannot be run.
         """
+        for kind in type(self).__mro__:
+            for found in vars(kind).values():
+                if isinstance(found, opened):
+                    found.forget(self)
 
     @abstractmethod
     def train_row(self, seed: int, number: int) -> Row:
@@ -180,4 +215,4 @@ class Task(Spec):
         return {"loss": loss, "mse": loss, "mae": score.absolute / score.total}
 
 
-TASKS.of = Task
+TASKS: dict[str, type[Task]] = {}

@@ -6,6 +6,7 @@ from typing import Any
 from longwave.models import load
 from longwave.models.runs import CONFIG, run_of
 from longwave.models.storage import CONFIG as MODEL
+from longwave.nn import set_rate
 from longwave.train.config import Recipe, load_recipe, make_recipe
 from longwave.train.loop import first_difference
 
@@ -16,7 +17,7 @@ def load_run(path: Path, changes: list[str], weights: str | None = None) -> tupl
     Args:
         path: the run, the checkpoint or the saved model.
         changes: to the recipe, see :func:`longwave.train.load_recipe`; none of the model. A saved model has no recipe:
-            it gets one where they say a task.
+            it gets one where they say a task. Where they change a run's steps a second, its model is set to hear them.
         weights: how the model's weights are kept, see :func:`longwave.models.load`.
     Raises:
         ValueError: where there is none, it is broken, or the changes ask for another model.
@@ -34,4 +35,8 @@ def load_run(path: Path, changes: list[str], weights: str | None = None) -> tupl
     if spec != recipe.model:
         change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
         raise ValueError(f"{path} holds another model: {change}")
+    if changes and config.is_file():
+        trained, heard = load_recipe(config).task.steps_per_second, recipe.task.steps_per_second
+        if trained is not None and heard is not None and trained != heard:
+            set_rate(model, trained / heard)
     return recipe, model

@@ -43,7 +43,6 @@ FILTERS: Parts[Filter, FilterSpec] = Parts(
         "modal": ModalFilter,
         "shift": ShiftFilter,
     },
-    of=Filter,
 )
 AnyFilter = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(FILTERS.field)]  # an option of who takes any filter
 

@@ -1,0 +1,1 @@
+"""Programs that draw examples, compiled; loaded when they are first used."""
