@@ -133,7 +133,7 @@ class Op:
 
     def refusals(self, device: torch.device | str = "cpu") -> dict[str, str | None]:
         """What each backend has against a small call in float32, or None; in the order in which they are tried."""
-        given = {**self.declaration.samples(device), **({"length": 4} if "length" in self.arguments else {})}
+        given = {**dict.fromkeys(self._required, 4), **self.declaration.samples(device)}
         return {name: self.why_not(name, **given) for name in self.backends}
 
     def _define(self, reference: Callable) -> "Op":
