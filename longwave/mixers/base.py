@@ -225,6 +225,8 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _fits(tensor: Tensor, sizes: torch.Size) -> bool:
+    if tensor.shape[1:] == sizes[1:]:
+        return True
     return tensor.ndim == len(sizes) and all(n in (size, 0) for n, size in zip(sizes[1:], tensor.shape[1:]))
 
 

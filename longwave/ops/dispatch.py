@@ -105,6 +105,8 @@ class Op:
         else:
             kind = backend, _named.get(), torch.is_grad_enabled(), *kind
             run, device = self._known.get(kind) or self._remember(kind, inputs)
+        if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+            return run(*inputs)
         with without_autocast(device):
             return run(*inputs)
 
@@ -145,6 +147,7 @@ class Op:
         self._defaults = [p.default for p in parameters]
         self._required = [p.name for p in parameters if p.default is p.empty]
         self._positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
+        self._forms: dict[tuple, list[tuple[str, Any]]] = {}
         self._known: dict[tuple, tuple[Callable[..., Any], torch.device]] = {}
         places = {name: axes[0].index(self._growing) for name, (axes, _) in self.declaration.arguments.items()
                   if self._growing in axes[0]}  # fmt: skip
@@ -159,13 +162,23 @@ class Op:
     def _bound(self, args: tuple, options: dict[str, Any]) -> list[Any]:
         """All arguments in the order of the signature."""
         given = len(args)
+        if given == len(self.arguments) == self._positional and not options:
+            return list(args)
+        if (rest := self._forms.get((given, *options))) is None:
+            rest = self._form(args, options)
+        return [*args, *(options.get(name, default) for name, default in rest)]
+
+    def _form(self, args: tuple, options: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The arguments behind so many positional ones, with their defaults, in calls that name these options."""
+        given = len(args)
         fits = given <= self._positional and all(name in options for name in self._required[given:])
         if not (fits and all(name in self.arguments[given:] for name in options)):
             try:
                 self.signature.bind(*args, **options)
             except TypeError as error:
                 raise TypeError(f"{self.__name__}: {error}") from None
-        return [*args, *(options.get(name, self._defaults[i]) for i, name in enumerate(self.arguments[given:], given))]
+        rest = self._forms[given, *options] = list(zip(self.arguments[given:], self._defaults[given:]))
+        return rest
 
     def _choose(self, name: str, inputs: list[Any]) -> tuple[Composed | Kernel, torch.device]:
         """The backend that is to run, and the device it runs on."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,9 +130,11 @@ class Kernel:
             return reason
         return self.module.why_not(*inputs) if hasattr(self.module, "why_not") else None
 
-    def direct(self, *inputs: Any) -> Any:
-        """The results, for plain tensors of which no gradient is wanted: nothing of torch in between."""
-        return self.module.forward(*inputs, False)[0] if hasattr(self.module, "saved") else self.module.forward(*inputs)
+    @functools.cached_property
+    def direct(self) -> Callable[..., Any]:
+        """Inputs -> results, for plain tensors of which no gradient is wanted: nothing of torch in between."""
+        forward = self.module.forward
+        return (lambda *inputs: forward(*inputs, False)[0]) if hasattr(self.module, "saved") else forward
 
     def recorded(self, *inputs: Any) -> Any:
         """The results, for plain tensors of which gradients are wanted: only autograd in between."""

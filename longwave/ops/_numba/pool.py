@@ -132,11 +132,24 @@ def run(kernel: Callable[..., None], tasks: int, *args: Any, scratch_size: int =
         args: arrays and scalars for every call.
         scratch_size: float32 elements of scratch that a thread needs; each thread has its own.
     """
+    _share_out(lambda start, stop: kernel(start, stop, scratch(scratch_size), *args), tasks)
+
+
+def run_addresses(kernel: Callable[..., None], tasks: int, *args: Any) -> None:
+    """The same of kernel(start, stop, *args), without scratch: an array costs one token more than its arithmetic."""
+    if tasks == 1:
+        tell_once()
+        kernel(0, 1, *args)
+    else:
+        _share_out(lambda start, stop: kernel(start, stop, *args), tasks)
+
+
+def _share_out(kernel: Callable[[int, int], None], tasks: int) -> None:
     tell_once()
     threads = min(torch.get_num_threads(), tasks) if tasks > 1 else 1
     if threads <= 1 or getattr(_local, "inside", False):
         if tasks:
-            kernel(0, tasks, scratch(scratch_size), *args)
+            kernel(0, tasks)
         return
     width = -(-tasks // (SLICES_A_THREAD * threads))
     starts = iter(range(0, tasks, width))
@@ -150,7 +163,7 @@ def run(kernel: Callable[..., None], tasks: int, *args: Any, scratch_size: int =
                     start = next(starts, None)
                 if start is None:
                     return
-                kernel(start, min(start + width, tasks), scratch(scratch_size), *args)
+                kernel(start, min(start + width, tasks))
         finally:
             _local.inside = False
 

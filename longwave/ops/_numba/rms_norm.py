@@ -29,7 +29,8 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     D, G = x.shape[-1], weight.numel() // x.shape[-1]
     y, rows = pool.empty(*x.shape), x.numel() // D
     u, weight = x.float().contiguous(), weight.float().contiguous()
-    pool.run(_forward, -(-rows // ROWS), widest, u.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, G, D, eps)
+    places = u.data_ptr(), weight.data_ptr(), y.data_ptr()
+    pool.run_addresses(_forward, -(-rows // ROWS), *places, rows, G, D, eps)
     return y.to(x.dtype)
 
 
@@ -60,9 +61,9 @@ def row_scale(w, x, o, D, eps):
 
 
 @kernel
-def _forward(start, stop, scratch, w, x, weight, y, rows, G, D, eps):
+def _forward(start, stop, x, weight, y, rows, G, D, eps):
     """On addresses: arrays would cost one token more than its arithmetic."""
-    x, weight, y = floats(x), floats(weight), floats(y)
+    w, x, weight, y = widest, floats(x), floats(weight), floats(y)
     full = lanes_of(w)
     whole, rest = D - D % full, D % full
     for r in range(start * ROWS, min(stop * ROWS, rows)):
