@@ -412,7 +412,7 @@ def test_positions_do_not_count_padding():
         module(input_ids=torch.tensor([[1, 2]]), position_ids=torch.tensor([[0, 1]])),
         module(input_ids=torch.tensor([[1, 2]])),
     )
-    with pytest.raises(ValueError, match="max_position_embeddings = 12; the sequence needs 13"):
+    with pytest.raises(ValueError, match="learned_positions of max_len = 12 cannot serve a sequence of 13"):
         module(input_ids=torch.zeros(1, 13, dtype=torch.int64))
 
 

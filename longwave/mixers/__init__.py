@@ -16,6 +16,7 @@ from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
+from longwave.mixers.positions import LearnedPositions, SinusoidalPositions
 from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
@@ -45,6 +46,7 @@ __all__ = [
     "Hyena",
     "HyenaTwoSided",
     "LaughingHyena",
+    "LearnedPositions",
     "LiquidS4",
     "LongConvMixer",
     "Mamba",
@@ -53,6 +55,7 @@ __all__ = [
     "MixerSpec",
     "RWKV4Channel",
     "S5TwoSided",
+    "SinusoidalPositions",
     "State",
     "TwoSided",
     "join",

@@ -1,6 +1,6 @@
 """Backbones, the heads over them, generation and storage."""
 
-from longwave.models.backbone import Backbone, BackboneState, Block
+from longwave.models.backbone import Backbone, BackboneState, Block, ParallelBlock
 from longwave.models.classifier import Classifier, PairClassifier
 from longwave.models.distill import Distilled, distill
 from longwave.models.generate import Sampling, Stream, generate, stream
@@ -42,6 +42,7 @@ __all__ = [
     "ModelSpec",
     "PairClassifier",
     "PairClassifierSpec",
+    "ParallelBlock",
     "Regressor",
     "RegressorSpec",
     "Sampling",

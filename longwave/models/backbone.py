@@ -12,8 +12,8 @@ from longwave.nn import RMSNorm
 from longwave.ops import at_least_float32
 
 
-class Block(nn.Module):
-    """x + mixer(norm1 x), then x + channel(norm2 x) where there is a channel mixer.
+class Branches(nn.Module):
+    """What blocks have in common: a mixer, a channel mixer or none, and a norm before each.
 
     Args:
         mixer: moves information along time.
@@ -35,6 +35,14 @@ class Block(nn.Module):
         self.channel = None if channel is None else channel(mixer.d_model)
         self.dropout = nn.Dropout(dropout)
 
+    def dropped(self, y: Tensor) -> Tensor:
+        """What is left of a branch."""
+        return self.dropout(y) if self.training else y  # a module that does nothing takes as long as a sum
+
+
+class Block(Branches):
+    """x + mixer(norm1 x), then x + channel(norm2 x) where there is a channel mixer; see :class:`Branches`."""
+
     def forward(
         self, x: Tensor, state: Any = None, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Any]:
@@ -42,17 +50,30 @@ class Block(nn.Module):
         of the parts, where x is kept in a wider one."""
         dtype = dtype or x.dtype
         y, state = self.mixer(self.norm1(x.to(dtype)), state, mask=mask)
-        x = x + self._dropped(y)
+        x = x + self.dropped(y)
         if (channel := self.channel) is not None and (norm := self.norm2) is not None:
-            x = x + self._dropped(channel(norm(x.to(dtype))))
+            x = x + self.dropped(channel(norm(x.to(dtype))))
         return x, state
 
-    def _dropped(self, y: Tensor) -> Tensor:
-        return self.dropout(y) if self.training else y  # a module that does nothing takes as long as a sum
+
+class ParallelBlock(Branches):
+    """x + mixer(norm1 x) + channel(norm2 x).  Source: Wang & Komatsuzaki (2021), GPT-J; Black et al. (2022), GPT-NeoX,
+    arXiv:2204.06745, sec. 2.1; see :class:`Branches`."""
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Any]:
+        """As :class:`Block`."""
+        u = x.to(dtype or x.dtype)
+        y, state = self.mixer(self.norm1(u), state, mask=mask)
+        if (channel := self.channel) is not None and (norm := self.norm2) is not None:
+            x = x + self.dropped(channel(norm(u)))
+        return x + self.dropped(y), state
 
 
 class BackboneState(NamedTuple):
     layers: tuple[Any, ...]  # one mixer state a layer
+    positions: Any = ()  # of the positions, where there are any
 
 
 class Backbone(nn.Module):
@@ -63,7 +84,10 @@ class Backbone(nn.Module):
 
     Args:
         mixers: one a layer, all of one d_model.
-        norm, channel, dropout: see :class:`Block`.
+        norm, channel, dropout: see :class:`Branches`.
+        block: which kind of block.
+        positions: a mixer that x passes before the first block, such as
+            :class:`longwave.mixers.LearnedPositions`.
     Raises:
         ValueError: where there is no mixer, or their widths differ.
     """
@@ -74,23 +98,27 @@ class Backbone(nn.Module):
         norm: Callable[[int], nn.Module] = RMSNorm,
         channel: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
+        block: type[Branches] = Block,
+        positions: Mixer | None = None,
     ):
         super().__init__()
-        widths = {mixer.d_model for mixer in mixers}
+        widths = {mixer.d_model for mixer in [*mixers, *([] if positions is None else [positions])]}
         if len(widths) != 1:
             raise ValueError(f"a backbone needs mixers of one d_model; got {sorted(widths) or 'no mixer'}")
         self.d_model = widths.pop()
-        self.layers = nn.ModuleList(Block(mixer, norm, channel, dropout) for mixer in mixers)
+        self.positions = positions
+        self.layers = nn.ModuleList(block(mixer, norm, channel, dropout) for mixer in mixers)
         self.norm = norm(self.d_model)
 
     @property
     def mixers(self) -> list[Mixer]:
         """The mixer of every layer."""
-        return [cast(Block, layer).mixer for layer in self.layers]
+        return [cast(Branches, layer).mixer for layer in self.layers]
 
     def init_state(self, batch: int) -> BackboneState:
         """The state before the first token of ``batch`` sequences."""
-        return BackboneState(tuple(mixer.init_state(batch) for mixer in self.mixers))
+        layers = tuple(mixer.init_state(batch) for mixer in self.mixers)
+        return BackboneState(layers, () if self.positions is None else self.positions.init_state(batch))
 
     def forward(
         self, x: Tensor, state: BackboneState | None = None, *, mask: Tensor | None = None
@@ -99,8 +127,11 @@ class Backbone(nn.Module):
         x, mask = without_padding(x, mask)
         dtype, x = x.dtype, x.to(at_least_float32(x.dtype))
         states = [None] * len(self.layers) if state is None else state.layers
+        placed: Any = ()
+        if self.positions is not None:
+            x, placed = self.positions(x, None if state is None else state.positions, mask=mask)
         new = []
         for layer, s in zip(self.layers, states, strict=True):
             x, s = layer(x, s, mask=mask, dtype=dtype)
             new.append(s)
-        return self.norm(x.to(dtype)), None if state is None else BackboneState(tuple(new))
+        return self.norm(x.to(dtype)), None if state is None else BackboneState(tuple(new), placed)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from longwave.mixers import Mixer
 from longwave.models.backbone import Backbone, BackboneState
 from longwave.models.sashimi import Sashimi, SashimiRows, SashimiState
 from longwave.models.score import score_tokens
@@ -52,7 +53,7 @@ class LM(nn.Module):
         super().__init__()
         if vocab < 1:
             raise ValueError(f"a language model needs vocab >= 1; got {vocab}")
-        ahead = [m.name for m in backbone.mixers if not m.causal]
+        ahead = [m.name for m in backbone.modules() if isinstance(m, Mixer) and not m.causal]
         if ahead:
             raise ValueError(f"a language model predicts the next token, but {ahead[0]} sees it; use causal mixers")
         self.embedding = nn.Embedding(vocab, backbone.d_model)

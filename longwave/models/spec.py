@@ -8,14 +8,14 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, Valida
 from torch import nn
 
 from longwave.mixers import MIXERS, AnyMixer, Mixer
-from longwave.models.backbone import Backbone, Block
+from longwave.models.backbone import Backbone, Block, Branches, ParallelBlock
 from longwave.models.classifier import Classifier, PairClassifier
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM
 from longwave.models.pooling import Pooling
 from longwave.models.regressor import Forecaster, Regressor
 from longwave.models.sashimi import Level, Sashimi
-from longwave.nn import MLP, RMSNorm, SwiGLU
+from longwave.nn import MLP, NORMS, SwiGLU
 from longwave.spec import Parts, PartSpec, Spec, read_kind
 from longwave.tasks.base import Task
 from longwave.tasks.forms import Future, Label, Pair, Targets, Tokens, Values
@@ -43,6 +43,9 @@ SIZES = {  # what a model may leave open: a task has them by the same names
 }
 
 
+BLOCKS: dict[str, type[Branches]] = {"sequential": Block, "parallel": ParallelBlock}
+
+
 class BackboneSpec(Spec):
     """A stack of blocks.
 
@@ -52,6 +55,9 @@ class BackboneSpec(Spec):
             mixer's defaults, where it needs no option.
         layers: how many, at most 4,096; default one turn of the pattern.
         channel: channel mixer of every block, or null.
+        block: sequential, x + mixer(norm x) and then x + channel(norm x); or parallel, x + mixer(norm x) +
+            channel(norm x).
+        positions: a mixer that the inputs pass before the first block, such as learned_positions; or null.
         norm: rms | layer.
         norm_eps: its epsilon.
         dropout: probability on both branches of a block, in [0, 1).
@@ -65,6 +71,8 @@ class BackboneSpec(Spec):
     pattern: list[AnyMixer] = Field(min_length=1)
     layers: int | None = Field(None, ge=1, le=4096)
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("swiglu")
+    block: Literal["sequential", "parallel"] = "sequential"
+    positions: AnyMixer | None = None
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = Field(1e-5, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -112,14 +120,16 @@ class BackboneSpec(Spec):
 
     def build_backbone(self) -> Backbone | Sashimi:
         """The blocks, freshly drawn."""
-        return Backbone(self._mixers(self.d_model), self._norm(), self._channel(), self.dropout)
+        positions = None if self.positions is None else self.positions.build(self.d_model)
+        parts = self._norm(), self._channel(), self.dropout
+        return Backbone(self._mixers(self.d_model), *parts, BLOCKS[self.block], positions)
 
     def _mixers(self, d_model: int) -> list[Mixer]:
         assert self.layers is not None
         return [self.pattern[i % len(self.pattern)].build(d_model) for i in range(self.layers)]
 
     def _norm(self) -> Callable[[int], nn.Module]:
-        return partial(RMSNorm if self.norm == "rms" else nn.LayerNorm, eps=self.norm_eps)
+        return partial(NORMS[self.norm], eps=self.norm_eps)
 
     def _channel(self) -> Callable[[int], nn.Module] | None:
         return None if self.channel is None else self.channel.build
@@ -161,6 +171,7 @@ class SashimiSpec(LanguageSpec):
     Fields, where they differ from those of a stack:
         d_model: width at the full sampling rate.
         pattern, layers: of every level.
+        block, positions: sequential and null: its levels are of different rates.
         pool: by what factors the rate is divided, from the full rate down.
         expand: by what factor the width grows at every pool.
     """
@@ -169,6 +180,8 @@ class SashimiSpec(LanguageSpec):
     d_model: int = Field(64, ge=1)
     pattern: list[AnyMixer] = Field([MIXERS.make("s4d")], min_length=1)
     layers: int | None = Field(8, ge=1, le=4096)
+    block: Literal["sequential"] = "sequential"
+    positions: None = None
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("mlp", expand=2.0)
     norm: Literal["rms", "layer"] = "layer"
     pool: list[Annotated[int, Field(ge=1)]] = Field([4, 4])

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longwave.errors import choose
 from longwave.ops import swiglu
 
 
@@ -26,32 +28,45 @@ class SwiGLU(nn.Module):
     Args:
         d_model: D.
         expand: hidden width over D, > 0; 8/3 has as many parameters as an MLP of 4.
+        bias: on both maps.
     """
 
-    def __init__(self, d_model: int, expand: float = 8 / 3):
+    def __init__(self, d_model: int, expand: float = 8 / 3, bias: bool = False):
         super().__init__()
         hidden = hidden_width(expand, d_model)
-        self.up, self.down = nn.Linear(d_model, 2 * hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
+        self.up, self.down = nn.Linear(d_model, 2 * hidden, bias=bias), nn.Linear(hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.up(x).unflatten(-1, (2, -1))))
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
 class MLP(nn.Module):
-    """fc2(gelu(fc1 x)), gelu by tanh as in GPT-2.
+    """fc2(activation(fc1 x)).
 
     Args:
         d_model: D.
         expand: hidden width over D, > 0.
+        activation: gelu_tanh, gelu by tanh as in GPT-2; gelu; relu; silu.
+    Raises:
+        ValueError: for another activation, or expand <= 0.
     """
 
-    def __init__(self, d_model: int, expand: float = 4.0):
+    def __init__(self, d_model: int, expand: float = 4.0, activation: str = "gelu_tanh"):
         super().__init__()
+        self.activation = choose("activation", activation, ACTIVATIONS)
         hidden = hidden_width(expand, d_model)
         self.fc1, self.fc2 = nn.Linear(d_model, hidden), nn.Linear(hidden, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class OutputLinear(nn.Linear):

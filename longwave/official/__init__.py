@@ -29,13 +29,14 @@ from longwave.official import (
     safari_lm,
     safari_longconv,
     sashimi,
+    transformer,
 )
 from longwave.official.source import Source, System, mapping
 from longwave.spec import explain
 
 _MODULES: Any = [
     s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
-    monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi,
+    monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, transformer,
 ]  # fmt: skip
 SYSTEMS: dict[str, System] = {name: system for module in _MODULES for name, system in module.SYSTEMS.items()}
 
@@ -50,8 +51,9 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
             longconvkernel, longconvstandalone, blockfft, hyenalm, h3lm (HazyResearch/safari, HazyResearch/H3), hyenadna
             (HazyResearch/hyena-dna), m2 (HazyResearch/m2), s4, s4d,
             s4kernel, s4dkernel, s4dmin, s4model (state-spaces/s4),
-            s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf, mamba2_hf, rwkv4_hf (Hugging Face
-            transformers), mamba_ssm_lm, selective_scan (state-spaces/mamba), rwkv4_blinkdl (BlinkDL/RWKV-LM),
+            s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf, mamba2_hf, rwkv4_hf, gpt2_hf, gptneox_hf,
+            llama_hf (Hugging Face transformers), mamba_ssm_lm, selective_scan (state-spaces/mamba), rwkv4_blinkdl
+            (BlinkDL/RWKV-LM),
             s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
             (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc (state-spaces/s4),
             monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv

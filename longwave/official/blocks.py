@@ -87,6 +87,19 @@ class LMSource(Source):
         return Call(self.spec().build(), logits)
 
 
+def positioned_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """The same of a model that counts positions itself.
+
+    Raises:
+        ValueError: for position_ids that are not 0, 1, 2, ...
+    """
+    if position_ids is not None and not bool(
+        (position_ids == torch.arange(input_ids.shape[1], device=input_ids.device)).all()
+    ):
+        raise ValueError("position_ids other than 0, 1, 2, ... are not carried over; leave them out")
+    return logits(model, input_ids)
+
+
 def kernel_rows(filter: nn.Module, features: int, length: int) -> Tensor:
     """The taps of a filter whose K rows are of as many features each, one after another: k (K, features, length)."""
     return filter(length).unflatten(0, (-1, features))

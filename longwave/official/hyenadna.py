@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from longwave.models.lm import LM
 from longwave.official.safari_hyena import StandaloneHyena
-from longwave.official.safari_lm import LMBackbone, PositionedLM, released
+from longwave.official.safari_lm import LMBackbone, released
 from longwave.official.source import Flag, Layer, Name, Names, Size, State, System, inside, part
 
 
@@ -25,16 +25,13 @@ class Released(nn.Module):
         head: of the mean over time, or None.
     """
 
-    def __init__(self, model: LM | PositionedLM, head: nn.Module | None):
+    def __init__(self, model: LM, head: nn.Module | None):
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """input_ids (B, L), position_ids (B, L) or None -> (B, L, D), or (B, classes)."""
-        if isinstance(self.model, LM):
-            x, _ = self.model.backbone(self.model.embedding(input_ids))
-        else:
-            x, _ = self.model.hidden(input_ids, position_ids=position_ids)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, L) -> (B, L, D), or (B, classes)."""
+        x, _ = self.model.backbone(self.model.embedding(input_ids))
         return x if self.head is None else self.head(x.mean(1))
 
 

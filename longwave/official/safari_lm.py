@@ -7,18 +7,17 @@ attention at some, in the order norm, mixer, norm, MLP; the head is the embeddin
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longwave.errors import nearest
-from longwave.mixers import Attention, Mixer
+from longwave.mixers import Attention, LearnedPositions, Mixer
 from longwave.models.backbone import Backbone
 from longwave.models.lm import LM
 from longwave.nn import MLP, POSITIONS
-from longwave.nn.padding import last_real, take_steps
-from longwave.official.blocks import Call, logits
+from longwave.official.blocks import Call, logits, positioned_logits
 from longwave.official.safari_h3 import H3ConvLayer, H3Layer
 from longwave.official.safari_hyena import HyenaOperator
 from longwave.official.source import (
@@ -78,81 +77,6 @@ LAYERS: dict[str, type[HyenaOperator | H3Layer | H3ConvLayer]] = {
 }
 
 
-class PositionedState(NamedTuple):
-    seen: Tensor  # (B,) int64: real tokens so far
-    backbone: Any  # of the blocks
-
-
-class PositionedLM(nn.Module):
-    """A language model that adds a learned vector to each token by its position; generation takes it as an LM.
-
-    Args:
-        lm: the model without positions.
-        positions: how many there are.
-    """
-
-    def __init__(self, lm: LM, positions: int):
-        super().__init__()
-        self.lm = lm
-        self.positions = nn.Embedding(positions, lm.backbone.d_model)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return self.lm.embedding
-
-    @property
-    def vocab(self) -> int:
-        return self.lm.vocab
-
-    def init_state(self, batch: int) -> PositionedState:
-        """The state before the first token of ``batch`` sequences."""
-        seen = torch.zeros(batch, dtype=torch.int64, device=self.positions.weight.device)
-        return PositionedState(seen, self.lm.init_state(batch))
-
-    def hidden(
-        self,
-        ids: Tensor,
-        state: PositionedState | None = None,
-        *,
-        mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, PositionedState | None]:
-        """What the head sees (B, L, D), and the state. Padding has no position; position_ids (B, L) name others.
-
-        Raises:
-            ValueError: where there are more tokens than positions.
-        """
-        real = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
-        counted = real.cumsum(1) + (0 if state is None else state.seen[:, None])
-        where = (counted - 1).clamp(min=0) if position_ids is None else position_ids
-        if where.max() >= (known := self.positions.num_embeddings):
-            raise ValueError(f"the model has max_position_embeddings = {known}; the sequence needs {where.max() + 1}")
-        x, after = self.lm.backbone(
-            self.lm.embedding(ids) + self.positions(where), None if state is None else state.backbone, mask=mask
-        )
-        return x, None if after is None else PositionedState(counted[:, -1], after)
-
-    def forward(
-        self,
-        ids: Tensor,
-        state: PositionedState | None = None,
-        *,
-        mask: Tensor | None = None,
-        last: bool = False,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, PositionedState | None]:
-        """See :class:`longwave.models.LM`."""
-        x, state = self.hidden(ids, state, mask=mask, position_ids=position_ids)
-        if last:
-            x = x[:, -1:] if mask is None else take_steps(x, last_real(mask)[:, None])
-        return self.lm.head(x), state
-
-
-def positioned_logits(model: PositionedLM, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """input_ids, position_ids (B, L) -> logits (B, L, V)."""
-    return model(input_ids, position_ids=position_ids)[0]
-
-
 class LMBackbone(Source):
     """The options of a model without a head, of layers that a subclass has; names start with ``backbone.``."""
 
@@ -176,14 +100,15 @@ class LMBackbone(Source):
         """Those of every depth."""
         raise NotImplementedError
 
-    def model(self) -> "LM | PositionedLM":
+    def model(self) -> LM:
         """The language model, freshly drawn."""
         expand = (self.d_inner or 4 * self.d_model) / self.d_model
         norm = partial(nn.LayerNorm, eps=self.layer_norm_epsilon)
-        backbone = Backbone([layer.mixer() for layer in self.layers()], norm, partial(MLP, expand=expand))
-        padded = -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
-        lm = LM(backbone, padded)
-        return PositionedLM(lm, self.max_position_embeddings) if self.max_position_embeddings > 0 else lm
+        known = self.max_position_embeddings
+        positions = LearnedPositions(self.d_model, known) if known else None
+        mixers = [layer.mixer() for layer in self.layers()]
+        backbone = Backbone(mixers, norm, partial(MLP, expand=expand), positions=positions)
+        return LM(backbone, -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple)
 
     def model_names(self) -> Names:
         """Of :meth:`model`; the head is the embedding."""
@@ -193,9 +118,7 @@ class LMBackbone(Source):
             table += inside(f"backbone.layers.{i}.", f"backbone.layers.{i}.", block)
         words = "backbone.embeddings.word_embeddings.weight"
         table += [Name("backbone.ln_f.", "backbone.norm."), Name(words, "embedding.weight"), Name(words, "head.weight")]
-        if not self.max_position_embeddings:
-            return table
-        return [*inside("", "lm.", table), Name("backbone.embeddings.position_embeddings.", "positions.")]
+        return [*table, Name("backbone.embeddings.position_embeddings.", "backbone.positions.")]
 
 
 def released(state: State) -> State:
@@ -226,8 +149,7 @@ class LMHeadModel(LMBackbone):
         return found
 
     def build(self) -> nn.Module:
-        positions = self.max_position_embeddings > 0  # else it does not look at them
-        return Call(self.model(), positioned_logits if positions else logits)
+        return Call(self.model(), positioned_logits if self.max_position_embeddings else logits)
 
     def names(self) -> Names:
         head = Alias("lm_head.weight", "backbone.embeddings.word_embeddings.weight")

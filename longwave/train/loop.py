@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from longwave.models.backbone import Block
+from longwave.models.backbone import Branches
 from longwave.models.runs import CONFIG, find, saved_steps, step_of
 from longwave.nn.module import whole
 from longwave.tasks.base import Errors, Score
@@ -137,7 +137,7 @@ def _leave() -> None:
 def _shard(objective: nn.Module, mesh: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    blocks = [module for module in objective.modules() if isinstance(module, Branches)]
     for module in [*blocks, objective]:
         # also the outermost: else its parameters stay whole after an evaluation, and are not those of the optimiser
         fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)
