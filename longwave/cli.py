@@ -1,7 +1,6 @@
 """The command line: train | eval | generate | distill | data | list | show | inspect | doctor | bench."""
 
 import codecs
-import importlib.util
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longwave import own
 from longwave.errors import clipped
 
 if TYPE_CHECKING:
@@ -37,7 +37,17 @@ Weights = Annotated[
 Trained = Annotated[
     Path, typer.Argument(help="A run (its best checkpoint is taken), one of its checkpoints, or a saved model.")
 ]
-Changes = Annotated[list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.")]
+
+
+def _allowed(value: str | list[str] | None) -> str | list[str] | None:
+    """What the caller wrote: files of classes that it names are allowed by that."""
+    own.trust_named([value] if isinstance(value, str) else value or [])
+    return value
+
+
+Changes = Annotated[
+    list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.", callback=_allowed)
+]
 
 
 @app.callback()
@@ -47,23 +57,11 @@ def trusted(
     ] = None,
 ) -> None:
     """What stands before every command."""
-    for i, file in enumerate(trust or []):
-        if not file.is_file():
-            raise ValueError(f"--trust {file}: there is no such file")
-        spec = importlib.util.spec_from_file_location(f"trusted_{i}_{file.stem}", file)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"--trust {file} is no Python file; name one that ends in .py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    for file in trust or []:
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[spec.name]  # it is there by half
-            lines = [
-                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin
-            ]
-            if isinstance(error, SyntaxError) and error.filename == spec.origin:
-                lines.append(error.lineno)
-            raise ValueError(f"--trust {file}, line {lines[-1]}: {type(error).__name__}: {error}") from error
+            own.trust(file)
+        except ValueError as error:
+            raise ValueError(f"--trust {error}") from error
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy of it, by typer's version
@@ -110,7 +108,9 @@ def main() -> None:
     "- `longwave train --resume runs/mine`"
 )
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe (longwave list) or a YAML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe (longwave list) or a YAML file.", callback=_allowed)
+    ] = None,
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run, or one of its checkpoints, to go on from.")] = None,
@@ -136,7 +136,7 @@ def train(
             raise ValueError("name a recipe (longwave list shows them) or a run by --resume")
         loaded = load_recipe(source, every)
         run = out or Path("runs") / Path(source).stem
-    go_on = f"longwave train --resume {shlex.quote(str(run))}"
+    go_on = f"{_again()} train --resume {shlex.quote(str(run))}"
     if loaded.keep_memory:
         keep_freed_memory()
     try:
@@ -265,7 +265,7 @@ def generate(
     print(decoder.decode(b"", final=True))
     if save_state is not None:
         models.save_state(save_state, tokens.held, model)
-        _note(f"state: {save_state}; go on with longwave generate {run} --from-state {save_state}")
+        _note(f"state: {save_state}; go on with {_again()} generate {run} --from-state {save_state}")
     seconds = time.monotonic() - start
     _note(f"\n{written} bytes in {seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} a second")
     if begin is not None and written > 1:
@@ -329,7 +329,10 @@ def data(
     "- `longwave list recipe`",
 )
 def list_(
-    name: Annotated[str | None, typer.Argument(help="A mixer, filter, task, model or `recipe`; default all.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A mixer, filter, task, model, `recipe` or FILE.py:CLASS; default all.", callback=_allowed),
+    ] = None,
 ) -> None:
     """List mixers, filters, tasks, models and recipes, or the options of one: types, limits, defaults, meaning."""
     from longwave.train.lookup import look_up, overview
@@ -368,8 +371,15 @@ def show(
     "- `longwave inspect runs/demo --out pictures/`"
 )
 def inspect(
-    what: Annotated[str, typer.Argument(help="A mixer (longwave list), a run, a checkpoint or a saved model.")],
-    changes: Annotated[list[str] | None, typer.Argument(help="Options of the mixer and d_model, key=value.")] = None,
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A mixer (longwave list, or FILE.py:CLASS), a run, a checkpoint or a saved model.", callback=_allowed
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Options of the mixer and d_model, key=value.", callback=_allowed)
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -389,7 +399,7 @@ def inspect(
         raise ValueError(f"--out {out}: a figure ends in {', '.join(plots.FORMATS)}, and a folder in none of it")
     path, made = Path(what), list(changes or [])
     title = " ".join([what, *made])
-    if what not in MIXERS and (path.exists() or len(path.parts) > 1):
+    if not MIXERS.find(what) and (path.exists() or len(path.parts) > 1):
         if made:
             raise ValueError(f"{what} is drawn as it was trained: leave out {' '.join(made)}")
         modules = list(inspection.time_layers(load_run(path, [])[1]))
@@ -479,6 +489,11 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+def _again() -> str:
+    """The program with what allows it to read what was made here."""
+    return "".join(["longwave", *(f" --trust {shlex.quote(str(file))}" for file in own.trusted())])
+
+
 def _is_main() -> bool:
     """Whether this is the process, among those of lightning-fabric, torchrun or SLURM, that talks."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -511,8 +526,9 @@ def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
             _note(f"  {name:36}{bits:.3f}")
     _note(f"run: {run}   loss plot: {run / 'loss.png'}")
     named, text = shlex.quote(str(run)), isinstance(recipe.task, Text)
-    _note(f'next: longwave generate {named} --prompt "The " --max-new 400' if text else f"next: longwave eval {named}")
-    _note(f"to train it on: longwave train --resume {named} steps={2 * recipe.steps}")
+    then = f'generate {named} --prompt "The " --max-new 400' if text else f"eval {named}"
+    _note(f"next: {_again()} {then}")
+    _note(f"to train it on: {_again()} train --resume {named} steps={2 * recipe.steps}")
     if text:
         _note_own_text()
 

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from torch import nn
 
 from longwave.errors import nearest, shown, unknown
+from longwave.own import Table
 
 MOST = {"d_state": 65536}  # of options that would else take all memory before anything could say so
 
@@ -100,7 +101,7 @@ class PartSpec(Spec):
         return "option"
 
 
-class Parts(dict[str, type[C]], Generic[C, P]):
+class Parts(Table[C], Generic[C, P]):
     """Classes by name, each with a spec whose fields are the arguments of its ``__init__``.
 
     A class that is entered later exists from then on for whatever reads specs by this table.
@@ -109,12 +110,19 @@ class Parts(dict[str, type[C]], Generic[C, P]):
         what: what the classes are, in an error.
         base: of their specs.
         given: the first arguments, which the owner of a part gives and which are no options.
-        classes: those that are known at the start.
+        classes, of: see :class:`longwave.own.Table`.
     """
 
-    def __init__(self, what: str, base: type[P], given: tuple[str, ...], classes: Mapping[str, type[C]] | None = None):
-        super().__init__(classes or {})
-        self.what, self.base, self.given = what, base, given
+    def __init__(
+        self,
+        what: str,
+        base: type[P],
+        given: tuple[str, ...],
+        classes: Mapping[str, type[C]] | None = None,
+        of: type | None = None,
+    ):
+        super().__init__(what, classes, of)
+        self.base, self.given = base, given
         self._specs: dict[str, type[P]] = {}
 
     def spec(self, name: str) -> type[P]:
@@ -179,14 +187,15 @@ def read_kind(what: str, known: Mapping[str, Any], spec: typing.Callable[[str], 
     if not isinstance(value, dict) or "kind" not in value:
         raise _fault("no_kind", f"say which {what} it is, by its name or as {{kind: ...}}; got {shown(value)}")
     kind = value["kind"]
+    if isinstance(kind, str) and isinstance(known, Table):
+        try:
+            found = known.find(kind)
+        except ValueError as error:
+            raise _fault("own", str(error)) from error
+        if not found and (why := known.missing(kind)) is not None:
+            raise _fault("own", why)
     if isinstance(kind, str) and kind in known:
         return spec(kind).model_validate(value)
-    if isinstance(kind, str) and (".py" in kind or "/" in kind):
-        raise _fault(
-            "file",
-            f"{shown(kind)} is a file, and a config runs no code: run it first, by longwave --trust FILE or by "
-            f"importing it, and name the {what} as its class does",
-        )
     raise _fault("unknown_kind", unknown(what, kind, known))
 
 

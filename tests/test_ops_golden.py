@@ -12,14 +12,6 @@ from longwave.ops import linear_attention, short_conv
 PIECES = Path(__file__).parent / "golden/pieces"
 
 
-def retention(q, k, v):
-    """(B, H, L, D), decays 1 - 2^(-5-h)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    decay = torch.log1p(-(2.0 ** (-5 - torch.arange(q.shape[2], dtype=q.dtype))))
-    y, _ = linear_attention(q * q.shape[3] ** -0.5, k, v, decay, backend="torch")
-    return {"y": y.transpose(1, 2)}
-
-
 def ssd_minimal(X, A, B, C, initial_states=None):
     state = None if initial_states is None else initial_states[:, 0].transpose(2, 3)
     y, state = linear_attention(C, B, X, A, state, backend="torch")
@@ -41,7 +33,6 @@ def causal_conv1d(x, weight, bias, initial_states=None, *, activation=None):
 
 
 RUNS = {
-    "retention_naive": retention,
     "ssd_minimal": ssd_minimal,
     "ssd_scan": ssd_scan,
     "causal_conv1d": causal_conv1d,

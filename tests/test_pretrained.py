@@ -169,7 +169,7 @@ def test_kernels(path):
 @torch.no_grad()
 def test_official_steps_against_our_state(path):
     case = load(path)
-    module, (x,) = case.module(), case.inputs(torch.float64).values()
+    module, (x, *_) = case.module(), case.inputs(torch.float64).values()
     for key, theirs in case.part("step.").items():
         prefill = int(key.partition("@prefill")[2] or case.config.get("prefill", 1))
         y = STEPS.get(case.system, model_steps)(case, module, x, prefill)
@@ -208,6 +208,16 @@ def rescaled_steps(case: Case, module, x: Tensor, prefill: int) -> Tensor:
     return model_steps(case, module, x, prefill)
 
 
+def retention_steps(case: Case, module, x: Tensor, prefill: int) -> Tensor:
+    """Three inputs with time on axis 2, and a state that is given."""
+    inputs = case.inputs(torch.float64)
+    state, ys = x.new_zeros(*x.shape[:2], x.shape[3], inputs["v"].shape[3]), []
+    for step in zip(*(t.split([prefill, *[1] * (t.shape[2] - prefill)], dim=2) for t in inputs.values())):
+        y, state = module(**dict(zip(inputs, step)), state=state).values()
+        ys.append(y)
+    return torch.cat(ys, dim=2)
+
+
 # How a system steps where it is not as ``model_steps`` does.
 STEPS = {
     "rwkv4_hf": rescaled_steps,
@@ -215,6 +225,7 @@ STEPS = {
     "s4d": conv_block_steps,
     "s4v3": conv_block_steps,
     "s5": s5_steps,
+    "retention_naive": retention_steps,
 }
 
 

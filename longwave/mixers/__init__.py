@@ -8,6 +8,7 @@ from longwave.mixers.butterfly_conv import ButterflyConv
 from longwave.mixers.ckconv import CKConv
 from longwave.mixers.conv import Conv
 from longwave.mixers.dss import DSS, DSSSoftmax
+from longwave.mixers.gla import GLA
 from longwave.mixers.gss import GSS
 from longwave.mixers.h3 import H3
 from longwave.mixers.hyena import Hyena, HyenaTwoSided, LaughingHyena
@@ -17,6 +18,7 @@ from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.positions import LearnedPositions, SinusoidalPositions
+from longwave.mixers.retnet import RetNet
 from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
@@ -26,6 +28,7 @@ from longwave.mixers.two_sided import TwoSided
 
 __all__ = [
     "DSS",
+    "GLA",
     "GSS",
     "H3",
     "LSTM",
@@ -54,6 +57,7 @@ __all__ = [
     "Mixer",
     "MixerSpec",
     "RWKV4Channel",
+    "RetNet",
     "S5TwoSided",
     "SinusoidalPositions",
     "State",

@@ -151,6 +151,9 @@ class Mixer(nn.Module, abc.ABC):
         return layout
 
 
+MIXERS.of = Mixer
+
+
 class WholeMixer(Mixer):
     """A mixer that looks ahead: it mixes whole sequences, so it has no state."""
 

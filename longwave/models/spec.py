@@ -30,7 +30,7 @@ class ChannelSpec(PartSpec):
 
 
 CHANNEL_MIXERS: Parts[nn.Module, ChannelSpec] = Parts(
-    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "mlp": MLP}
+    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "mlp": MLP}, of=nn.Module
 )
 AnyChannelMixer = Annotated[SerializeAsAny[ChannelSpec], BeforeValidator(CHANNEL_MIXERS.field)]
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +24,19 @@ class Hint:
 
     max_lr: float | None = None
     decay: bool = False
+
+
+class StaysWide(nn.Module):
+    """A module whose buffers stay in float32 where it becomes 16-bit: positions and angles, which would be noise."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StaysWide":
+        wide = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            now = self.get_buffer(name)
+            if now.dtype.itemsize < 4 <= before.dtype.itemsize and not before.is_meta:
+                setattr(self, name, before.to(now.device, torch.float32))
+        return self
 
 
 def optim_hints(model: nn.Module) -> dict[str, Hint]:

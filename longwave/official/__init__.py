@@ -17,6 +17,7 @@ from longwave.official import (
     m2,
     mamba,
     monarch,
+    retnet,
     rwkv4,
     s4,
     s4model,
@@ -36,7 +37,7 @@ from longwave.spec import explain
 
 _MODULES: Any = [
     s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
-    monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, transformer,
+    monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, retnet, transformer,
 ]  # fmt: skip
 SYSTEMS: dict[str, System] = {name: system for module in _MODULES for name, system in module.SYSTEMS.items()}
 
@@ -57,7 +58,8 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
             s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
             (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc (state-spaces/s4),
             monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv
-            (rjbruin/flexconv).
+            (rjbruin/flexconv), retnet_torchscale (microsoft/torchscale), retention_naive
+            (fla-org/flash-linear-attention).
         config: the official constructor's arguments by name, defaults left out or not; arguments of the run
             (L, rate, batch, ...) may be among them.
         state: the official ``state_dict()``; of Liquid-S4 also its attributes ``kernel.B``, ``C``, ``w``, ``log_dt``,

@@ -1,7 +1,7 @@
 """Data and how it is scored: each task is named by its `kind` and listed in TASKS."""
 
 from longwave.tasks.audio import Audio, AudioTokens
-from longwave.tasks.base import TASKS, Errors, Score, Task
+from longwave.tasks.base import EVAL, TASKS, TRAIN, Errors, Score, Task, random_stream
 from longwave.tasks.dna import DNA, DNALabels, Species
 from longwave.tasks.documents import DocumentPairs, Documents
 from longwave.tasks.forms import IGNORE, Batch, Future, Label, Pair, Row, Signal, Tokens, Values
@@ -14,8 +14,10 @@ from longwave.tasks.text import Corpus, MaskedText, Text
 
 __all__ = [
     "DNA",
+    "EVAL",
     "IGNORE",
     "TASKS",
+    "TRAIN",
     "AssociativeRecall",
     "Audio",
     "AudioTokens",
@@ -46,4 +48,5 @@ __all__ = [
     "Values",
     "mu_law_decode",
     "mu_law_encode",
+    "random_stream",
 ]

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, field_validator
 
+from longwave.own import Table
 from longwave.spec import Spec
-from longwave.tasks.forms import Batch, Inputs, Row, Targets, Tokens, collate
+from longwave.tasks.forms import Batch, Future, Inputs, Label, Pair, Row, Signal, Targets, Tokens, Values, collate
 
 TRAIN, EVAL, EPOCH, HIDE, TEST = range(5)  # the streams of random numbers, which share nothing
 _ROUNDS = 6  # of the shuffle
@@ -71,6 +72,9 @@ class Errors(NamedTuple):
     total: Any
 
 
+TASKS: Table["Task"] = Table("task")
+
+
 class opened(Generic[T]):
     """A property of a task that is found on disk: once for all tasks of the same options, and no part of any.
 
@@ -108,7 +112,9 @@ class Task(Spec):
     `longest`, `train_row`, `eval_row` and `eval_rows`; `targets` where they are not an id at every step.
     """
 
-    model_config = ConfigDict(use_attribute_docstrings=True, ignored_types=(opened,))
+    model_config = ConfigDict(
+        use_attribute_docstrings=True, ignored_types=(Tokens, Signal, Pair, Label, Values, Future, opened)
+    )
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)  # small options, each put through longwave/contract/tasks.py
     metric: ClassVar[str] = "loss"  # the name, among metrics(), of the number that says which checkpoint is best
@@ -215,4 +221,4 @@ class Task(Spec):
         return {"loss": loss, "mse": loss, "mae": score.absolute / score.total}
 
 
-TASKS: dict[str, type[Task]] = {}
+TASKS.of = Task

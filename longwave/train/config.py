@@ -21,6 +21,7 @@ from pydantic import (
 
 from longwave.errors import clipped, nearest, shown
 from longwave.models import ModelSpec
+from longwave.models.spec import MODELS
 from longwave.spec import Spec, explain, read_kind
 from longwave.tasks import TASKS, Task
 
@@ -193,7 +194,7 @@ def set_field(tree: dict, change: str) -> None:
     """Put a ``key=value`` change into a tree of dicts and lists, the value read as YAML.
 
     Another ``kind`` of a part, such as model.pattern.0.kind=mamba, starts with its own defaults; one of the model or
-    the task keeps the other fields, most of which it shares.
+    the task keeps the fields that it has too.
 
     Raises:
         ValueError: for a path that leads nowhere, or text that is not YAML.
@@ -217,10 +218,18 @@ def set_field(tree: dict, change: str) -> None:
                 value = yaml.load(text, Yaml)
             except yaml.YAMLError as error:
                 raise ValueError(f"{clipped(change)}: the value is not valid YAML") from error
-            if key == "kind" and len(parents) > 1 and node.get("kind") != value:
-                node.clear()
+            if key == "kind" and node.get("kind") != value:
+                for other in node.keys() - _fields_of(".".join(parents), value):
+                    del node[other]
             node[key] = value
             return
         child = node[key] if isinstance(node, list) else node.get(key, {})
         node[key] = {"kind": child} if isinstance(child, str) else child
         node = node[key]
+
+
+def _fields_of(where: str, kind: Any) -> set[str]:
+    """The fields that another kind of the model or of the task keeps."""
+    if where == "task" and isinstance(kind, str) and TASKS.find(kind):
+        return set(TASKS[kind].model_fields)
+    return set(MODELS[kind].model_fields) if where == "model" and kind in MODELS else set()

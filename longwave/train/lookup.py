@@ -20,6 +20,7 @@ from longwave.errors import unknown
 from longwave.mixers import MIXERS
 from longwave.models.spec import CHANNEL_MIXERS, MODELS
 from longwave.nn import FILTERS
+from longwave.own import Table, table_of
 from longwave.spec import Parts, PartSpec, Spec
 from longwave.tasks import TASKS
 from longwave.train.config import Recipe, recipe_names
@@ -31,12 +32,16 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "models": MODELS,
     "tasks": TASKS,
 }
+OWN: list[Table[Any]] = [MIXERS, FILTERS, TASKS, CHANNEL_MIXERS]  # to which classes of one's own are added
 LIMITS: dict[type, tuple[str, str]] = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 
 
 def overview() -> str:
     """Everything by name, with a line each."""
     lines = []
+    for own in OWN:
+        for name in own.points():
+            own.find(name)
     for title, table in TABLES.items():
         lines += [f"{title}:", *(f"  {name:20}  {about(cls)}" for name, cls in sorted(table.items()))]
     lines += ["recipes:", *(f"  {name:20}  {line}" for name, line in recipe_names().items())]
@@ -57,6 +62,8 @@ def look_up(name: str) -> str:
     Raises:
         ValueError: for a name that nothing has, with the nearest.
     """
+    if ":" in name:
+        table_of(name, OWN)
     found = [
         _page(f"{title[:-1]} {name}: {about(table[name])}", spec_of(table, name))
         for title, table in TABLES.items()

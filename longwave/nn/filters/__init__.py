@@ -43,6 +43,7 @@ FILTERS: Parts[Filter, FilterSpec] = Parts(
         "modal": ModalFilter,
         "shift": ShiftFilter,
     },
+    of=Filter,
 )
 AnyFilter = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(FILTERS.field)]  # an option of who takes any filter
 

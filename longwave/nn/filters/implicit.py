@@ -1,14 +1,13 @@
 """Hyena's implicit filter: a small network says what every tap is, from its position."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longwave.nn.filters.base import Filter, require_max_len
-from longwave.nn.module import widened
+from longwave.nn.module import StaysWide, widened
 from longwave.ops import without_autocast
 
 
@@ -41,10 +40,10 @@ class Sin(nn.Module):
         return torch.sin(self.freq * x)
 
 
-class PositionalFeatures(nn.Module):
+class PositionalFeatures(StaysWide):
     """z[t] = (t / (L - 1), Re e^(-i f w), Im e^(-i f w)),  w = 2 pi t / L,  for some frequencies f; (1, L, size).
 
-    They stay in float32 where a module becomes 16-bit: bfloat16 knows no more than 256 positions a half.
+    bfloat16 would know no more than 256 positions a half.
     """
 
     z: Tensor
@@ -67,13 +66,6 @@ class PositionalFeatures(nn.Module):
         f = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)
         self.t.copy_(t)
         self.z.copy_(torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], dim=1))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PositionalFeatures":
-        wide = self.z, self.t
-        super()._apply(fn, recurse)
-        if self.z.dtype.itemsize < 4 <= wide[0].dtype.itemsize and not wide[0].is_meta:
-            self.z, self.t = (buffer.to(self.z.device, torch.float32) for buffer in wide)
-        return self
 
 
 class Window(nn.Module):
