@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official import GOLDEN, error, golden, load
+from official import drawn as official_module
 
 from longwave.mixers import MIXERS
 from longwave.models import generate, save
 from longwave.models import load as load_model
 from longwave.official import SYSTEMS, from_official
 from longwave.official.mamba import Mamba2 as OfficialMamba2
+from longwave.official.source import under
 
 LMS = [path for path in GOLDEN if load(path).system in ("mamba_hf", "mamba2_hf", "mamba_ssm_lm")]
 
@@ -84,6 +86,43 @@ def test_published_models_are_ordinary_ones(path, tmp_path):
     ids = case.part("input.")["input_ids"]
     assert error(again(ids)[0], case.part("output64.")["logits"]) < 1e-9
     assert [len(row) for row in generate(again, ids[:, :1], 2, temperature=0)] == [2] * len(ids)
+
+
+def official_attention(p, x, H, J, P, turned):
+    """Of mamba_ssm/modules/mha.py: positions turn what has passed the convolution."""
+    L, K = x.shape[1], p["conv1d.weight"].shape[2]
+    qkv = F.linear(x, p["in_proj.weight"]).mT
+    qkv = F.conv1d(qkv, p["conv1d.weight"], p["conv1d.bias"], padding=K - 1, groups=qkv.shape[1])[..., :L].mT
+    q, k, v = qkv.unflatten(-1, (-1, P)).transpose(1, 2).split([H, J, J], dim=1)
+    angles = torch.outer(torch.arange(L, dtype=x.dtype), 10000 ** (-torch.arange(0, turned, 2, dtype=x.dtype) / turned))
+
+    def rotated(x):
+        a, b, rest = x.split([turned // 2, turned // 2, P - turned], dim=-1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos(), rest], dim=-1)
+
+    q, k, v = rotated(q), rotated(k).repeat_interleave(H // J, dim=1), v.repeat_interleave(H // J, dim=1)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.linear(y.transpose(1, 2).flatten(2), p["out_proj.weight"], p["out_proj.bias"])
+
+
+@torch.no_grad()
+def test_layers_of_attention():
+    """As in mamba2attn-2.7b, and grouped heads besides."""
+    sizes = {"num_heads": 4, "num_heads_kv": 2, "head_dim": 6, "rotary_emb_dim": 4, "d_conv": 4}
+    config = {
+        "d_model": 8,
+        "n_layer": 3,
+        "vocab_size": 11,
+        "attn_layer_idx": [1],
+        "attn_cfg": {"causal": True, "qkv_proj_bias": False, **sizes},
+        "ssm_cfg": {"layer": "Mamba2", "d_state": 4, "headdim": 4},
+    }
+    module, state = official_module("mamba_ssm_lm", config)
+    mixers = module.model.backbone.mixers
+    assert [m.name for m in mixers] == ["mamba2", "attention", "mamba2"]
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    exact = official_attention(under("backbone.layers.1.mixer.", state), x, 4, 2, 6, 4)
+    assert error(mixers[1](x)[0], exact) < 1e-12
 
 
 def _transformers(name, **options):

@@ -308,6 +308,12 @@ def block(**args) -> dict:
         ("mamba_ssm_lm__mamba1", {"ssm_cfg": {"d_stat": 4}}, "ssm_cfg: .*'d_stat' .*did you mean 'd_state'"),
         ("mamba_ssm_lm__mamba1", {"ssm_cfg": [4]}, r"\[4\] is no mapping"),
         ("mamba_ssm_lm__mamba2_mlp", {"ssm_cfg": {"layer": "Mamba2", "d_ssm": 20}}, "d_ssm = 20 is not carried over"),
+        ("mamba_ssm_lm__mamba1", {"attn_layer_idx": [0]}, "attn_cfg: the option '(num_heads|causal)' is missing"),
+        (
+            "mamba_ssm_lm__mamba1",
+            {"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2, "causal": False}},
+            "causal = False",
+        ),
         ("mamba_ssm_lm__mamba2_mlp", {"d_intermediate": 0}, "unexpected key"),
         ("mamba_ssm_lm__mamba2_mlp", {"pad_vocab_size_multiple": 1}, "has shape"),
         ("selective_scan__real_all", {"delta_softpus": True}, "'delta_softpus'"),

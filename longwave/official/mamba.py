@@ -120,6 +120,40 @@ class Mamba2(Source):
         )
 
 
+class MHA(Source):
+    """MHA of mamba_ssm."""
+
+    ignored = frozenset({"layer_idx", "device", "dtype"})
+    d_model: Size
+    num_heads: Size
+    num_heads_kv: Size | None = None
+    head_dim: Size | None = None
+    mlp_dim: Literal[0] = 0
+    qkv_proj_bias: Flag = True
+    out_proj_bias: Flag = True
+    softmax_scale: float | None = None
+    causal: Literal[True]
+    d_conv: Count = 0
+    rotary_emb_dim: Count = 0
+    rotary_emb_base: Positive = 10_000.0
+    rotary_emb_interleaved: Literal[False] = False
+
+    def mixer(self) -> MixerSpec:
+        """Its mixer as data."""
+        turned = {"kind": "rotary", "dim": self.rotary_emb_dim, "base": self.rotary_emb_base}
+        return mixer(
+            "attention",
+            heads=self.num_heads,
+            kv_heads=self.num_heads_kv,
+            head_dim=self.head_dim,
+            positions=turned if self.rotary_emb_dim else None,
+            bias=self.qkv_proj_bias,
+            out_bias=self.out_proj_bias,
+            d_conv=self.d_conv,
+            scale=self.softmax_scale,
+        )
+
+
 def _lm_names(embedding: str, layers: int, tied: bool) -> Names:
     """Of a language model of blocks around mixers."""
     head = "lm_head.weight"
@@ -128,6 +162,8 @@ def _lm_names(embedding: str, layers: int, tied: bool) -> Names:
         Name("norm2.", "norm2."),
         Name("mlp.fc1.weight", "channel.up.weight", SWAPPED),
         Name("mlp.fc2.weight", "channel.down.weight"),
+        Name("mixer.in_proj.", "mixer.Wqkv."),
+        Name("mixer.conv1d.", "mixer.dwconv_qkv."),
         Name("mixer.", "mixer."),
     ]
     return [
@@ -149,6 +185,8 @@ class MambaLMHeadModel(LMSource):
     n_layer: Size = 64
     vocab_size: Size = 50277
     ssm_cfg: Any = None
+    attn_layer_idx: Sequence[Count] | None = None
+    attn_cfg: Any = None
     norm_epsilon: Positive = 1e-5
     rms_norm: Flag = True
     pad_vocab_size_multiple: Size = 8
@@ -158,7 +196,7 @@ class MambaLMHeadModel(LMSource):
         hidden = -(-self.d_intermediate // 128) * 128
         return LMSpec(
             d_model=self.d_model,
-            pattern=[self._mixer()],
+            pattern=self._mixers(),
             layers=self.n_layer,
             channel=CHANNEL_MIXERS.make("swiglu", expand=hidden / self.d_model) if hidden else None,
             norm="rms" if self.rms_norm else "layer",
@@ -167,10 +205,14 @@ class MambaLMHeadModel(LMSource):
             tied=self.tie_embeddings,
         )
 
-    def _mixer(self) -> MixerSpec:
+    def _mixers(self) -> list[MixerSpec]:
         config = {} if self.ssm_cfg is None else mapping(self.ssm_cfg)
         kind = choose("layer in ssm_cfg", config.get("layer", "Mamba1"), {"Mamba1": Mamba1, "Mamba2": Mamba2})
-        return part("ssm_cfg", kind, config, d_model=self.d_model).mixer()
+        ssm = part("ssm_cfg", kind, config, d_model=self.d_model).mixer()
+        if not (places := self.attn_layer_idx):
+            return [ssm]
+        attention = part("attn_cfg", MHA, {} if self.attn_cfg is None else self.attn_cfg, d_model=self.d_model).mixer()
+        return [attention if i in places else ssm for i in range(self.n_layer)]
 
     def names(self) -> Names:
         return _lm_names("backbone.embedding", self.n_layer, self.tie_embeddings)
