@@ -157,6 +157,25 @@ def _retention_inputs(L: int) -> list[Tensor]:
     return [*(randn(1, L, H, 64) for _ in "qkv"), (-torch.rand(1, L, H) / 10).requires_grad_()]
 
 
+def _ssd_inputs(L: int) -> list[Tensor]:
+    H, P, N = 8, 64, 128
+    A = (-1 - 15 * torch.rand(H)).requires_grad_()
+    dt = (torch.rand(1, L, H) / 10).requires_grad_()
+    return [randn(1, L, H, P), dt, A, randn(1, L, 1, N), randn(1, L, 1, N), randn(H)]
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Mamba-2's recurrence with its step sizes and its skip."""
+    return ops.linear_attention(C, B, x * dt[..., None], dt * A)[0] + D[:, None] * x
+
+
+def transformers_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The same in the chunks of transformers' Mamba2Mixer."""
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D)
+
+
 def _head(form: str) -> Callable[[int], list[Any]]:
     """A head of 16,384 tokens on so many rows: as it is stored, and the same weights in float32."""
 
@@ -275,6 +294,16 @@ CASES = (
         (2048, 8192),
         targets={("both", "default"): 60, ("both", "tuned"): 40},
         target_from=8192,
+    ),
+    Case(
+        "linear_attention of mamba2",
+        "transformers' chunks",
+        _ssd_inputs,
+        ssd,
+        transformers_ssd,
+        (1024, 8192),
+        targets={("both", "default"): 5, ("both", "tuned"): 5},
+        note="products and sums: three a number of the state and step, and walk along time, of which there are four",
     ),
     Case(
         "attention",

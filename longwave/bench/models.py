@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from longwave.bench.ops import seconds
+from longwave.mixers import mixer
 from longwave.models import LMSpec
 from longwave.ops.dispatch import use_backend
 
@@ -41,6 +43,24 @@ def _transformers_mamba(L: int, d_model: int, layers: int) -> Callable[[], None]
     return _step(model, lambda ids: model(ids[:, :-1], labels=ids[:, :-1]).loss, L)
 
 
+def _layer(layer: Callable[[torch.Tensor], torch.Tensor], L: int, d_model: int) -> Callable[[], None]:
+    """Both passes of a layer on L steps."""
+    x, dy = torch.randn(1, L, d_model, requires_grad=True), torch.randn(1, L, d_model)
+    return lambda: layer(x).backward(dy)
+
+
+def _mamba2_layers(d_model: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], nn.Module]:
+    """Ours, and transformers' of the same sizes."""
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    ours = mixer("mamba2").build(d_model)
+    config = Mamba2Config(hidden_size=d_model, num_heads=d_model // 32, head_dim=64, n_groups=1, num_hidden_layers=1)
+    theirs = Mamba2Mixer(config, layer_idx=0)
+    theirs.load_state_dict(ours.state_dict())
+    return lambda x: ours(x)[0], theirs
+
+
 def _on(backend: str, run: Callable[[], None]) -> Callable[[], None]:
     def forced() -> None:
         with use_backend(backend):
@@ -50,7 +70,14 @@ def _on(backend: str, run: Callable[[], None]) -> Callable[[], None]:
 
 
 def _compare(
-    name: str, against: str, L: int, ours: Callable, theirs: Callable, target: float, n: int
+    name: str,
+    against: str,
+    L: int,
+    ours: Callable,
+    theirs: Callable,
+    target: float,
+    n: int,
+    mode: str = "training step",
 ) -> dict[str, Any]:
     for run in (ours, theirs):
         run()
@@ -60,7 +87,7 @@ def _compare(
         "op": name,
         "against": against,
         "L": L,
-        "mode": "training step",
+        "mode": mode,
         "malloc": "default",
         "threads": torch.get_num_threads(),
         "ms": round(a * 1e3, 2),
@@ -74,6 +101,7 @@ def _compare(
 
 PATTERNS: dict[str, Callable[[int], list[Any]]] = {
     "mamba": lambda L: ["mamba"],
+    "mamba2": lambda L: ["mamba2"],
     "hyena": lambda L: [{"kind": "hyena", "max_len": L}],
     "h3": lambda L: ["h3"],
     "s4d": lambda L: ["s4d"],
@@ -81,12 +109,15 @@ PATTERNS: dict[str, Callable[[int], list[Any]]] = {
 
 
 def bench_models(repeats: int) -> Iterator[dict[str, Any]]:
-    """Our Mamba beside transformers'; our Hyena and H3 beside themselves on plain torch; a token at 64k beside 1k."""
+    """Our Mamba, and a layer of Mamba-2, beside transformers'; our Hyena and H3 beside themselves on plain torch; a
+    token at 64k beside 1k."""
     for L in (1024, 8192):
         if importlib.util.find_spec("transformers") is not None:
             sides = [partial(make, L, 256, 4) for make in (partial(_ours, ["mamba"]), _transformers_mamba)]
             n = repeats if L == 1024 else 3
             yield _compare("mamba", "transformers", L, sides[0](), sides[1](), 10, n)
+            layers = [_layer(layer, L, 256) for layer in _mamba2_layers(256)]
+            yield _compare("mamba2", "transformers' layer", L, layers[0], layers[1], 5, n, "both")
         for name in ("hyena", "h3"):
             run = _ours(PATTERNS[name](L), L, 256, 4)
             yield _compare(name, "torch backend", L, run, _on("torch", run), 2, repeats)

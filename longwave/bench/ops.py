@@ -21,7 +21,7 @@ from longwave.errors import choose
 from longwave.train.memory import keep_freed_memory
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
-PACKAGES = {"mambapy pscan": "mambapy"}
+PACKAGES = {"mambapy pscan": "mambapy", "transformers' chunks": "transformers"}
 
 
 def why_not(case: Case) -> str | None:
