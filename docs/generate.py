@@ -1,5 +1,6 @@
-"""Rewrites the table of docs/mixers.md and draws docs/filters: ``python docs/generate.py [table]``."""
+"""Rewrites the tables of docs/mixers.md and README.md, and draws docs/filters: ``python docs/generate.py [table]``."""
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from longwave.ops import Op
 from longwave.plots import draw_figure
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "mixers.md"
+PAGE, README = DOCS / "mixers.md", DOCS.parent / "README.md"
+TOKENS = DOCS.parent / "benchmarks/results/generate.jsonl"
 START, END = "<!-- table: python docs/generate.py -->", "<!-- end of table -->"
 WIDTH = 64
 OPTIONS = {"bidirectional": {"inner": "s4d"}}  # what has no default, but for max_len = 1024
@@ -119,10 +121,28 @@ def table(page: str) -> str:
     return "\n".join(rows)
 
 
-def rewritten(page: str) -> str:
-    """The page with a new table."""
+def token_tables(lines: str) -> str:
+    """What a token costs, from the newest of the rows that ``longwave bench generate --save`` has written."""
+    found = {(row["op"], row["mode"], row["L"], row["threads"]): row for row in map(json.loads, lines.splitlines())}
+    short = {op: row for (op, mode, L, _), row in found.items() if (mode, L) == ("a token", 16)}
+    rows = ["| four layers of width 128, a token | behind 16 tokens | behind 1,000 | aimed for |", "|---|---|---|---|"]
+    for op, row in sorted(short.items(), key=lambda item: item[1]["ms"]):
+        long = found[op, "a token", 1000, row["threads"]]
+        rows.append(f"| `{op}` | {row['ms']:.2f} ms | {long['ms']:.2f} ms | {row['target']} |")
+    head = "| Mamba-130M | threads | a token | of `transformers` | times as fast | aimed for | beside |"
+    rows += ["", head, "|---|---|---|---|---|---|---|"]
+    for (op, mode, _, threads), row in found.items():
+        if "against" in row:
+            cells = [f"{op.split()[-1]}, {mode}", threads, f"{row['ms']:.1f} ms", f"{row['baseline_ms']:.1f} ms"]
+            cells += [f"{row['ratio']:.2f}x", f"{row['target']}x", row.get("note") or ""]
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
+
+
+def rewritten(page: str, text: str) -> str:
+    """The page with new tables."""
     before, _, rest = page.partition(START)
-    return f"{before}{START}\n{table(page)}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 def draw_all() -> None:
@@ -140,6 +160,7 @@ def draw_all() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["table"]):
         sys.exit("usage: python docs/generate.py [table]")
-    PAGE.write_text(rewritten(PAGE.read_text()))
+    PAGE.write_text(rewritten(PAGE.read_text(), table(PAGE.read_text())))
+    README.write_text(rewritten(README.read_text(), token_tables(TOKENS.read_text())))
     if not sys.argv[1:]:
         draw_all()

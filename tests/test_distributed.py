@@ -177,7 +177,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(recipe, start, tmp_path):
     os.kill(child, signal.SIGKILL)
     began = time.monotonic()
     err = finish(process, 2)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     said = [line for line in err.splitlines() if not re.match(r"step \d+", line)]
     assert said == [f"error: rank 1 was lost: killed by SIGKILL; go on with longwave train --resume '{run}'"]
 
@@ -229,7 +229,7 @@ def test_eval_takes_one_device_unless_told_and_prints_once(recipe, tmp_path):
     for arguments in ([], ["devices=2", "eval_batch=2"]):
         environment = {key: value for key, value in os.environ.items() if key not in LAUNCH}
         command = [sys.executable, *LONGWAVE, "eval", str(tmp_path / "run"), *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=True)
         results.append(run.stdout)
         assert run.stdout.count("loss") == 1
     assert results[0] == results[1]

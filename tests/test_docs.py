@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def test_recipes_are_whole_and_say_what_to_expect(name):
     assert "Source" in header
     recipe = load_recipe(name)
     assert yaml.safe_load(recipe.to_yaml())["steps"] == recipe.steps
+
+
+def test_readme_tells_what_was_measured_of_tokens():
+    """Its tables are those of the newest rows."""
+    page = (ROOT / "README.md").read_text()
+    made = runpy.run_path(str(ROOT / "docs/generate.py"))
+    assert made["rewritten"](page, made["token_tables"](made["TOKENS"].read_text())) == page
 
 
 def test_readme_lists_every_mixer_and_recipe():

@@ -3,6 +3,9 @@
 import copy
 import inspect
 import math
+import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from longwave.bench import memory as memory_module
 from longwave.bench.ops import peak
 from longwave.mixers import MIXERS, state_bytes
 from longwave.models import SashimiSpec
-from longwave.nn import FILTERS, StateSpaceFilter
+from longwave.nn import FILTERS, StateSpaceFilter, frozen
 from longwave.ops.dispatch import use_backend
 
 D = 8
@@ -163,3 +166,23 @@ def test_the_bench_tells_memory(monkeypatch):
     assert left_out["note"].startswith("left out: about")
     with pytest.raises(ValueError, match=r"no causal mixer is called 'two_sided'"):
         next(bench_memory(["two_sided"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@recurrent
+@torch.inference_mode()
+def test_a_million_tokens_leave_nothing_behind(build):
+    """Step by step: the state has one size, and the process does not grow."""
+    layer, x = make(build, torch.float32), noise(0, 64, torch.float32).unbind(1)
+    held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # noqa: E731
+    sizes, memory, state = [], [], layer.init_state(1)
+    with frozen(layer):
+        for count in (20_000, 1_000_000):
+            for i in range(count):
+                _, state = layer(x[i % 64][:, None], state)
+            sizes.append(state_bytes(state))
+            memory.append(held())
+    assert sizes[0] == sizes[1]
+    assert memory[1] - memory[0] < 2**20
