@@ -135,7 +135,9 @@ class Parts(Table[C], Generic[C, P]):
     def _made(self, name: str, source: type[C]) -> type[P]:
         fields: dict[str, Any] = {"kind": (typing.Literal[name], name)}
         for key, parameter in inspect.signature(source, eval_str=True).parameters.items():
-            if key not in self.given and (annotation := _as_data(parameter.annotation)) is not None:
+            if key in self.given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue  # the latter are those of a module without an __init__ of its own
+            if (annotation := _as_data(parameter.annotation)) is not None:
                 if key in MOST:
                     annotation = typing.Annotated[annotation, Field(le=MOST[key])]
                 fields[key] = (annotation, ... if parameter.default is parameter.empty else parameter.default)

@@ -37,7 +37,7 @@ FILTERS = {
     "hyena": lambda: HyenaFilter(6, 40, emb_dim=5, width=8),
     "taps": lambda: FreeFilter(6, 40, squash=0.001, smooth=Smooth(3)),
     "frequencies": lambda: FreeFilter(6, 40, squash=0.0001, smooth=SmoothFrequencies(5), decay=True),
-    "truncated": lambda: Truncated(S4DFilter(6, 8), 7),
+    "truncated": lambda: Truncated(6, S4DFilter(6, 8), 7),
 }
 
 

@@ -159,7 +159,7 @@ def test_official_options_that_are_refused(change, message):
 @torch.no_grad()
 def test_convolution_place_by_place(sizes, two_sided, ranks):
     rows = 3 * ranks * (2 if two_sided else 1)
-    filters = [Truncated(S4DFilter(rows, 4, dt_max=1.0), 3), *(S4DFilter(rows, 4, dt_max=1.0) for _ in sizes[1:])]
+    filters = [Truncated(rows, S4DFilter(rows, 4, dt_max=1.0), 3), *(S4DFilter(rows, 4, dt_max=1.0) for _ in sizes[1:])]
     conv = SeparableConv(filters, two_sided, ranks).double()
     u, skip = series(2, *sizes, 3), series(3)
     lags = []

@@ -17,6 +17,7 @@ from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
+from longwave.mixers.mega import Mega, MegaTwoSided
 from longwave.mixers.positions import LearnedPositions, SinusoidalPositions
 from longwave.mixers.retnet import RetNet
 from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
@@ -54,6 +55,8 @@ __all__ = [
     "LongConvMixer",
     "Mamba",
     "Mamba2",
+    "Mega",
+    "MegaTwoSided",
     "Mixer",
     "MixerSpec",
     "RWKV4Channel",

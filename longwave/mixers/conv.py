@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longwave.mixers.conv_layer import ConvLayer
 from longwave.mixers.states import Growing
-from longwave.nn import FILTERS, AnyFilter, OutputGLU, OutputLinear, init_conv_state
+from longwave.nn import FILTERS, AnyFilter, Filter, OutputGLU, OutputLinear, init_conv_state
 from longwave.spec import Parts, PartSpec
 
 
@@ -35,6 +35,11 @@ class ConvState(NamedTuple):
 
 class ConvPastState(NamedTuple):
     past: Growing  # (B, t, C) every input so far, of a filter without a state space or an end
+
+
+def conv_state(kernel: Filter) -> type[ConvState] | type[ConvPastState]:
+    """What holds the state of a filter."""
+    return ConvPastState if init_conv_state(kernel, 1).shape[1] == 0 else ConvState
 
 
 class Conv(ConvLayer, name="conv"):
@@ -67,4 +72,4 @@ class Conv(ConvLayer, name="conv"):
             raise ValueError(f"conv needs channels >= 1; got {channels}")
         kernel = FILTERS.read(filter).build(channels * d_model)
         super().__init__(d_model, kernel, OUTPUTS.read(output).build(channels * d_model, d_model))
-        self.State = ConvPastState if init_conv_state(kernel, 1).shape[1] == 0 else ConvState
+        self.State = conv_state(kernel)

@@ -2,6 +2,8 @@
 
 from typing import Annotated
 
+import torch
+import torch.nn.functional as F
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
@@ -37,6 +39,28 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(d_model, eps)
 
 
+class ScaleNorm(nn.Module):
+    """scalar x / sqrt(mean x^2 + eps) of the last axis, with one scalar for all features.
+
+    Source: Nguyen & Salazar (2019) "Transformers without Tears", arXiv:1910.05895, as Mega has it.
+
+    Args:
+        d_model: D, which does not matter.
+        eps: > 0, added to the mean square.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.scalar, self.eps = nn.Parameter(torch.ones(1)), eps
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scalar)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return self.scalar * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
 class NormSpec(PartSpec):
     """A norm as data."""
 
@@ -46,6 +70,6 @@ class NormSpec(PartSpec):
 
 
 NORMS: Parts[nn.Module, NormSpec] = Parts(
-    "norm", NormSpec, given=("d_model",), classes={"rms": RMSNorm, "layer": LayerNorm}
+    "norm", NormSpec, given=("d_model",), classes={"rms": RMSNorm, "layer": LayerNorm, "scale": ScaleNorm}
 )
 AnyNorm = Annotated[SerializeAsAny[NormSpec], BeforeValidator(NORMS.field)]

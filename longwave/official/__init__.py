@@ -16,6 +16,7 @@ from longwave.official import (
     hyenadna,
     m2,
     mamba,
+    mega,
     monarch,
     retnet,
     rwkv4,
@@ -37,7 +38,7 @@ from longwave.spec import explain
 
 _MODULES: Any = [
     s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
-    monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, retnet, transformer,
+    mega, monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, retnet, transformer,
 ]  # fmt: skip
 SYSTEMS: dict[str, System] = {name: system for module in _MODULES for name, system in module.SYSTEMS.items()}
 

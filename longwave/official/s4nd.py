@@ -83,7 +83,7 @@ class S4ND(Kernel):
         filters = []
         for axis in self.axes():
             filter = axis.filter(self.channels * self.trank * (2 if self.bidirectional else 1))
-            filters.append(filter if axis.support is None else Truncated(filter, axis.support))
+            filters.append(filter if axis.support is None else Truncated(filter.channels, filter, axis.support))
         conv = NDConv(SeparableConv(filters, self.bidirectional, ranks))
         linear = linear_activation(self.channels * H, H, self.final_act)  # there without an activation too
         out = nn.Identity() if self.linear else nn.Sequential(ELEMENTWISE[self.activation](), linear)

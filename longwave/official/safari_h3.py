@@ -54,9 +54,9 @@ class H3Layer(Source):
         model: Any = H3(self.d_model, N, self.head_dim, discretization=self.disc, systems=self.n_ssm)
         model.ssm_k_kernel = ShiftFilter(self.d_model, self.d_state)
         if self.l_max is not None:  # the authors truncate when they convolve, though not when they step
-            model.kernel = Truncated(model.kernel, self.l_max)
+            model.kernel = Truncated(model.kernel.channels, model.kernel, self.l_max)
             if self.l_max < self.d_state:
-                model.ssm_k_kernel = Truncated(model.ssm_k_kernel, self.l_max)
+                model.ssm_k_kernel = Truncated(self.d_model, model.ssm_k_kernel, self.l_max)
         return model
 
     def build(self) -> nn.Module:

@@ -1,10 +1,8 @@
 """Filters: the impulse responses that a long convolution is given."""
 
-from typing import Annotated
-
-from pydantic import BeforeValidator, SerializeAsAny
-
 from longwave.nn.filters.base import (
+    FILTERS,
+    AnyFilter,
     Filter,
     FilterSpec,
     Response,
@@ -19,18 +17,15 @@ from longwave.nn.filters.ckconv import CKConvFilter, FlexConvFilter
 from longwave.nn.filters.diagonal import S4DFilter
 from longwave.nn.filters.dplr import DenseStateSpace, DPLRFilter, DPLRStateSpace
 from longwave.nn.filters.dss import DSSFilter, DSSSoftmaxFilter
+from longwave.nn.filters.ema import EMAFilter
 from longwave.nn.filters.gss import GSSFilter, SharedStateSpace
 from longwave.nn.filters.implicit import HyenaFilter
 from longwave.nn.filters.modal import ModalFilter
 from longwave.nn.filters.shift import ShiftFilter
 from longwave.nn.filters.taps import FreeFilter, Smooth, SmoothFrequencies
-from longwave.spec import Parts
 
-FILTERS: Parts[Filter, FilterSpec] = Parts(
-    "filter",
-    FilterSpec,
-    given=("channels",),
-    classes={
+FILTERS.update(
+    {
         "s4d": S4DFilter,
         "dss": DSSFilter,
         "dss_softmax": DSSSoftmaxFilter,
@@ -42,10 +37,10 @@ FILTERS: Parts[Filter, FilterSpec] = Parts(
         "hyena": HyenaFilter,
         "modal": ModalFilter,
         "shift": ShiftFilter,
-    },
-    of=Filter,
+        "ema": EMAFilter,
+        "truncated": Truncated,
+    }
 )
-AnyFilter = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(FILTERS.field)]  # an option of who takes any filter
 
 __all__ = [
     "FILTERS",
@@ -56,6 +51,7 @@ __all__ = [
     "DSSFilter",
     "DSSSoftmaxFilter",
     "DenseStateSpace",
+    "EMAFilter",
     "Filter",
     "FilterSpec",
     "FlexConvFilter",

@@ -2,16 +2,17 @@
 
 import abc
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.nn.frozen import derived
 from longwave.nn.online_conv import Taps
 from longwave.nn.padding import last_steps
 from longwave.ops import opaque, state_space_step, vandermonde, vandermonde_transpose
-from longwave.spec import PartSpec
+from longwave.spec import Parts, PartSpec
 
 
 class Response(NamedTuple):
@@ -79,6 +80,10 @@ class FilterSpec(PartSpec):
     def build(self, channels: int, *more: Any) -> Filter:
         """The module, freshly drawn; ``more`` is what its owner gives besides."""
         return self._built(channels, *more)
+
+
+FILTERS: Parts[Filter, FilterSpec] = Parts("filter", FilterSpec, given=("channels",), of=Filter)
+AnyFilter = Annotated[SerializeAsAny[FilterSpec], BeforeValidator(FILTERS.field)]  # an option of who takes any filter
 
 
 def _like_power(a: Tensor, padding: Tensor | None, length: int) -> Tensor:
@@ -234,13 +239,22 @@ def shared_systems(channels: int, d_state: int, systems: int | None) -> int:
 
 
 class Truncated(Filter):
-    """The first ``support`` taps of another filter, zero after: what a fixed kernel length does to a longer input."""
+    """The first ``support`` taps of another filter, zero after: what a fixed kernel length does to a longer input.
 
-    def __init__(self, inner: Filter, support: int):
+    Args:
+        channels: C.
+        filter: whose taps, or the filter itself.
+        support: how many.
+    Raises:
+        ValueError: for support < 1, or where the filter refuses a value.
+    """
+
+    def __init__(self, channels: int, filter: Filter | AnyFilter = "ema", support: int = 128):  # type: ignore[assignment]
         super().__init__()
         if support < 1:
             raise ValueError(f"a truncated filter keeps at least 1 tap; got support = {support}")
-        self.inner, self.channels, self.support = inner, inner.channels, support
+        self.inner = filter if isinstance(filter, Filter) else FILTERS.read(filter).build(channels)
+        self.channels, self.support = channels, support
 
     def forward(self, length: int) -> Tensor:
         assert self.support is not None
