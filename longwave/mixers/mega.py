@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from longwave.mixers.base import Mixer, WholeMixer
 from longwave.mixers.conv import ConvPastState, ConvState, conv_state
 from longwave.mixers.states import Growing
-from longwave.nn import FILTERS, NORMS, AnyFilter, AnyNorm, Filter, LongConv, append_time, like_output
+from longwave.nn import FILTERS, NORMS, AnyFilter, AnyNorm, Filter, LongConv, append_time, like_output, longest
 from longwave.nn.filters.base import require_max_len
 from longwave.nn.frozen import derived, stands_still
 from longwave.nn.module import widened
@@ -100,6 +100,10 @@ class SimpleBias(DistanceBias):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.rel_pos_bias.normal_(std=0.02)
+
+    def longest(self) -> int:
+        """See :func:`longwave.nn.longest`."""
+        return self.max_len
 
     def row(self, past: int, ahead: int) -> Tensor:
         require_max_len("a simple bias", self.max_len, past + 1)
@@ -214,6 +218,11 @@ class MegaLayer(Mixer):
     def reset_parameters(self) -> None:
         self.gamma.normal_(std=0.02)
         self.beta.zero_()
+
+    def longest(self) -> int | None:
+        """See :func:`longwave.nn.longest`: with chunks a bias has no end."""
+        limits = [longest(self.move), longest(self.rel_pos_bias) if self.chunk is None else None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def gates(self, averaged: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the average (B, L, D) makes: update gate u, queries q, keys k, reset gate r, and what h is without
@@ -340,7 +349,9 @@ class Mega(MegaLayer, name="mega"):
         if self.chunk is None:
             return attended, kv, place
         kept = kv[:, L:]
-        return attended, kept if L == 1 else kept.clone(), place % self.chunk  # a copy: without the rest of the past
+        if L > 1:  # a copy, without the rest of the past, with the room that steps take
+            kept = append_time(kept[:, :0], kept, room=2 * self.chunk)
+        return attended, kept, place % self.chunk
 
 
 class BothWays(nn.Module):
