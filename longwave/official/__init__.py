@@ -55,8 +55,8 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
             s4kernel, s4dkernel, s4dmin, s4model (state-spaces/s4),
             s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf, mamba2_hf, rwkv4_hf, gpt2_hf, gptneox_hf,
             llama_hf (Hugging Face transformers), mamba_ssm_lm, selective_scan (state-spaces/mamba), rwkv4_blinkdl
-            (BlinkDL/RWKV-LM), mega_ema, mega_layer, mega_nffn, fbmega, fbmegaema (facebookresearch/mega), megaema, megablock
-            (state-spaces/s4), mega_hf (transformers), mega_lucidrains (lucidrains/Mega-pytorch),
+            (BlinkDL/RWKV-LM), mega_ema, mega_layer, mega_nffn, fbmega, fbmegaema (facebookresearch/mega), megaema,
+            megablock (state-spaces/s4), mega_hf (transformers), mega_lucidrains (lucidrains/Mega-pytorch),
             s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
             (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc (state-spaces/s4),
             monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv
