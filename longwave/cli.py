@@ -1,4 +1,4 @@
-"""The command line: train | eval | generate | distill | data | list | show | inspect | doctor | bench."""
+"""The command line: train | eval | generate | distill | data | list | show | inspect | check | doctor | bench."""
 
 import codecs
 import logging
@@ -458,6 +458,35 @@ def bench(
         path = benches.save(what, rows)
         plots = benches.plot(rows) if what == "ops" else []
         _note(f"{len(rows)} rows appended to {path}" + "".join(f"\n{plot}" for plot in plots))
+
+
+@app.command(
+    epilog="Examples:\n\n- `longwave check my_task.py:MyTask`\n\n- `longwave check my_task.py:MyTask length=20`\n\n"
+    "- `longwave check my_mixer.py:Foo d_state=4`\n\n- `longwave check mamba`"
+)
+def check(
+    what: Annotated[
+        str, typer.Argument(help="A task, a mixer or a filter: FILE.py:CLASS, or a name.", callback=_allowed)
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Its options, key=value; default its examples.", callback=_allowed)
+    ] = None,
+) -> None:
+    """Run the contract that every task and mixer keeps on a class of yours; a filter's is that of a mixer of it."""
+    from longwave.contract import checks
+    from longwave.train.config import set_field
+
+    options: dict[str, Any] = {}
+    for change in changes or []:
+        set_field(options, change)
+    broken = 0
+    for made, clause, fault in checks(what, options if changes else None):
+        broken += fault is not None
+        said = f"ok      {clause}" if fault is None else f"BROKEN  {clause}\n        {fault}"
+        print(f"{said}  {made or ''}".rstrip(), flush=True)
+    print("the contract is kept" if not broken else f"{broken} clauses are broken")
+    if broken:
+        raise typer.Exit(1)
 
 
 @app.command()

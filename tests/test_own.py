@@ -1,13 +1,17 @@
 """Classes of one's own run by path or entry point, and only where the caller says so."""
 
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from longwave import own
+from longwave import cli, own
+from longwave.contract import checks
+from longwave.contract import mixers as mixer_contract
+from longwave.contract.mixers import EVERY, STATES
 from longwave.mixers import MIXERS, mixer
 from longwave.models import ClassifierSpec, LMSpec, load, save
 from longwave.nn import FILTERS
@@ -193,3 +197,47 @@ def test_packages_bring_classes_by_entry_points(here, monkeypatch):
     ):
         mixer("acme:fop")
     sys.modules.pop("acme_models")
+
+
+def test_the_contract_runs_on_a_class_of_ones_own(here):
+    own.trust("my_task.py")
+    assert {(fault, str(options)) for options, _, fault in checks("my_task.py:Parity")} == {(None, "{}")}
+    (here / "wrong.py").write_text(
+        TASK.replace("random_stream(seed, TRAIN, number)", "random_stream(7, TRAIN, number)")
+    )
+    own.trust("wrong.py")
+    faults = {clause: fault for _, clause, fault in checks("wrong.py:Parity", {"length": 5}) if fault is not None}
+    assert faults == {"a_batch_depends_on_seed_and_number_alone": "batches of other seeds and numbers are the same"}
+
+
+LEAKY = """
+from longwave.mixers import LSTM
+
+class Leaky(LSTM):
+    "It sees the future."
+
+    examples = ({},)
+
+    def mix(self, x, state, padding):
+        y, state = super().mix(x, state, padding)
+        return y + x.mean(1, keepdim=True), state
+"""
+
+
+def test_the_command_line_says_which_clauses_are_broken(here, capsys, monkeypatch):
+    (here / "leaky.py").write_text(LEAKY)
+    own.trust("leaky.py")
+    for name in [name for name in EVERY if "gradients" in name or "compiles" in name or "export" in name]:
+        monkeypatch.delitem(EVERY, name)  # they take long
+    monkeypatch.setattr(
+        mixer_contract, "STATES", {"chunked_is_parallel-steps-grad": STATES["chunked_is_parallel-steps-grad"]}
+    )
+    monkeypatch.setattr(sys, "argv", ["longwave", "check", "leaky.py:Leaky"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out = capsys.readouterr().out
+    assert end.value.code == 1
+    assert "BROKEN  causal\n        not so: No output sees the future" in out
+    assert "BROKEN  chunked_is_parallel-steps-grad\n        Tensor-likes are not close!" in out
+    assert "ok      no_state_in_no_state_out\n" in out
+    assert re.search(r"^[2-9]\d* clauses are broken$", out, re.M)

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,16 @@ Clause = Callable[..., None]
 
 
 class Contract(dict[str, Clause]):
-    """Clauses by name. ``@contract.clause`` enters one; ``@contract.clause(place=PLACES)`` one for each value, by its
-    name, of a keyword argument."""
+    """Clauses by name. ``@contract.clause`` enters one; ``@contract.clause(place=["left", "right"])`` one for each
+    value of a keyword argument, and a mapping gives the values names."""
 
-    def clause(self, function: Clause | None = None, /, **values: Mapping[str, Any]) -> Any:
+    def clause(self, function: Clause | None = None, /, **values: Mapping[str, Any] | Sequence[Any]) -> Any:
         """Enter a function by its name."""
         if function is None:
             return partial(self.clause, **values)
-        for names in itertools.product(*values.values()):
-            given = {key: table[name] for (key, table), name in zip(values.items(), names)}
+        tables = [v if isinstance(v, Mapping) else {str(value): value for value in v} for v in values.values()]
+        for names in itertools.product(*tables):
+            given = {key: table[name] for key, table, name in zip(values, tables, names)}
             self["-".join([function.__name__, *names])] = partial(function, **given) if given else function
         return function
 
