@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -47,7 +47,10 @@ def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
 RELEASES = {"retnet_torchscale__pypi030": {"release": "0.3.0"}}  # which a file's config does not say
 
 
-def load(path: Path) -> Case:
+def load(path: Any) -> Case:
+    """The case of a file, or of what makes one."""
+    if not isinstance(path, Path):
+        return path.case()
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     return Case(metadata["system"], json.loads(metadata["config"]) | RELEASES.get(path.stem, {}), load_file(path))

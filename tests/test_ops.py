@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
@@ -198,6 +200,21 @@ def retention_bare(B, L, dtype):
     return [randn(B, L, 1, 2, dtype=dtype) for _ in "qkv"], {}
 
 
+def delta_rule(B, L, dtype):
+    k = F.normalize(torch.randn(B, L, 2, 3, dtype=dtype), dim=-1).requires_grad_()
+    decay = (-torch.rand(B, L, 4, dtype=dtype)).requires_grad_()
+    beta, state = torch.rand(B, L, 4, dtype=dtype, requires_grad=True), randn(B, 4, 3, 5, dtype=dtype)
+    return [randn(B, L, 2, 3, dtype=dtype), k, randn(B, L, 4, 5, dtype=dtype), decay, beta, state], {}
+
+
+def delta_rule_bare(B, L, dtype):
+    """Some steps forget all, some learn nothing."""
+    q, k, v, decay, beta, _ = delta_rule(B, L, dtype)[0]
+    often, never = torch.rand(2, B, L, 4) < 0.2
+    decay, beta = decay.detach().masked_fill(often, -math.inf), beta.detach().masked_fill(never, 0.0)
+    return [q, k, v, decay.requires_grad_(), beta.requires_grad_()], {}
+
+
 def average(B, L, dtype):
     state = torch.stack([torch.randn(B, 3), 0.5 + torch.rand(B, 3), torch.randn(B, 3)], dim=1).to(dtype)
     w = (-torch.rand(3, dtype=dtype)).requires_grad_()
@@ -309,6 +326,7 @@ INPUTS = {
     "vandermonde_transpose": [vander_transpose],
     "cauchy": [poles],
     "linear_attention": [retention, retention_constant, retention_channels, retention_bare],
+    "gated_delta_rule": [delta_rule, delta_rule_bare],
     "wkv": [average, average_fresh],
     "attention": [attend, attend_cached, attend_all, attend_near, attend_near_cached],
     "attention_step": [one_query, one_query_wide],

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from official import GOLDEN, Case, convolved, drawn, error, golden, load, named, series
 from torch import Tensor
+from transformers_layers import DRAWN
 
 from longwave.models.generate import generate
 from longwave.nn import weight_only
@@ -24,7 +25,7 @@ SOFTMAX_IN_FLOAT32 = {"fbmega__softmax_causal_step_L18", "fbmega__softmax_simple
 LANES = torch.backends.cpu.get_cpu_capability()
 TIME_FIRST = {"fbmega", "fbmegaema", "mega_ema", "mega_layer", "mega_nffn"}  # x (L, B, D)
 
-cases = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+cases = pytest.mark.parametrize("path", [*GOLDEN, *DRAWN], ids=lambda path: path.stem)
 
 
 @cases
@@ -347,10 +348,11 @@ def test_options_that_are_not_carried_over_are_named(path, change, word):
 ONE_OF_EACH = list(
     {(case.system, case.config.get("cls")): path for path in reversed(GOLDEN) for case in [load(path)]}.values()
 )
+ONE_OF_EACH += {drawn.system: drawn for drawn in DRAWN}.values()
 one_of_each = pytest.mark.parametrize("path", ONE_OF_EACH, ids=lambda path: path.stem)
 
 
-def test_every_system_has_a_file():
+def test_every_system_has_a_case():
     assert {load(path).system for path in ONE_OF_EACH} == SYSTEMS.keys()
 
 

@@ -8,18 +8,22 @@ from longwave.mixers.butterfly_conv import ButterflyConv
 from longwave.mixers.ckconv import CKConv
 from longwave.mixers.conv import Conv
 from longwave.mixers.dss import DSS, DSSSoftmax
+from longwave.mixers.gated_deltanet import GatedDeltaNet
 from longwave.mixers.gla import GLA
 from longwave.mixers.gss import GSS
 from longwave.mixers.h3 import H3
 from longwave.mixers.hyena import Hyena, HyenaTwoSided, LaughingHyena
+from longwave.mixers.lfm2_conv import LFM2Conv
 from longwave.mixers.liquid_s4 import LiquidS4
 from longwave.mixers.long_conv import LongConvMixer
 from longwave.mixers.lstm import LSTM
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.mega import Mega, MegaTwoSided
+from longwave.mixers.mlstm import MLSTM
 from longwave.mixers.positions import LearnedPositions, SinusoidalPositions
 from longwave.mixers.retnet import RetNet
+from longwave.mixers.rg_lru import RGLRU
 from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
@@ -34,6 +38,8 @@ __all__ = [
     "H3",
     "LSTM",
     "MIXERS",
+    "MLSTM",
+    "RGLRU",
     "RWKV4",
     "S4",
     "S4D",
@@ -46,9 +52,11 @@ __all__ = [
     "CKConv",
     "Conv",
     "DSSSoftmax",
+    "GatedDeltaNet",
     "Growing",
     "Hyena",
     "HyenaTwoSided",
+    "LFM2Conv",
     "LaughingHyena",
     "LearnedPositions",
     "LiquidS4",

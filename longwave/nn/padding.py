@@ -41,9 +41,10 @@ def is_real(length: int, padding: Tensor) -> Tensor:
     return torch.arange(length, device=padding.device) < (length - padding)[:, None]
 
 
-def silence(x: Tensor, padding: Tensor | None) -> Tensor:
-    """x (B, L, C) with zeros at padding, by selection: what is not finite there goes nowhere, nor do its gradients."""
-    return x if padding is None else x.masked_fill(~is_real(x.shape[1], padding)[..., None], 0)
+def silence(x: Tensor, padding: Tensor | None, value: float = 0.0) -> Tensor:
+    """x (B, L, C) with zeros, or the value, at padding, by selection: what is not finite there goes nowhere, nor do its
+    gradients."""
+    return x if padding is None else x.masked_fill(~is_real(x.shape[1], padding)[..., None], value)
 
 
 def last_steps(x: Tensor, padding: Tensor | None, count: int) -> Tensor:

@@ -7,6 +7,7 @@ from longwave.ops.cauchy import cauchy
 from longwave.ops.causal_conv import causal_conv
 from longwave.ops.dispatch import OPS, Op, at_least_float32, without_autocast
 from longwave.ops.dplr_step import dplr_step
+from longwave.ops.gated_delta_rule import gated_delta_rule
 from longwave.ops.linear_attention import linear_attention
 from longwave.ops.linear_scan import linear_scan
 from longwave.ops.monarch import blockdiag_multiply, monarch, monarch_project
@@ -32,6 +33,7 @@ __all__ = [
     "cauchy",
     "causal_conv",
     "dplr_step",
+    "gated_delta_rule",
     "linear_attention",
     "linear_scan",
     "monarch",

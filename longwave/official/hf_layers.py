@@ -1,0 +1,169 @@
+"""Layers of models of Hugging Face transformers (5.23): one mixer each, from the config of its whole model."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longwave.mixers import MLSTM, RGLRU, GatedDeltaNet, LFM2Conv
+from longwave.official.blocks import Call, mixed
+from longwave.official.source import Flag, Name, Names, Positive, Size, Source, System, Turn, inside
+
+OF_ANY_MODEL = frozenset({
+    "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
+    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "vocab_size",
+    "intermediate_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings", "initializer_range",
+    "use_cache", "tie_word_embeddings", "rope_parameters", "attention_bias", "attention_dropout", "head_dim",
+    "layer_types", "pad_token_id", "bos_token_id", "eos_token_id", "_name_or_path", "model_type", "output_attentions",
+})  # fmt: skip
+
+
+def _grouped(groups: int, sizes: Sequence[int]) -> Turn:
+    """Rows in groups, in each so many of one kind, then of the next <-> all of one kind, then all of the next."""
+
+    def ours(t: Tensor) -> Tensor:
+        return torch.cat([kind.flatten(0, 1) for kind in t.unflatten(0, (groups, -1)).split(list(sizes), 1)])
+
+    def official(t: Tensor) -> Tensor:
+        kinds = t.split([groups * size for size in sizes])
+        return torch.cat([kind.unflatten(0, (groups, -1)) for kind in kinds], 1).flatten(0, 1)
+
+    return Turn(ours, official)
+
+
+def _joined(sizes: Sequence[int]) -> Turn:
+    """Several maps of one input in one."""
+    return Turn(lambda t: t.split(list(sizes)), lambda *ts: torch.cat(ts))
+
+
+class Qwen3NextGatedDeltaNet(Source):
+    """Qwen3NextGatedDeltaNet."""
+
+    ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
+        "num_attention_heads", "decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size",
+        "num_experts_per_tok", "num_experts", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef",
+        "mlp_only_layers",
+    }  # fmt: skip
+    hidden_size: Size = 2048
+    linear_num_key_heads: Size = 16
+    linear_num_value_heads: Size = 32
+    linear_key_head_dim: Size = 128
+    linear_value_head_dim: Size = 128
+    linear_conv_kernel_dim: Size = 4
+    rms_norm_eps: Positive = 1e-6
+    hidden_act: Literal["silu", "swish"] = "silu"
+
+    def build(self) -> nn.Module:
+        mixer = GatedDeltaNet(
+            self.hidden_size,
+            self.linear_num_value_heads,
+            self.linear_num_key_heads,
+            self.linear_key_head_dim,
+            self.linear_value_head_dim,
+            self.linear_conv_kernel_dim,
+            self.rms_norm_eps,
+        )
+        return Call(mixer, mixed)
+
+    def names(self) -> Names:
+        G, N = self.linear_num_key_heads, self.linear_key_head_dim
+        heads = self.linear_num_value_heads // G
+        P = heads * self.linear_value_head_dim
+        qkvz, ba = "in_proj_qkvz.weight", "in_proj_ba.weight"
+        turned = [Name(qkvz, qkvz, _grouped(G, [N, N, P, P])), Name(ba, ba, _grouped(G, [heads, heads]))]
+        return inside("", "model.", [*turned, Name("", "")])
+
+
+class RecurrentGemmaRecurrentBlock(Source):
+    """RecurrentGemmaRecurrentBlock, its RecurrentGemmaRglru inside."""
+
+    ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
+        "attention_window_size", "logits_soft_cap", "rms_norm_eps", "block_types", "w_init_variance_scale",
+        "final_w_init_variance_scale",
+    }  # fmt: skip
+    hidden_size: Size = 2560
+    num_attention_heads: Size = 10
+    lru_width: Size | None = None
+    conv1d_width: Size = 4
+    hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+
+    def build(self) -> nn.Module:
+        return Call(RGLRU(self.hidden_size, self.lru_width, self.num_attention_heads, self.conv1d_width), mixed)
+
+    def names(self) -> Names:
+        transposed = Turn(lambda t: t.mT, lambda t: t.mT)
+        flat = Turn(lambda t: t.flatten(), lambda t: t.unflatten(0, (self.num_attention_heads, -1)))
+        gates = [
+            Name(f"rg_lru.{gate}_gate_{what}", f"{gate}_gate.{what}", turn)
+            for gate in ("input", "recurrent")
+            for what, turn in (("weight", transposed), ("bias", flat))
+        ]
+        return inside("", "model.", [*gates, Name("rg_lru.recurrent_param", "recurrent_param"), Name("", "")])
+
+
+class Lfm2ShortConv(Source):
+    """Lfm2ShortConv."""
+
+    ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
+        "num_attention_heads", "norm_eps", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
+        "full_attn_idxs",
+    }  # fmt: skip
+    hidden_size: Size = 2560
+    conv_L_cache: Size = 3
+    conv_bias: Flag = False
+
+    def build(self) -> nn.Module:
+        return Call(LFM2Conv(self.hidden_size, self.conv_L_cache, self.conv_bias), mixed)
+
+    def names(self) -> Names:
+        return [Name("", "model.")]
+
+
+class XLSTMLayer(Source):
+    """xLSTMLayer."""
+
+    ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
+        "embedding_dim", "num_blocks", "norm_reduction_force_float32", "add_out_norm", "chunkwise_kernel",
+        "sequence_kernel", "step_kernel", "mode", "chunk_size", "return_last_states", "autocast_kernel_dtype",
+        "inference_state_dtype", "ffn_proj_factor", "ffn_round_up_to_multiple_of", "output_logit_soft_cap",
+        "max_inference_chunksize",
+    }  # fmt: skip
+    hidden_size: Size = 4096
+    num_heads: Size = 8
+    use_bias: Flag = False
+    norm_eps: Positive = 1e-6
+    qk_dim_factor: Positive = 0.5
+    v_dim_factor: Positive = 1.0
+    eps: Positive = 1e-6
+    gate_soft_cap: Positive | None = 15.0
+    weight_mode: Literal["single", "fused"] = "single"
+
+    def widths(self) -> tuple[int, int]:
+        """Of all queries, and of all values."""
+        return int(self.hidden_size * self.qk_dim_factor), int(self.hidden_size * self.v_dim_factor)
+
+    def build(self) -> nn.Module:
+        bias, cap = self.use_bias, self.gate_soft_cap
+        mixer = MLSTM(self.hidden_size, self.num_heads, *self.widths(), bias, cap, self.norm_eps, self.eps)
+        return Call(mixer, mixed)
+
+    def names(self) -> Names:
+        (qk, v), table = self.widths(), []
+        if self.weight_mode == "fused":
+            parts = {"qkv_opreact": [qk, qk, v, v], "ifgate_preact": [self.num_heads] * 2}
+            ours = {"qkv_opreact": ["q", "k", "v", "ogate_preact"], "ifgate_preact": ["igate_preact", "fgate_preact"]}
+            table = [
+                Name(f"{name}.{what}", tuple(f"{part}.{what}" for part in ours[name]), _joined(sizes))
+                for name, sizes in parts.items()
+                for what in ("weight", "bias")
+            ]
+        return inside("", "model.", [*table, Name("", "")])
+
+
+SYSTEMS = {
+    "qwen3_next_gated_deltanet": System(Qwen3NextGatedDeltaNet),
+    "recurrent_gemma_block": System(RecurrentGemmaRecurrentBlock),
+    "lfm2_short_conv": System(Lfm2ShortConv),
+    "xlstm_layer": System(XLSTMLayer),
+}
