@@ -160,6 +160,14 @@ def test_mamba_decays_by_its_step_sizes():
     assert bank.response.eigenvalues.shape == (8, 2)
 
 
+def test_mamba2_decays_by_a_step_size_a_head():
+    layer = drawn("mamba2", {"head_dim": 4, "dt_low": 0.01}, 4)
+    (bank,) = inspect_layer(layer, 64).banks
+    dt = torch.nn.functional.softplus(layer.dt_bias).clamp(min=0.01).double().detach()
+    torch.testing.assert_close(bank.taps[:, 3], torch.exp(-3 * dt * layer.A_log.exp()).detach(), rtol=1e-4, atol=0)
+    assert bank.response.eigenvalues.shape == (2, 1)
+
+
 def test_layers_are_the_outermost_mixers():
     layer, filter = drawn("bidirectional", {"inner": "s4d"}, 4), ShiftFilter(2, 4)
     found = list(time_layers(torch.nn.ModuleList([torch.nn.Sequential(layer, torch.nn.Linear(4, 4)), filter])))

@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from longwave.mixers import mixer
 from longwave.models.spec import LMSpec
-from longwave.official.blocks import Call, logits
-from longwave.official.source import Alias, Count, Flag, Name, Names, Positive, Size, Source, System, Turn, inside
+from longwave.official.blocks import Call, LMSource, logits
+from longwave.official.source import (
+    HUGGING_FACE,
+    Alias,
+    Count,
+    Flag,
+    Name,
+    Names,
+    Positive,
+    Size,
+    Source,
+    System,
+    Turn,
+    inside,
+)
 
 BLINKDL = {"embedding": "emb.", "norm": "ln0.", "rwkv4": "att.", "rwkv4_channel": "ffn.", "k": "k", "v": "v", "r": "r"}
 HF = {"embedding": "embeddings.", "norm": "pre_ln.", "rwkv4": "attention.", "rwkv4_channel": "feed_forward."}
@@ -60,7 +73,7 @@ def table(layers: int, eps: float, prefix: str, words: dict[str, str]) -> Names:
     return names
 
 
-class BlinkDL(Source):
+class BlinkDL(LMSource):
     """GPT of RWKV-v4 and RWKV of RWKV-v4neo."""
 
     ignored = frozenset({"ctx_len", "tiny_att_layer"})
@@ -75,9 +88,8 @@ class BlinkDL(Source):
     tiny_att_dim: Literal[0] = 0
     my_pos_emb: Literal[0] = 0
 
-    def build(self) -> nn.Module:
-        spec = language_model(self.vocab_size, self.n_layer, self.n_embd, self.dim_att, self.dim_ffn, 1e-5)
-        return Call(spec.build(), logits)
+    def spec(self) -> LMSpec:
+        return language_model(self.vocab_size, self.n_layer, self.n_embd, self.dim_att, self.dim_ffn, 1e-5)
 
     def names(self) -> Names:
         return inside("", "model.", table(self.n_layer, 1e-5, "", BLINKDL))
@@ -86,10 +98,7 @@ class BlinkDL(Source):
 class RwkvForCausalLM(Source):
     """RwkvForCausalLM of transformers."""
 
-    ignored = frozenset(
-        {"context_length", "max_position_embeddings", "rescale_every", "use_cache", "bos_token_id", "eos_token_id"}
-        | {"pad_token_id", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version"}
-    )
+    ignored = HUGGING_FACE | {"context_length", "max_position_embeddings", "rescale_every"}
     optional = True
     vocab_size: Size = 50277
     hidden_size: Size = 4096
