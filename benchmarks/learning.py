@@ -1,5 +1,5 @@
-"""Trains every causal mixer by the recipes recall, induction and selective_copying and adds the results that are missing
-to benchmarks/results/learning.jsonl, from which docs/generate.py makes a table: ``python benchmarks/learning.py [mixer ...]``.
+"""Trains every causal mixer by the recipes recall, induction and selective_copying, for what is missing in
+benchmarks/results/learning.jsonl, of which docs/generate.py makes a table: ``python benchmarks/learning.py [mixer ...]``.
 """
 
 import json
@@ -27,7 +27,9 @@ def layer(name: str) -> str:
     needs = MIXERS.spec(name).model_fields
     length = {"max_len": LONGEST} if "max_len" in needs and needs["max_len"].is_required() else {}
     options = length | OPTIONS.get(name, {})
-    return name if not options else yaml.safe_dump({"kind": name, **options}, default_flow_style=True, width=1000).strip()
+    return (
+        name if not options else yaml.safe_dump({"kind": name, **options}, default_flow_style=True, width=1000).strip()
+    )
 
 
 def learn(recipe: str, name: str) -> dict:
@@ -36,12 +38,13 @@ def learn(recipe: str, name: str) -> dict:
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         train(load_recipe(recipe, [change]), Path(folder) / "run")
-        rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+        lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
+        accuracy = [row["accuracy"] for row in map(json.loads, lines) if "accuracy" in row]
     return {
         "recipe": recipe,
         "mixer": name,
         "change": change,
-        "accuracy": rows[-1]["accuracy"],
+        "accuracy": accuracy[-1],
         "minutes": round((time.process_time() - begun) / 60, 2),
         "torch": torch.__version__,
     }

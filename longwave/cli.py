@@ -1,4 +1,4 @@
-"""The command line: train | eval | generate | distill | data | list | show | inspect | check | doctor | bench."""
+"""The command line: train, eval, generate, distill, data, tokenize, list, show, inspect, check, doctor, bench."""
 
 import codecs
 import logging
@@ -321,6 +321,38 @@ def data(
         shown = bar.add_task(f"drawing {task}", total=sum(counts.values()))
         drawn.write(out, counts, jobs, lambda rows: bar.advance(shown, rows))
     _note(f"{sum(counts.values()):,} examples; train with task.kind={task} task.folder={out}")
+
+
+@app.command(
+    epilog="Examples:\n\n- `longwave tokenize books/ --out corpus --tokenizer 8192`\n\n"
+    "- `longwave tokenize web.jsonl wiki.parquet --out corpus --tokenizer gpt2/tokenizer.json --jobs 2`"
+)
+def tokenize(
+    files: Annotated[list[str], typer.Argument(help="Text files, .jsonl, .parquet, folders, datasets folders.")],
+    out: Annotated[Path, typer.Option(help="Folder to fill; parts of files that did not change stay.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="bytes; a tokenizer.json, or a folder with one; or how many ids are learned from the text."),
+    ] = "bytes",
+    field: Annotated[str, typer.Option(help="Of JSON lines and tables, where the text is.")] = "text",
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Threads.")] = 1,
+) -> None:
+    """Turn text into tokens once, for the task `tokens`; what is learned lies beside them as tokenizer.json."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from longwave.tasks import corpus
+
+    with Progress(console=Console(stderr=True)) as bar:
+        shown = bar.add_task("tokenizing", total=None)
+        chosen = int(tokenizer) if tokenizer.isdigit() else tokenizer
+        corpus.tokenize(files, out, chosen, field, jobs, lambda done, of: bar.update(shown, completed=done, total=of))
+    tokens = corpus.TokenFiles(out)
+    _note(
+        f"{len(tokens.ends):,} documents, {len(tokens):,} tokens of {tokens.vocab:,} ids, "
+        f"{tokens.bytes.sum() / max(1, len(tokens)):.2f} bytes a token; "
+        f"train with task.kind=tokens task.folders=[{out}]"
+    )
 
 
 @app.command(

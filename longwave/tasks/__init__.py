@@ -11,6 +11,7 @@ from longwave.tasks.mu_law import mu_law_decode, mu_law_encode
 from longwave.tasks.series import Forecast, SeriesLabels
 from longwave.tasks.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying
 from longwave.tasks.text import Corpus, MaskedText, Text
+from longwave.tasks.tokens import TokenizedText
 
 __all__ = [
     "DNA",
@@ -44,6 +45,7 @@ __all__ = [
     "Species",
     "Task",
     "Text",
+    "TokenizedText",
     "Tokens",
     "Values",
     "mu_law_decode",

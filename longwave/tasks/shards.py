@@ -61,7 +61,7 @@ def write(
                 )
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and was not made by longwave data; name another folder")
-    _replace(folder / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=1) + "\n"))
+    replace(folder / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=1) + "\n"))
 
     def one(split: str, start: int) -> int:
         numbers = range(start, min(start + ROWS, counts[split]))
@@ -76,7 +76,7 @@ def write(
             "ends": np.cumsum([len(one) for one in packed]),
             "labels": np.array([label for _, label in examples], np.int64),
         }
-        _replace(file, lambda file: save_file(tensors, file, {"sha256": _digest(tensors)}))
+        replace(file, lambda file: save_file(tensors, file, {"sha256": _digest(tensors)}))
         return len(numbers)
 
     todo = iter([(split, start) for split, count in counts.items() for start in range(0, count, ROWS)])
@@ -88,7 +88,7 @@ def write(
             running |= {pool.submit(one, *it) for it in islice(todo, len(done))}
 
 
-def _replace(file: Path, put: Callable[[Path], Any]) -> None:
+def replace(file: Path, put: Callable[[Path], Any]) -> None:
     """Write a file whole or not at all."""
     half = file.with_suffix(f".{os.getpid()}.half")
     try:
