@@ -116,11 +116,19 @@ class Mixer(nn.Module, abc.ABC):
             return self.mix(x, state, None)
         mask = as_mask(mask, x)
         order, back, padding = real_first(mask)
-        if not torch.compiler.is_compiling() and longest(self) is not None:  # a filter that ends: no step of it is lost
+        if not torch.compiler.is_compiling() and self._ends_within(x, state):
             idle = min(int(padding.min()), x.shape[1] - 1)  # at the end of all rows, which so are as long as they need
             order, back, padding = order[:, : x.shape[1] - idle], back.clamp(max=x.shape[1] - idle - 1), padding - idle
         y, state = self.mix(take_steps(zero_padding(x, mask), order), state, padding)
         return take_steps(y, back), state
+
+    def _ends_within(self, x: Tensor, state: Any) -> bool:
+        """Whether a filter ends before x does, with the steps before x that a state has."""
+        if (limit := longest(self)) is None:
+            return False
+        _, sizes = self._layout or self._lay_out()
+        behind = [t.shape[1] for t, size in zip(_tensors(state or ()), sizes) if len(size) > 1 and size[1] == 0]
+        return x.shape[1] + max(behind, default=0) > limit
 
     def _checked(self, state: Any, x: Tensor) -> Any:
         """The state, where it is of this layer and of the rows of x; one of inference mode as autograd needs it."""
