@@ -1,5 +1,6 @@
-"""Trains every causal mixer by the recipes recall, induction and selective_copying, for what is missing in
-benchmarks/results/learning.jsonl, of which docs/generate.py makes a table: ``python benchmarks/learning.py [mixer ...]``.
+"""Trains causal mixers, all or those that are named, by the recipes recall, induction and selective_copying.
+
+Results that are missing are added to benchmarks/results/learning.jsonl, of which docs/generate.py makes a table.
 """
 
 import json

@@ -219,18 +219,25 @@ def generate(
     from_state: Annotated[Path | None, typer.Option(help="Go on behind the text of a saved state.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state at the end, to go on from it.")] = None,
     weights: Weights = None,
+    out: Annotated[Path | None, typer.Option(help="Of a model of sound: the file to write, such as x.wav.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of sound, how long.")] = 1.0,
 ) -> None:
-    """Stream text from a trained byte-level model, through its recurrent state."""
+    """Stream text from a trained byte-level model, through its recurrent state; or write sound from one of sound."""
     from rich.console import Console
     from rich.progress import Progress
 
     from longwave import models
     from longwave.inspection import describe_states
     from longwave.models.generate import PREFILL_CHUNK
-    from longwave.tasks import Text
+    from longwave.tasks import AudioTokens, Text
     from longwave.train.runs import load_run
 
     recipe, model = load_run(run, [], weights)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    if recipe is not None and isinstance(recipe.task, AudioTokens):
+        return _generate_sound(recipe.task, model, out, seconds, options)
+    if out is not None:
+        raise ValueError(f"--out {out} is for models of sound; text goes to standard output")
     if recipe is not None and not isinstance(recipe.task, Text):
         raise ValueError(f"{run} was trained on {recipe.task.kind}; generate works on byte-level text models")
     if not isinstance(model, models.LM) or model.vocab != 256:
@@ -243,8 +250,7 @@ def generate(
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
     if stop == "":
         raise ValueError("--stop is empty: give a text to end after, or leave it out")
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    options |= {"repetition_penalty": repetition_penalty, "seed": seed, "stop": [list(stop.encode())] if stop else []}
+    options |= {"repetition_penalty": repetition_penalty, "stop": [list(stop.encode())] if stop else []}
     if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):
         raise ValueError(f"--save-state {save_state} is no file that can be written: its folder must exist")
     if from_state is not None:
@@ -266,12 +272,31 @@ def generate(
     if save_state is not None:
         models.save_state(save_state, tokens.held, model)
         _note(f"state: {save_state}; go on with {_again()} generate {run} --from-state {save_state}")
-    seconds = time.monotonic() - start
-    _note(f"\n{written} bytes in {seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} a second")
+    took = time.monotonic() - start
+    _note(f"\n{written} bytes in {took:.1f} s, {written / max(took, 1e-9):,.0f} a second")
     if begin is not None and written > 1:
         _note(describe_states(model.backbone.mixers, begin.layers, tokens.state.layers))
     _note(f"run: {run}")
     _note_own_text()
+
+
+def _generate_sound(task: Any, model: Any, out: Path | None, seconds: float, options: dict[str, Any]) -> None:
+    """Write what a model of sound makes of silence."""
+    from rich.progress import track
+
+    from longwave import models
+    from longwave.tasks import audio
+
+    if out is None:
+        raise ValueError("a model of sound writes a file: give --out x.wav")
+    audio.check_name(out)
+    count = round(seconds * task.rate)
+    if count < 1:
+        raise ValueError(f"--seconds {seconds:g} is no sample at {task.rate} a second; make it longer")
+    tokens = models.stream(model, [[task.levels // 2]], count, **options)
+    ids = [token for (token,) in track(tokens, "making sound", total=count) if token is not None]
+    task.save(ids, out)
+    _note(f"{len(ids):,} samples at {task.rate:,} a second: {out}")
 
 
 @app.command(epilog="Examples:\n\n- `longwave distill runs/mine --order 16 --out distilled`")

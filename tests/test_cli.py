@@ -582,3 +582,43 @@ def test_kills_at_any_moment_cost_at_most_the_steps_since_the_checkpoint(trained
     assert digests(run) == digests(tmp_path / "whole")
     assert numbers(run) == numbers(tmp_path / "whole")
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def sounds(folder, names=("x.wav",)):
+    import soundfile
+
+    x = [((i * 37) % 101 - 50) / 60 for i in range(600)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, x, 8000)
+    return folder
+
+
+def test_a_model_of_sound_writes_a_file(call, tmp_path):
+    import soundfile
+
+    task = {"kind": "audio_tokens", "files": [str(sounds(tmp_path / "in"))], "length": 64, "levels": 32}
+    recipe = {**TINY, "model": {"kind": "lm", "d_model": 8, "pattern": ["s4d"]}, "task": task, "steps": 2}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    run = tmp_path / "run"
+    assert call("train", tmp_path / "r.yaml", "--out", run)[0] == 0
+    out = tmp_path / "y.wav"
+    code, _, err = call("generate", run, "--out", out, "--seconds", "0.01", "--seed", "1")
+    assert (code, soundfile.info(out).frames, soundfile.info(out).samplerate) == (0, 80, 8000)
+    assert "80 samples at 8,000 a second" in err
+    assert call("generate", run)[2] == "error: a model of sound writes a file: give --out x.wav\n"
+    assert "must end in one of .wav" in call("generate", run, "--out", tmp_path / "y.txt")[2]
+    assert "is no sample at 8000 a second" in call("generate", run, "--out", out, "--seconds", "0")[2]
+
+
+def test_sound_at_another_rate_is_heard_at_it(tmp_path):
+    from longwave.train.runs import load_run
+
+    folder = sounds(tmp_path / "in", [f"{name}/{i}.wav" for name in ("a", "b") for i in range(6)])
+    task = {"kind": "audio", "folder": str(folder), "seconds": 0.01}
+    recipe = {**TINY, "model": {"kind": "classifier", "d_model": 8, "pattern": ["s4d"]}, "task": task, "steps": 1}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    train(load_recipe(tmp_path / "r.yaml"), tmp_path / "run")
+    for changes, rate in (([], 1.0), (["task.rate=4000"], 2.0), (["task.seconds=0.02"], 1.0)):
+        _, model = load_run(tmp_path / "run", changes)
+        assert [m.rate for m in model.modules() if hasattr(m, "rate")] == [rate]

@@ -46,12 +46,19 @@ def write(file: Path, x: np.ndarray, rate: int) -> None:
         ValueError: for a name whose ending is no format of sound.
         OSError: where it cannot be written.
     """
-    if file.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{file} must end in one of {', '.join(ENDINGS)}")
+    check_name(file)
     try:
         required("soundfile", "data").write(file, x, rate, subtype=None if file.suffix == ".ogg" else "PCM_16")
     except RuntimeError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
+
+
+def check_name(file: Path) -> None:
+    """Raises ValueError for a name whose ending is no format of sound, or that is in no folder."""
+    if file.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{file} must end in one of {', '.join(ENDINGS)}")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written: there is no folder {file.parent}")
 
 
 def _length(file: Path) -> tuple[int, int]:
