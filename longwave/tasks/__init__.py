@@ -7,6 +7,14 @@ from longwave.tasks.documents import DocumentPairs, Documents
 from longwave.tasks.forms import IGNORE, Batch, Future, Label, Pair, Row, Signal, Tokens, Values
 from longwave.tasks.images import Images
 from longwave.tasks.lra import ListOps, Pathfinder
+from longwave.tasks.mad import (
+    Copying,
+    FuzzyRecall,
+    InContextRecall,
+    Memorization,
+    MultiQueryRecall,
+    SpreadCopying,
+)
 from longwave.tasks.mu_law import mu_law_decode, mu_law_encode
 from longwave.tasks.series import Forecast, SeriesLabels
 from longwave.tasks.synthetic import AssociativeRecall, InductionHeads, SelectiveCopying
@@ -23,6 +31,7 @@ __all__ = [
     "Audio",
     "AudioTokens",
     "Batch",
+    "Copying",
     "Corpus",
     "DNALabels",
     "DocumentPairs",
@@ -30,11 +39,15 @@ __all__ = [
     "Errors",
     "Forecast",
     "Future",
+    "FuzzyRecall",
     "Images",
+    "InContextRecall",
     "InductionHeads",
     "Label",
     "ListOps",
     "MaskedText",
+    "Memorization",
+    "MultiQueryRecall",
     "Pair",
     "Pathfinder",
     "Row",
@@ -43,6 +56,7 @@ __all__ = [
     "SeriesLabels",
     "Signal",
     "Species",
+    "SpreadCopying",
     "Task",
     "Text",
     "TokenizedText",
