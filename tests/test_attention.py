@@ -13,7 +13,7 @@ from longwave.mixers import MIXERS, join, select, state_bytes
 from longwave.models import LMSpec, generate, load, save
 from longwave.nn import Rotary
 from longwave.official import SYSTEMS, from_official
-from longwave.ops import attention
+from longwave.ops import attention, attention_step
 
 
 def noise(*shape, seed=1):
@@ -276,3 +276,20 @@ def test_other_positions_are_refused():
     close(case.module()(ids, position_ids=places), case.module()(ids))
     with pytest.raises(ValueError, match=re.escape("position_ids other than 0, 1, 2, ... are not carried over")):
         case.module()(ids, position_ids=places + 1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_step_over_a_long_past_is_exact(threads):
+    """Over several blocks whose largest logits rise, of rows of different lengths, on threads that share a row."""
+    rng = torch.Generator().manual_seed(0)
+    q, past = torch.randn(1, 1, 8, 36, generator=rng), torch.randn(1, 1801, 8, 36, generator=rng)
+    past[:, :, :4] *= torch.linspace(-6, 6, 1801)[:, None, None]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for seen in (1801, 1800, 65, 64, 1):
+            y = attention_step(q, past, torch.tensor([seen]))
+            exact = attention_step(q.double(), past[:, -seen:].double(), torch.tensor([seen]))
+            torch.testing.assert_close(y.double(), exact, rtol=2e-5, atol=2e-5)
+    finally:
+        torch.set_num_threads(before)
