@@ -105,6 +105,7 @@ PATTERNS: dict[str, Callable[[int], list[Any]]] = {
     "hyena": lambda L: [{"kind": "hyena", "max_len": L}],
     "h3": lambda L: ["h3"],
     "s4d": lambda L: ["s4d"],
+    "mega": lambda L: ["mega"],
 }
 
 

@@ -26,7 +26,7 @@ from longwave.spec import Parts, PartSpec
 
 
 class Softmax(nn.Module):
-    """softmax_s(q . k[s] / sqrt(S) + bias) over the keys that are seen, or over all where none is."""
+    """softmax_s(q . k[s] / sqrt(S) + bias) over the keys that are seen."""
 
     def forward(self, q: Tensor, k: Tensor, bias: Tensor, seen: Tensor) -> Tensor:
         """How much a query takes of every key.
@@ -35,12 +35,12 @@ class Softmax(nn.Module):
             q: (..., L, S) queries.
             k: (..., T, S) keys.
             bias: (L, T).
-            seen: (..., L or 1, T) bool.
+            seen: (..., L or 1, T) bool, at least one in a row.
         Returns:
             (..., L, T).
         """
         logits = (q * q.shape[-1] ** -0.5) @ k.mT + bias
-        return logits.masked_fill(~seen & seen.any(-1, keepdim=True), float("-inf")).softmax(-1)
+        return logits.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
 class Laplace(nn.Module):
@@ -63,7 +63,7 @@ class Relu2(nn.Module):
 
 
 def _per_key(q: Tensor, k: Tensor, bias: Tensor, seen: Tensor) -> Tensor:
-    return q @ k.mT / seen.sum(-1, keepdim=True).clamp(min=1) + bias
+    return q @ k.mT / seen.sum(-1, keepdim=True) + bias
 
 
 class DistanceBias(nn.Module, abc.ABC):
@@ -76,6 +76,8 @@ class DistanceBias(nn.Module, abc.ABC):
     def forward(self, L: int, T: int, causal: bool) -> Tensor:
         """(L, T) for the last L of T steps and all of them; zero where a causal query does not look."""
         row = self.row(T - 1, 0 if causal else L - 1)
+        if L == 1:
+            return row[None]
         row = F.pad(row, (0, T + L - row.shape[0]))  # rows of one step less begin one step earlier each time
         return row.repeat(L)[L - 1 : -1].view(L, -1)[:, :T]
 
@@ -230,7 +232,7 @@ class MegaLayer(Mixer):
         D, (S, E) = self.d_model, self.widths
         u, zr, hx = self.mx_proj(self.activation(averaged)).split([D, S + E, D], dim=-1)
         z, r = F.silu(zr).split([S, E], dim=-1)
-        q, k = (torch.addcmul(beta, z, gamma) for gamma, beta in zip(self.gamma, self.beta))
+        q, k = torch.addcmul(self.beta, z[..., None, :], self.gamma).unbind(-2)
         return u, q, k, r, hx
 
     def update(self, x: Tensor, u: Tensor, r: Tensor, hx: Tensor, attended: Tensor) -> Tensor:
@@ -253,9 +255,10 @@ class MegaLayer(Mixer):
         return self.look_up(q, k, v, self.among(seen), self.rel_pos_bias(C, C, self.causal)).flatten(1, 2)[:, :L]
 
     def among(self, real: Tensor) -> Tensor:
-        """What queries see of the same steps, of which some are real, (..., T) -> (..., 1 or T, T)."""
+        """What queries see of the same steps, of which some are real, (..., T) -> (..., 1 or T, T); all of a chunk of
+        padding, which nobody asks about."""
         T = real.shape[-1]
-        return real.new_ones(T, T).tril() if self.causal else real[..., None, :]
+        return real.new_ones(T, T).tril() if self.causal else (real | ~real.any(-1, keepdim=True))[..., None, :]
 
 
 class MegaState(NamedTuple):
@@ -338,7 +341,9 @@ class Mega(MegaLayer, name="mega"):
         if self.chunk is None or L == 1:
             k, v = kv.to(q.dtype).split(self.widths, dim=-1)
             step = torch.arange(T, device=q.device)
-            seen = (step >= (t - place)[:, None, None]) & (step <= step[t:, None])
+            seen = step >= (t - place)[:, None, None]
+            if L > 1:
+                seen = seen & (step <= step[t:, None])
             attended = self.look_up(q, k, v, seen, self.rel_pos_bias(L, T, True))
         else:  # every row begins with its chunk; what stood before is behind it, where nobody sees it
             step = (torch.arange(T, device=q.device) + (t - place)[:, None]) % T
@@ -399,7 +404,6 @@ class MegaTwoSided(MegaLayer, WholeMixer, name="mega_two_sided"):
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"d_qk": 4, "chunk": 4, "attention": "relu2", "norm": "rms", "bias": {"kind": "simple", "max_len": 4},
          "filter": {"kind": "ema", "d_state": 3}, "ahead": {"kind": "ema", "d_state": 2}},
-        {"d_qk": 4, "chunk": None, "ahead": None},
     )  # fmt: skip
 
     def __init__(

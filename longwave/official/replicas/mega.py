@@ -11,8 +11,7 @@ class Float32Softmax(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, bias: Tensor, seen: Tensor) -> Tensor:
         """q (..., L, S), k (..., T, S) -> (..., L, T)."""
-        logits = (q * q.shape[-1] ** -0.5) @ k.mT + bias
-        logits = logits.masked_fill(~seen & seen.any(-1, keepdim=True), float("-inf"))
+        logits = ((q * q.shape[-1] ** -0.5) @ k.mT + bias).masked_fill(~seen, float("-inf"))
         return logits.softmax(-1, dtype=torch.float32).to(logits.dtype)
 
 
