@@ -15,6 +15,7 @@ import yaml
 from longwave.mixers import MIXERS
 from longwave.mixers.base import WholeMixer
 from longwave.train import load_recipe, train
+from longwave.train.monitor import read_metrics
 
 RESULTS = Path(__file__).parent / "results/learning.jsonl"
 RECIPES = ("recall", "induction", "selective_copying")
@@ -39,8 +40,7 @@ def learn(recipe: str, name: str) -> dict:
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         train(load_recipe(recipe, [change]), Path(folder) / "run")
-        lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
-        accuracy = [row["accuracy"] for row in map(json.loads, lines) if "accuracy" in row]
+        accuracy = [row["eval_accuracy"] for row in read_metrics(Path(folder) / "run") if "eval_accuracy" in row]
     return {
         "recipe": recipe,
         "mixer": name,
