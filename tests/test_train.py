@@ -981,3 +981,17 @@ def test_an_evaluation_that_fails_leaves_the_mode(tiny, training):
     with pytest.raises(ZeroDivisionError):
         evaluate(Fabric(accelerator="cpu", devices=1), objective, recipe.task, 4)
     assert all(module.training == training for module in objective.modules())
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path):
+    data = tmp_path / "in"
+    data.mkdir()
+    for name in ("a", "b"):
+        (data / f"{name}.txt").write_text(f"some text {name} " * 300)
+    changes = [f"task.files=[{data}]", "task.length=16", "batch=4", "steps=2", "threads=1", "eval_batch=8"]
+    changes += ["model={kind: lm, d_model: 8, pattern: [s4d]}", "task.held_out=0.05"]
+    train(load_recipe("demo", changes), tmp_path / "run")
+    train(load_recipe(tmp_path / "run/config.yaml", ["steps=3"]), tmp_path / "run", resume=tmp_path / "run")
+    (data / "b.txt").write_text("other text b " * 300)
+    with pytest.raises(ValueError, match=r"the data of .*run are not what they were when it began \(.*in\); put them"):
+        train(load_recipe(tmp_path / "run/config.yaml", ["steps=4"]), tmp_path / "run", resume=tmp_path / "run")

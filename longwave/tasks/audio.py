@@ -98,6 +98,11 @@ class Audio(Labelled, name="audio"):
     """Samples a second, to which files are resampled; None takes them as they are, all alike."""
 
     @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [self.folder]
+
+    @property
     def inputs(self) -> Inputs:
         """One sample a step."""
         return Signal(1)
@@ -178,6 +183,11 @@ class AudioTokens(Task, name="audio_tokens"):
 
     metric: ClassVar[str] = "bits_per_sample"
     asks_next: ClassVar[bool] = True
+
+    @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return self.files
 
     @property
     def inputs(self) -> Inputs:

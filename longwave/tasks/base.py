@@ -1,10 +1,12 @@
 """What a task is: rows that depend on nothing but their number, and the names of the numbers that judge a model."""
 
 import functools
+import hashlib
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +19,8 @@ from longwave.tasks.forms import Batch, Future, Inputs, Label, Pair, Row, Signal
 
 TRAIN, EVAL, EPOCH, HIDE, TEST = range(5)  # the streams of random numbers, which share nothing
 _ROUNDS = 6  # of the shuffle
+_END = 2**16  # bytes
+INDICES = (".fai", ".gzi")  # which are written beside data
 
 T = TypeVar("T")
 
@@ -73,6 +77,25 @@ class Errors(NamedTuple):
 
 
 TASKS: Table["Task"] = Table("task")
+
+
+def fingerprint(sources: Iterable[str]) -> str:
+    """A SHA-256 over the names and sizes of files, and those of folders, and over the two ends of each.
+
+    What is written over in the middle of a file of more than 128 kB, leaving its size, is not seen.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        path = Path(source).expanduser()
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and file.suffix not in INDICES:
+                size = file.stat().st_size
+                digest.update(f"{file.relative_to(path)} {size}\n".encode())
+                with file.open("rb") as opened_file:
+                    digest.update(opened_file.read(_END))
+                    opened_file.seek(max(_END, size - _END))
+                    digest.update(opened_file.read(_END))
+    return digest.hexdigest()
 
 
 class opened(Generic[T]):
@@ -160,6 +183,11 @@ class Task(Spec):
     @abstractmethod
     def longest(self) -> int:
         """Steps in the longest inputs there are, of training or of evaluation."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Files and folders that it reads; a run is not resumed when they have changed."""
+        return []
 
     @property
     def steps_per_second(self) -> float | None:

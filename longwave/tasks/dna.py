@@ -188,6 +188,11 @@ class DNA(Task, name="dna"):
     asks_next: ClassVar[bool] = True
 
     @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [*self.files, *([self.intervals] if self.intervals else [])]
+
+    @property
     def inputs(self) -> Inputs:
         """A C G T N."""
         return Tokens(len(LETTERS))
@@ -289,6 +294,11 @@ class DNALabels(Labelled, name="dna_labels"):
     """The file."""
 
     @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [self.table]
+
+    @property
     def inputs(self) -> Inputs:
         """A C G T N."""
         return Tokens(len(LETTERS))
@@ -358,6 +368,11 @@ class Species(Task, name="species"):
 
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+
+    @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [self.folder, *([self.test] if self.test else [])]
 
     @property
     def inputs(self) -> Inputs:

@@ -77,6 +77,11 @@ class Documents(Labelled, name="documents"):
     """Bytes of a text at most; what is longer is cut at its end."""
 
     @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [self.folder]
+
+    @property
     def inputs(self) -> Inputs:
         """One id a byte value."""
         return Tokens(256)
@@ -144,6 +149,11 @@ class DocumentPairs(Task, name="document_pairs"):
 
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+
+    @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [self.folder]
 
     @property
     def inputs(self) -> Inputs:

@@ -145,6 +145,11 @@ class Images(Labelled, name="images"):
     """Whether colours become grey."""
 
     @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [] if self.images == "digits" else [self.images]
+
+    @property
     def inputs(self) -> Inputs:
         """The channels of a step."""
         return Signal(self._first.shape[1])

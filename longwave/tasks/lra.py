@@ -56,6 +56,11 @@ class Drawn(Task):
     def row(self, example: Example) -> Row:
         """What a model is given of it."""
 
+    @property
+    def sources(self) -> list[str]:
+        """The folder."""
+        return [] if self.folder is None else [self.folder]
+
     def about(self) -> dict[str, Any]:
         """What its examples are."""
         return self.model_dump(mode="json", exclude=set(self.runs))

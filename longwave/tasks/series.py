@@ -173,6 +173,11 @@ class Forecast(Task, name="forecast"):
     metric: ClassVar[str] = "mse"
 
     @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [self.file]
+
+    @property
     def inputs(self) -> Inputs:
         """The columns and what stands beside them."""
         return Signal(self._series.inputs.shape[1])
@@ -289,6 +294,11 @@ class SeriesLabels(Labelled, name="series_labels"):
     """An .npz file, or a folder."""
     missing: Missing = "refuse"
     """What a missing value within a series is: an error, or the last value before it and a mark."""
+
+    @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return [self.series]
 
     @property
     def inputs(self) -> Inputs:

@@ -143,6 +143,11 @@ class Text(Task, name="text"):
         return self
 
     @property
+    def sources(self) -> list[str]:
+        """The files, without the books that come with longwave."""
+        return [name for name in self.files if not name.startswith("book:")]
+
+    @property
     def _stride(self) -> int:
         return self.stride or max(1, self.length // 2)
 
@@ -269,6 +274,11 @@ class MaskedText(Task, name="masked_text"):
 
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
+
+    @property
+    def sources(self) -> list[str]:
+        """The files, without the books that come with longwave."""
+        return [name for name in self.files if not name.startswith("book:")]
 
     @property
     def inputs(self) -> Tokens:

@@ -74,6 +74,11 @@ class TokenizedText(Task, name="tokens"):
         return self
 
     @property
+    def sources(self) -> list[str]:
+        """What it reads."""
+        return self.folders
+
+    @property
     def inputs(self) -> Inputs:
         """All ids, the end of a document among them."""
         return Tokens(self._corpora[0][0].vocab)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longwave.models.backbone import Branches
 from longwave.models.runs import CONFIG, find, saved_steps, step_of
 from longwave.nn.module import whole
-from longwave.tasks.base import Errors, Score
+from longwave.tasks.base import Errors, Score, fingerprint
 from longwave.tasks.forms import Batch, scored
 from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, write_text
 from longwave.train.config import Recipe, load_recipe
@@ -30,6 +30,7 @@ from longwave.train.size import check_size
 if TYPE_CHECKING:  # takes long to import, and only training needs it
     from lightning_fabric import Fabric
 
+DATA = "data.sha256"  # in a run: of what its task reads
 MAY_DIFFER = {
     "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep",
     "threads", "keep_memory", "accelerator", "devices", "nodes", "strategy", "accumulate",
@@ -270,6 +271,8 @@ def _start_monitor(recipe: Recipe, run: Path, start: int) -> Monitor:
     """Only now, when nothing objects, the run has a folder, and in it one for checkpoints: without it they are gone."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, recipe.to_yaml())
+    if recipe.task.sources:
+        write_text(run / DATA, fingerprint(recipe.task.sources) + "\n")
     return Monitor(run, recipe.steps, start, recipe.task.metric)
 
 
@@ -347,6 +350,11 @@ def _open_run(recipe: Recipe, run: Path, resume: str | Path | None) -> Path | No
                 f"{run} was made with another config: {first_difference(field, before[field], value)}; "
                 "resume it without that change"
             )
+    if (run / DATA).is_file() and (run / DATA).read_text().strip() != fingerprint(recipe.task.sources):
+        raise ValueError(
+            f"the data of {run} are not what they were when it began ({', '.join(recipe.task.sources)}); "
+            "put them back, or start another run by --out"
+        )
     if Path(resume) == run and not saved_steps(run):
         came, due = (
             max((line["step"] for line in read_metrics(run)), default=0),
