@@ -118,6 +118,11 @@ def test_a_misspelt_mixer_or_option_is_suggested():
         ("mamba2", {"head_dim": 3}, r"head_dim = 3 does not divide expand \* d_model = 16"),
         ("mamba2", {"d_state": 0}, r"mamba2 needs d_state >= 1; got 0"),
         ("mamba2", {"dt_low": 0.2, "dt_high": 0.1}, r"0 <= dt_low <= dt_high; got dt_low = 0.2, dt_high = 0.1"),
+        (
+            "mamba2",
+            {"skip": "heads"},
+            r"no kind of skip is called 'heads'; there are head, channel; did you mean 'head'",
+        ),
         ("mamba2", {"norm": "norm_gat"}, r"no gated norm is called 'norm_gat'; .*did you mean 'norm_gate'"),
         ("long_conv", {"max_len": 8, "channels": 0}, r"channels >= 1; got 0"),
         ("s4d", {"rate": 0.0}, r"> 0; got rate = 0.0"),

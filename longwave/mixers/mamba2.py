@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longwave.errors import choose
 from longwave.mixers.base import Mixer
 from longwave.nn import GATED_NORMS, AnyGatedNorm, Hint, Response, derived, slowest_modes
 from longwave.nn.module import draw_steps, step_range, widened
@@ -44,7 +45,7 @@ class Mamba2(Mixer, name="mamba2"):
         dt_low, dt_high: limits of the step sizes at any time; None is no upper one.
     Raises:
         ValueError: for an option below 1, head_dim that does not divide E, groups that do not divide the heads, unless
-            0 < dt_min <= dt_max and 0 <= dt_low <= dt_high, or for an unknown norm.
+            0 < dt_min <= dt_max and 0 <= dt_low <= dt_high, or for an unknown norm or skip.
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -92,7 +93,7 @@ class Mamba2(Mixer, name="mamba2"):
         self.conv1d = nn.Conv1d(mixed, mixed, d_conv, groups=mixed, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
-        self.D = nn.Parameter(torch.empty({"head": H, "channel": E}[skip]))
+        self.D = nn.Parameter(torch.empty(choose("kind of skip", skip, {"head": H, "channel": E})))
         self.norm = GATED_NORMS.read(norm).build(E, groups)
         self.out_proj = nn.Linear(E, d_model, bias=bias)
         self.reset_parameters()

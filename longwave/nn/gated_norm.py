@@ -11,16 +11,21 @@ from longwave.ops import rms_norm
 from longwave.spec import Parts, PartSpec
 
 
-class GroupNorm(nn.Module):
-    """weight y / sqrt(mean(y^2) + eps), the mean over each of G groups of neighbouring features.
+def gated(y: Tensor, z: Tensor) -> Tensor:
+    """y silu(z), in the dtype of y."""
+    return y * F.silu(z.to(y.dtype))
+
+
+class GroupedNorm(nn.Module):
+    """weight y / sqrt(mean(y^2) + eps), the mean over each of G groups of neighbouring features: what both norms are.
 
     Args:
         width: E.
         groups: G, divides E.
-        eps: > 0.
+        eps: > 0, added to the mean squares.
     """
 
-    def __init__(self, width: int, groups: int, eps: float):
+    def __init__(self, width: int, groups: int, eps: float = 1e-5):
         super().__init__()
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.empty(width))
@@ -37,7 +42,7 @@ class GroupNorm(nn.Module):
         return rms_norm(y.unflatten(-1, (self.groups, -1)), self.weight.view(self.groups, -1), self.eps).flatten(-2)
 
 
-class GateNorm(GroupNorm):
+class GateNorm(GroupedNorm):
     """norm(y silu(z)): gated first, then normed.
 
     Source: Dao & Gu (2024), arXiv:2405.21060, sec. 7.1, as in the authors' code.
@@ -47,15 +52,12 @@ class GateNorm(GroupNorm):
         eps: > 0, added to the mean squares.
     """
 
-    def __init__(self, width: int, groups: int, eps: float = 1e-5):
-        super().__init__(width, groups, eps)
-
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z (..., E) -> (..., E)."""
-        return self.normed(y * F.silu(z))
+        return self.normed(gated(y, z))
 
 
-class NormGate(GroupNorm):
+class NormGate(GroupedNorm):
     """norm(y) silu(z): normed first, then gated.
 
     Args:
@@ -63,12 +65,9 @@ class NormGate(GroupNorm):
         eps: > 0, added to the mean squares.
     """
 
-    def __init__(self, width: int, groups: int, eps: float = 1e-5):
-        super().__init__(width, groups, eps)
-
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z (..., E) -> (..., E)."""
-        return self.normed(y) * F.silu(z)
+        return gated(self.normed(y), z)
 
 
 class Gate(nn.Module):
@@ -83,7 +82,7 @@ class Gate(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z (..., E) -> (..., E)."""
-        return y * F.silu(z)
+        return gated(y, z)
 
 
 class GatedNormSpec(PartSpec):
