@@ -397,20 +397,41 @@ def list_(
     print(overview() if name is None else look_up(name))
 
 
-@app.command(epilog="Examples:\n\n- `longwave show demo`\n\n- `longwave show runs/demo`")
+@app.command(
+    epilog="Examples:\n\n- `longwave show demo`\n\n- `longwave show runs/demo`\n\n"
+    "- `longwave show listops --sample listops.png`\n\n- `longwave show pathfinder size=128 --sample path-x.png`"
+)
 def show(
-    what: Annotated[str, typer.Argument(help="A recipe or a run.")],
+    what: Annotated[
+        str, typer.Argument(help="A recipe or a run; or, with --sample, a task or FILE.py:CLASS.", callback=_allowed)
+    ],
     changes: Changes = None,
+    sample: Annotated[
+        Path | None, typer.Option(help="A file (.png, .svg, .pdf) for a picture of the task's first rows.")
+    ] = None,
 ) -> None:
-    """Show the resolved config, the parameters, and the bytes of state a layer keeps."""
+    """Show the resolved config, the parameters, and the bytes of state a layer keeps; or what a task asks, drawn."""
     from longwave.inspection import describe_growth
     from longwave.models import LM
     from longwave.models.runs import CONFIG
     from longwave.models.size import on_meta
-    from longwave.train.config import load_recipe
+    from longwave.plots import draw_sample
+    from longwave.tasks import TASKS
+    from longwave.train.config import load_recipe, read_task
     from longwave.train.loop import first_difference
 
     is_run = (Path(what) / CONFIG).is_file()
+    if sample is not None:
+        made = list(changes or [])
+        task = (
+            read_task(what, made)
+            if TASKS.find(what)
+            else load_recipe(Path(what) / CONFIG if is_run else what, made).task
+        )
+        task.prepare()
+        draw_sample(task, sample)
+        _note(f"drawn: {sample}")
+        return
     recipe = load_recipe(Path(what) / CONFIG if is_run else what, list(changes or []))
     if is_run and (of_run := load_recipe(Path(what) / CONFIG).model) != recipe.model:
         change = first_difference("model", of_run.model_dump(), recipe.model.model_dump())

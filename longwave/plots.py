@@ -1,4 +1,4 @@
-"""Layers drawn: filters in time and frequency, eigenvalues, effective memory."""
+"""Layers drawn: filters in time and frequency, eigenvalues, effective memory. And what a task asks."""
 
 import math
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from longwave.inspection import Bank, Layer
+from longwave.tasks.base import Task
+from longwave.tasks.forms import IGNORE, Batch, Future, Label, Tokens, Values
 
 SHOWN = 8  # channels
 BANDS = 6  # an octave, over which a spectrum is averaged
@@ -144,3 +146,75 @@ def _draw_eigenvalues(axis: Any, bank: Bank, colours: dict[int, Any]) -> None:
     axis.set(title="eigenvalues" + (", shared" if shared else ""), xlabel="Re a", ylabel="Im a", aspect="equal")
     axis.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
     axis.grid(alpha=0.3)
+
+
+def draw_sample(task: Task, file: Path, rows: int = 6) -> None:
+    """The first rows of a task's training as a person would want to see them: pictures, waves, or tokens over targets.
+
+    Args:
+        task: prepared.
+        file: ends in .png, .svg or .pdf.
+        rows: how many.
+    Raises:
+        ValueError: for another ending.
+        OSError: where the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    if file.suffix not in FORMATS:
+        raise ValueError(f"{file}: a picture ends in {', '.join(FORMATS)}")
+    batch = task.train_batch(rows, 0, 0)
+    columns = min(rows, 6) if task.grid else 1
+    high = 2.2 if task.grid else 1.2 if batch.inputs.is_floating_point() else 0.65
+    figure = Figure(figsize=(10, high * math.ceil(rows / columns) + 0.4), layout="constrained")
+    figure.suptitle(f"{task.kind}: {task.inputs} → {task.targets}", fontsize=10)
+    for row, axis in enumerate(figure.subplots(math.ceil(rows / columns), columns, squeeze=False).flat):
+        if task.grid is not None:
+            height, width = task.grid
+            picture = batch.inputs[row].reshape(height, width, -1)
+            picture = picture if picture.shape[2] == 3 else picture.mean(2, keepdim=True)
+            low, top = picture.min(), picture.max()
+            axis.imshow(((picture - low) / (top - low).clamp(min=1e-9)).squeeze(-1).numpy(), cmap="gray")
+            axis.axis("off")
+        elif batch.inputs.is_floating_point():
+            _draw_waves(axis, task, batch, row)
+        else:
+            _draw_tokens(axis, task, batch, row)
+        if isinstance(task.targets, Label):
+            axis.set_title(f"label {batch.targets[row].item()}", fontsize=8)
+        if isinstance(task.targets, Values):
+            axis.set_title(", ".join(f"{value:.3g}" for value in batch.targets[row].tolist()), fontsize=8)
+    figure.savefig(file, dpi=100)
+
+
+def _draw_waves(axis: Any, task: Task, batch: Batch, row: int) -> None:
+    """Inputs as lines, over their steps; the future that is asked for dashed."""
+    x = batch.inputs[row] if batch.mask is None else batch.inputs[row][batch.mask[row]]
+    x = x.flatten(0, -2)  # of a pair, one behind the other
+    axis.plot(x[:, :SHOWN].numpy(), linewidth=0.7)
+    if isinstance(task.targets, Future):
+        axis.set_prop_cycle(None)
+        steps = range(len(x) - task.targets.steps, len(x))
+        axis.plot(steps, batch.targets[row][:, :SHOWN].numpy(), "--", linewidth=1)
+    axis.margins(x=0)
+    axis.tick_params(labelsize=6)
+
+
+def _draw_tokens(axis: Any, task: Task, batch: Batch, row: int) -> None:
+    """A line of cells for each sequence and for targets at its steps; what they stand for is written where it fits."""
+    lines = [*batch.inputs[row].view(-1, batch.inputs.shape[-1])]
+    if isinstance(task.targets, Tokens):
+        lines.append(batch.targets[row])
+    cells = torch.stack(lines).double()
+    if batch.mask is not None:
+        cells[: len(lines) - isinstance(task.targets, Tokens)][~batch.mask[row].view(-1, cells.shape[1])] = math.nan
+    cells[cells == IGNORE] = math.nan
+    axis.imshow(cells.numpy(), aspect="auto", cmap="viridis", interpolation="nearest", alpha=0.6)
+    axis.set_yticks(range(len(lines)), ["inputs"] * (len(lines) - 1) + ["targets"] if len(lines) > 1 else ["inputs"])
+    axis.tick_params(labelsize=6)
+    if cells.shape[1] <= 128:
+        for y, line in enumerate(cells.tolist()):
+            for step, token in enumerate(line):
+                if not math.isnan(token):
+                    name = str(int(token)) if task.names is None else task.names[int(token)]
+                    axis.text(step, y, name, ha="center", va="center", fontsize=4 if len(line) > 64 else 6)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from longwave.contract.tasks import CONTRACT
 from longwave.models import ClassifierSpec, ForecasterSpec, LMSpec, MaskedLMSpec, PairClassifierSpec, RegressorSpec
@@ -110,6 +111,16 @@ TASKS = [Waves(), Level(), Next(), Alike(), Ragged()]
 @pytest.mark.parametrize("clause", CONTRACT)
 def test_contract(clause, task):
     CONTRACT[clause](task)
+
+
+@pytest.mark.parametrize("task", [*TASKS, Text(length=50), Images()], ids=lambda task: type(task).__name__)
+def test_every_kind_of_rows_is_drawn(task, tmp_path):
+    draw_sample(task, tmp_path / "rows.png", rows=3)
+    with Image.open(tmp_path / "rows.png") as picture:
+        assert picture.width == 1000
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
+    with pytest.raises(ValueError, match=r"rows.bmp: a picture ends in .png, .svg, .pdf"):
+        draw_sample(task, tmp_path / "rows.bmp")
 
 
 class Forgetful(Waves):

@@ -133,6 +133,9 @@ def test_the_command_line_allows_what_it_names(here):
     assert "allow it by longwave --trust my_task.py" in refused.stderr
     assert longwave("--trust", "my_task.py", "eval", "run").returncode == 0
     assert (here / "ran").read_text() == "xx"
+    drawn = longwave("show", "my_task.py:Parity", "length=5", "--sample", "rows.png")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (here / "rows.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -192,6 +192,16 @@ class Task(Spec):
     @property
     def steps_per_second(self) -> float | None:
         """Where steps are taken in time: a model that was trained at others has its rate set to hear them."""
+        return None
+
+    @property
+    def names(self) -> Sequence[str] | None:
+        """What token ids stand for, where a person reads them; None shows numbers."""
+        return None
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Height and width, where the steps of a row are the pixels of a picture, line by line."""
         return None
 
     def prepare(self) -> None:

@@ -198,6 +198,11 @@ class DNA(Task, name="dna"):
         return Tokens(len(LETTERS))
 
     @property
+    def names(self) -> str:
+        """The letters."""
+        return LETTERS
+
+    @property
     def longest(self) -> int:
         """A window."""
         return self.length
@@ -303,6 +308,11 @@ class DNALabels(Labelled, name="dna_labels"):
         """A C G T N."""
         return Tokens(len(LETTERS))
 
+    @property
+    def names(self) -> str:
+        """The letters."""
+        return LETTERS
+
     @opened
     def longest(self) -> int:
         """Bases of the longest sequence."""
@@ -378,6 +388,11 @@ class Species(Task, name="species"):
     def inputs(self) -> Inputs:
         """A C G T N."""
         return Tokens(len(LETTERS))
+
+    @property
+    def names(self) -> str:
+        """The letters."""
+        return LETTERS
 
     @property
     def targets(self) -> Label:

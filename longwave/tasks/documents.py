@@ -9,7 +9,7 @@ from pydantic import Field
 
 from longwave.errors import shown
 from longwave.tasks.base import Task, opened, shuffled
-from longwave.tasks.forms import Inputs, Label, Pair, Row, Tokens
+from longwave.tasks.forms import CHARACTERS, Inputs, Label, Pair, Row, Tokens
 from longwave.tasks.labelled import HeldOut, Labelled, Sets, by_class, existing_folder
 
 IMDB = "the Long Range Arena's are the reviews of aclImdb_v1.tar.gz, at ai.stanford.edu/~amaas/data/sentiment"
@@ -87,6 +87,11 @@ class Documents(Labelled, name="documents"):
         return Tokens(256)
 
     @property
+    def names(self) -> list[str]:
+        """The characters of ASCII."""
+        return CHARACTERS
+
+    @property
     def longest(self) -> int:
         """A text of the full length."""
         return self.length
@@ -159,6 +164,11 @@ class DocumentPairs(Task, name="document_pairs"):
     def inputs(self) -> Inputs:
         """Two texts of bytes."""
         return Pair(Tokens(256))
+
+    @property
+    def names(self) -> list[str]:
+        """The characters of ASCII."""
+        return CHARACTERS
 
     @property
     def targets(self) -> Label:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+CHARACTERS = [chr(i) if 32 < i < 127 else "␣" if i == 32 else "·" for i in range(257)]  # of bytes, as they are drawn
 IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
 
 

@@ -187,6 +187,12 @@ class Images(Labelled, name="images"):
         pixels = source.reshape(*source.shape[:2], -1)
         return (pixels @ GREY)[..., None] if self.grey and pixels.shape[2] == 3 else pixels
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Of a picture whose pixels stand in their order."""
+        height, width = self.picture(self._sets.train[0]).shape[:2]
+        return (height, width) if self.order in ("pixels", "rows") else None
+
     def row(self, item: tuple[np.ndarray | Path, int]) -> Row:
         """Its steps and its class."""
         steps = self._steps(item)

@@ -137,6 +137,11 @@ class ListOps(Drawn, name="listops"):
         return Tokens(len(SYMBOLS))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The symbols."""
+        return SYMBOLS
+
+    @property
     def targets(self) -> Label:
         """The value."""
         return Label(10)
@@ -181,6 +186,11 @@ class Pathfinder(Drawn, name="pathfinder"):
     def inputs(self) -> Inputs:
         """Grey."""
         return Signal(1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Of a picture."""
+        return self.size, self.size
 
     @property
     def targets(self) -> Label:

@@ -135,6 +135,11 @@ class _NextToken(Synthetic):
         return sorted([".", "=>", *map(str, range(self.vocab_size - 2))])
 
     @property
+    def names(self) -> list[str]:
+        """See :meth:`tokens`."""
+        return self.tokens()
+
+    @property
     @abstractmethod
     def _answers(self) -> int:
         """How many positions at the end of a sequence evaluation scores."""

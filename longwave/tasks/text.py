@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from longwave.errors import choose, shown
 from longwave.tasks.base import EVAL, HIDE, TRAIN, Errors, Score, Task, random_stream
-from longwave.tasks.forms import IGNORE, Row, Tokens, next_token
+from longwave.tasks.forms import CHARACTERS, IGNORE, Row, Tokens, next_token
 
 BOOKS = Path(__file__).with_name("books")
 _CHUNK = 2**20  # bytes given to a compressor at a time
@@ -157,6 +157,11 @@ class Text(Task, name="text"):
         return Tokens(256)
 
     @property
+    def names(self) -> list[str]:
+        """The characters of ASCII."""
+        return CHARACTERS
+
+    @property
     def longest(self) -> int:
         """A window."""
         return self.length
@@ -284,6 +289,11 @@ class MaskedText(Task, name="masked_text"):
     def inputs(self) -> Tokens:
         """One id a byte value, and one that hides."""
         return Tokens(257)
+
+    @property
+    def names(self) -> list[str]:
+        """The characters of ASCII."""
+        return CHARACTERS
 
     @property
     def longest(self) -> int:
