@@ -422,12 +422,8 @@ def show(
 
     is_run = (Path(what) / CONFIG).is_file()
     if sample is not None:
-        made = list(changes or [])
-        task = (
-            read_task(what, made)
-            if TASKS.find(what)
-            else load_recipe(Path(what) / CONFIG if is_run else what, made).task
-        )
+        made, source = list(changes or []), Path(what) / CONFIG if is_run else what
+        task = read_task(what, made) if TASKS.find(what) else load_recipe(source, made).task
         task.prepare()
         draw_sample(task, sample)
         _note(f"drawn: {sample}")

@@ -11,11 +11,13 @@ from PIL import Image
 
 from longwave.contract.tasks import CONTRACT
 from longwave.models import ClassifierSpec, ForecasterSpec, LMSpec, MaskedLMSpec, PairClassifierSpec, RegressorSpec
+from longwave.plots import draw_sample
 from longwave.tasks import (
     IGNORE,
     Batch,
     Errors,
     Future,
+    Images,
     Label,
     MaskedText,
     Pair,
