@@ -7,6 +7,7 @@ import pytest
 import torch
 from official import golden
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longwave.mixers import MIXERS, join, select, state_bytes
@@ -43,19 +44,32 @@ def test_a_window_is_a_band(window):
     close(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (y, exact)))
 
 
-def test_a_window_reads_no_more_than_its_chunks():
-    """64 queries and 8 keys more: no tensor that autograd keeps is larger than the sequences themselves."""
-    q = torch.randn(1, 4096, 1, 8, requires_grad=True)
-    largest = 0
+class Written(TorchDispatchMode):
+    """Counts the numbers that all operations within it give, and remembers the largest of them."""
 
-    def pack(t):
-        nonlocal largest
-        largest = max(largest, t.numel())
-        return t
+    def __init__(self):
+        super().__init__()
+        self.total, self.largest = 0, 0
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        attention(q, q, q, window=8).sum().backward()
-    assert largest <= q.numel()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(results) if isinstance(t, torch.Tensor)]
+        self.total, self.largest = self.total + sum(sizes), max([self.largest, *sizes])
+        return results
+
+
+def test_a_window_costs_as_much_at_each_token():
+    """Forwards and back, in numbers that are written; nothing has all pairs of tokens."""
+
+    def written(length):
+        q = torch.randn(1, length, 1, 8, requires_grad=True)
+        with Written() as count:
+            attention(q, q, q, window=32).sum().backward()
+        return count
+
+    short, long = written(1024), written(4096)
+    assert long.total < 4.2 * short.total
+    assert long.largest == 4 * short.largest == 4096 * 8
 
 
 @torch.no_grad()

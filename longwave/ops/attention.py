@@ -1,6 +1,7 @@
 """Softmax attention through torch's scaled_dot_product_attention: FlashAttention where torch has it."""
 
 import functools
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -90,16 +91,30 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, caus
     if mask is None and L == T <= window:  # which is causal
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
-    def rows(q: Tensor, begin: int) -> Tensor:
-        end = begin + q.shape[2]
-        keys = range(max(0, begin - window + 1) if window else 0, end if causal else T)
-        allowed = _allowed(range(begin, end), keys, bool(causal), mask, window, q.device)
-        seen = slice(keys.start, keys.stop)
-        return F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], allowed, enable_gqa=grouped)
+    def rows(q: Tensor, begin: int, start: int, *near: Tensor) -> Tensor:
+        """Queries from a position on, over pieces of keys from another on, and as many of values."""
+        half = len(near) // 2
+        k, v = (part[0] if half == 1 else torch.cat(part, dim=2) for part in (near[:half], near[half:]))
+        ranges = range(begin, begin + q.shape[2]), range(start, start + k.shape[2])
+        allowed = _allowed(*ranges, bool(causal), mask, window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=grouped)
 
+    queries, chunks = q.split(size, dim=2), []
+    if window:  # pieces and not slices: the gradient of each slice would be as long as all keys
+        sizes = [*([(T - L) % size] if (T - L) % size else []), *[size] * ((T - L) // size)]
+        before, back = len(sizes), -(-(window - 1) // size)  # pieces in front of the first query; those a query sees
+        sizes += [chunk.shape[2] for chunk in queries]
+        starts, keys, values = [0, *accumulate(sizes)], k.split(sizes, dim=2), v.split(sizes, dim=2)
+        for own, chunk in enumerate(queries, before):
+            first = max(0, own - back)
+            near = slice(first, own + 1)
+            chunks.append((chunk, starts[own], starts[first], *keys[near], *values[near]))
+    else:
+        for begin, chunk in zip(range(T - L, T, size), queries):
+            end = begin + chunk.shape[2] if causal else T
+            chunks.append((chunk, begin, 0, k[:, :, :end], v[:, :, :end]))
     # Recomputed in the backward pass, so that autograd keeps no mask of all L x T; torch.func knows no such thing.
     again = size < L and torch.is_grad_enabled() and transform() is None
-    chunks = zip(q.split(size, dim=2), range(T - L, T, size))
     return torch.cat([checkpoint(rows, *c, use_reentrant=False) if again else rows(*c) for c in chunks], dim=2)
 
 
