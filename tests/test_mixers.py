@@ -146,7 +146,7 @@ def test_bad_options_are_named(name, options, message):
         MIXERS[name](8, **options)
 
 
-@pytest.mark.parametrize("name", ["hyena", "long_conv", "ckconv", "learned_positions"])
+@pytest.mark.parametrize("name", ["hyena", "long_conv", "ckconv", "aft_full", "aft_local", "learned_positions"])
 def test_a_sequence_above_max_len_is_refused(name):
     layer = MIXERS[name](8, max_len=16)
     with pytest.raises(ValueError, match=r"max_len = 16.*17.*max_len >= 17"):
@@ -156,7 +156,7 @@ def test_a_sequence_above_max_len_is_refused(name):
         layer(torch.zeros(1, 1, 8), state)
 
 
-@pytest.mark.parametrize("name", ["hyena", "long_conv", "ckconv"])
+@pytest.mark.parametrize("name", ["hyena", "long_conv", "ckconv", "aft_full", "aft_local"])
 def test_padding_is_no_part_of_max_len(name):
     """Nor is it in chunks, where one row waits for the other."""
     layer = MIXERS[name](D, **{"max_len": L, **({"order": 3} if name == "hyena" else {})}).double()

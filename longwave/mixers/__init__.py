@@ -1,5 +1,6 @@
 """Every mixer, one file each. This list is the table of contents: add your line here."""
 
+from longwave.mixers.aft import AFTConv, AFTFull, AFTLocal, AFTSimple
 from longwave.mixers.attention import Attention
 from longwave.mixers.base import MIXERS, AnyMixer, Mixer, MixerSpec, State, mixer, state_bytes
 from longwave.mixers.bidirectional import Bidirectional
@@ -44,6 +45,10 @@ __all__ = [
     "S4",
     "S4D",
     "S5",
+    "AFTConv",
+    "AFTFull",
+    "AFTLocal",
+    "AFTSimple",
     "AnyMixer",
     "Attention",
     "BiGS",

@@ -25,6 +25,27 @@ class SinusoidalPositionsState(NamedTuple):
     length: Tensor  # (B, 1) int64: real tokens so far
 
 
+def positions(length: int, device: torch.device, before: Tensor | None, padding: Tensor | None) -> Tensor:
+    """The positions (1 or B, length) of steps behind so many real ones, before (B, 1); 0 at padding."""
+    position = torch.arange(length, device=device)[None]
+    if before is not None:
+        position = before + position
+    return position if padding is None else torch.where(is_real(length, padding), position, 0)
+
+
+def rows_at(what: str, table: Tensor, position: Tensor) -> Tensor:
+    """The rows (..., C) of table (max_len, C) at position (...).
+
+    Raises:
+        ValueError: for a position beyond the table, on a CPU; a GPU would have to be waited for to know.
+    """
+    try:
+        return F.embedding(position, table)
+    except IndexError:
+        require_max_len(what, len(table), int(position.max()) + 1)
+        raise
+
+
 class AddedPositions(Mixer):
     """y = x + p, where p[t] is a vector of position t.
 
@@ -45,11 +66,7 @@ class AddedPositions(Mixer):
 
     def mix(self, x: Tensor, state: Any, padding: Tensor | None):
         L = x.shape[1]
-        position = torch.arange(L, device=x.device)[None]
-        if state is not None:
-            position = state.length + position
-        if padding is not None:
-            position = torch.where(is_real(L, padding), position, 0)
+        position = positions(L, x.device, None if state is None else state.length, padding)
         y = x + self.vectors(position).to(x.dtype)
         if state is None:
             return y, None
@@ -85,11 +102,7 @@ class LearnedPositions(AddedPositions, name="learned_positions"):
         return self.max_len
 
     def vectors(self, position: Tensor) -> Tensor:
-        try:
-            return F.embedding(position, self.weight)
-        except IndexError:
-            require_max_len(self.name, self.max_len, int(position.max()) + 1)
-            raise
+        return rows_at(self.name, self.weight, position)
 
 
 class SinusoidalPositions(AddedPositions, name="sinusoidal_positions"):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longwave.errors import nearest
 from longwave.official import (
+    aft,
     bigs,
     ckconv,
     dss,
@@ -39,7 +40,7 @@ from longwave.spec import explain
 
 _MODULES: Any = [
     s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
-    mega, monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, retnet, transformer, hf_layers,
+    mega, monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, retnet, transformer, hf_layers, aft,
 ]  # fmt: skip
 SYSTEMS: dict[str, System] = {name: system for module in _MODULES for name, system in module.SYSTEMS.items()}
 
@@ -63,7 +64,7 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
             monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv
             (rjbruin/flexconv), retnet_torchscale (microsoft/torchscale), retention_naive
             (fla-org/flash-linear-attention), qwen3_next_gated_deltanet, recurrent_gemma_block, lfm2_short_conv,
-            xlstm_layer (layers of Hugging Face transformers).
+            xlstm_layer (layers of Hugging Face transformers), aft (rish-16/aft-pytorch).
         config: the official constructor's arguments by name, defaults left out or not; arguments of the run
             (L, rate, batch, ...) may be among them.
         state: the official ``state_dict()``; of Liquid-S4 also its attributes ``kernel.B``, ``C``, ``w``, ``log_dt``,
