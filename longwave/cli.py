@@ -128,8 +128,9 @@ def train(
         run = run_of(resume)
         if out is not None and out != run:
             raise ValueError(f"--resume goes on in {run}; leave out --out {out}")
-        if source is None and not (run / CONFIG).is_file():
-            raise ValueError(f"{run} is no run: it has no {CONFIG}")
+        if not (run / CONFIG).is_file():
+            instead = "" if source is None else f"; a new one is started by --out {run}"
+            raise ValueError(f"{run} is no run: it has no {CONFIG}{instead}")
         loaded = load_recipe(source or run / CONFIG, every)
     else:
         if source is None:

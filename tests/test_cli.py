@@ -369,6 +369,8 @@ def test_generate_leaves_quietly_when_nobody_reads(trained):
         (["train", "demo", "stepz=1"], "stepz: .* did you mean 'steps'"),
         (["train", "demo", "model.d_model=17"], "heads = 4 does not divide d_model = 17"),
         (["train", "--resume", "nowhere"], "nowhere is no run: it has no config.yaml"),
+        (["train", "demo", "--resume", "r1"], "r1 is no run: it has no config.yaml; a new one is started by --out r1"),
+        (["train", "demo", "--resume", "RUN"], "made with another config: .*; go on with its own config, by --resume"),
         (["eval", "nowhere"], "nowhere is no run"),
         (["show", "demoo"], "'demoo' is neither"),
         (["show", "RUN", "model.d_model=16"], "holds another model: model.d_model was 8 and is now 16; name a recipe"),

@@ -301,14 +301,14 @@ def stream(model: LM, prompts: Rows | None, max_new: int, **options) -> Stream:
         max_new: most tokens to draw a row, >= 0.
         stop: token ids, or sequences of them, that end a row, after they are yielded.
         seed: of the draws: one a row, or an int s, which gives row i the seed s + i; None draws anew each time.
-        state: what rows go on from: ``held`` of an earlier stream of this model, or the first that ``load_state``
-            returns, which refuses those of other weights.
+        state: what rows go on from: ``held`` of an earlier stream, or the first that ``load_state`` returns; of the
+            same weights.
         slots: most rows that run side by side; the others wait, and take the place of rows that end.
         progress: called with (tokens read, tokens to read) while prompts are read.
         temperature, top_k, top_p, min_p, repetition_penalty: see :class:`Sampling`.
     Raises:
-        ValueError: for an empty prompt or stop sequence, ids outside the vocabulary, options out of range, or more
-            tokens than a filter of the model can serve.
+        ValueError: for an empty prompt or stop sequence, ids outside the vocabulary, options that are unknown or out
+            of range, a state of other weights, or more tokens than a filter of the model can serve.
     """
     return Stream(model, prompts, max_new, **options)
 

@@ -348,7 +348,7 @@ def _open_run(recipe: Recipe, run: Path, resume: str | Path | None) -> Path | No
         if field not in MAY_DIFFER and value != before[field]:
             raise ValueError(
                 f"{run} was made with another config: {first_difference(field, before[field], value)}; "
-                "resume it without that change"
+                f"go on with its own config, by --resume {run} alone, without that change"
             )
     if (run / DATA).is_file() and (run / DATA).read_text().strip() != fingerprint(recipe.task.sources):
         raise ValueError(
