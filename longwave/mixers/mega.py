@@ -284,7 +284,7 @@ class Mega(MegaLayer, name="mega"):
         d_model: D.
         d_qk: S, width of queries and keys.
         expand: E / D, E being the width of the values.
-        chunk: attention sees no other chunk of so many steps; None for one chunk of everything.
+        chunk: C, attention sees no other chunk of so many steps; None for one chunk of everything.
         filter: what averages: a name in :data:`longwave.nn.FILTERS`, or ``{"kind": name, ...}``.
         attention: softmax, laplace or relu2.
         bias: of logits by distance: rotary, or ``{"kind": "simple", "max_len": n}``.
@@ -292,6 +292,7 @@ class Mega(MegaLayer, name="mega"):
     Raises:
         ValueError: where a size is below 1, a part is unknown or refuses a value, or a simple bias is shorter than the
             chunk; and on a sequence that is longer than a simple bias without chunks.
+    Cost: O(L (C + log L)) time and O(L C) memory; without chunks O(L^2) of both.
     """
 
     without_filter = "looks at the past by content, within a chunk"

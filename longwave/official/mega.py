@@ -179,18 +179,16 @@ class AuthorsLayer(Source):
     norm_affine: Literal[True] = True
     rel_pos_bias: Bias = "simple"
     max_positions: Size = 1024
-    causal: Flag = False
+    causal: Flag = False  # whether the mask of the run is
+    causal_attn_mask: Flag = False  # the same
 
     def build(self) -> nn.Module:
-        return self._call()
-
-    def _call(self) -> nn.Module:
         block = layer(
             self.embed_dim,
             self.zdim,
             self.hdim,
             self.ndim,
-            causal=self.causal,
+            causal=self.causal or self.causal_attn_mask,
             bidirectional=self.bidirectional,
             chunk=self.chunk_size,
             truncation=self.truncation,
@@ -219,12 +217,10 @@ class AuthorsLayer(Source):
 
 
 class AuthorsLayerInFloat32(AuthorsLayer):
-    """The same with the softmax as it stands there, in float32; ``causal_attn_mask`` is what ``causal`` is."""
-
-    causal_attn_mask: Flag = False
+    """The same with the softmax as it stands there, in float32."""
 
     def build(self) -> nn.Module:
-        module: Any = self.model_copy(update={"causal": self.causal_attn_mask})._call()
+        module: Any = super().build()
         if self.attention_activation == "softmax":
             module.model.mixer.attention = Float32Softmax()
         return module
