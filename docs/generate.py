@@ -1,5 +1,6 @@
 """Rewrites the tables of docs/mixers.md and README.md, and draws docs/filters: ``python docs/generate.py [table]``."""
 
+import inspect
 import json
 import re
 import sys
@@ -14,13 +15,24 @@ from longwave.inspection import drawn, inspect_layer
 from longwave.mixers import MIXERS, Mixer, state_bytes
 from longwave.nn import S4ND, S4DFilter
 from longwave.ops import Op
-from longwave.plots import draw_figure
+from longwave.plots import draw_figure, draw_sample
+from longwave.tasks import TASKS
 
 DOCS = Path(__file__).parent
-PAGE, README = DOCS / "mixers.md", DOCS.parent / "README.md"
+PAGE, TASK_PAGE, README = DOCS / "mixers.md", DOCS / "tasks.md", DOCS.parent / "README.md"
 TOKENS = DOCS.parent / "benchmarks/results/generate.jsonl"
 START, END = "<!-- table: python docs/generate.py -->", "<!-- end of table -->"
 WIDTH = 64
+SAMPLES = {  # short enough to be read
+    "text": {"length": 60},
+    "masked_text": {"length": 60},
+    "selective_copying": {"length": 50, "copy_length": 6},
+    "copying": {"length": 50, "copy_length": 8},
+    "spread_copying": {"length": 50, "copy_length": 8},
+    "in_context_recall": {"length": 60},
+    "fuzzy_recall": {"length": 60},
+    "multi_query_recall": {"length": 32, "vocab_size": 100, "pairs": [4]},
+}
 OPTIONS = {"bidirectional": {"inner": "s4d"}}  # what has no default, but for max_len = 1024
 HEAD = f"""\
 | mixer | file | lines | source | ops used | state at D = {WIDTH}, after 1 and 1,000 steps | official weights |
@@ -139,6 +151,31 @@ def token_tables(lines: str) -> str:
     return "\n".join(rows)
 
 
+def task_sections() -> str:
+    """A section of every task: its docstring's first line and source, and a picture where it needs no files."""
+    parts = []
+    for name, cls in sorted(TASKS.items()):
+        doc = inspect.getdoc(cls) or ""
+        found = re.search(r"Sources?: (.*?)(?:\n\n|\Z)", doc, re.S)
+        lines = [f"## `{name}`", doc.split("\n", 1)[0]]
+        if found is not None:
+            lines.append("**Source:** " + re.sub(r":\w+:`([^`]*)`", r"\1", " ".join(found[1].split())))
+        lines.append(f"![rows of {name}](tasks/{name}.png)" if cls.examples else "It reads files of yours.")
+        parts += [*lines, ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def draw_tasks() -> None:
+    """The first rows of every task that needs no files."""
+    (DOCS / "tasks").mkdir(exist_ok=True)
+    for name, cls in sorted(TASKS.items()):
+        if cls.examples:
+            task, file = cls(**SAMPLES.get(name, {})), DOCS / "tasks" / f"{name}.png"
+            task.prepare()
+            draw_sample(task, file, rows=6 if task.grid else 3)
+            Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
+
+
 def rewritten(page: str, text: str) -> str:
     """The page with new tables."""
     before, _, rest = page.partition(START)
@@ -162,5 +199,7 @@ if __name__ == "__main__":
         sys.exit("usage: python docs/generate.py [table]")
     PAGE.write_text(rewritten(PAGE.read_text(), table(PAGE.read_text())))
     README.write_text(rewritten(README.read_text(), token_tables(TOKENS.read_text())))
+    TASK_PAGE.write_text(rewritten(TASK_PAGE.read_text(), task_sections()))
     if not sys.argv[1:]:
         draw_all()
+        draw_tasks()

@@ -15,6 +15,7 @@ import yaml
 import longwave
 from longwave.mixers import MIXERS
 from longwave.ops import OPS
+from longwave.tasks import TASKS
 from longwave.train import load_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -92,3 +93,10 @@ def test_repository_has_no_absolute_paths_and_no_registry():
             and path != Path(__file__)
         ):
             assert not words.search(path.read_text(errors="ignore")), name
+
+
+def test_every_task_has_a_section_and_its_picture():
+    page = (ROOT / "docs/tasks.md").read_text()
+    for name, cls in TASKS.items():
+        assert f"\n## `{name}`\n\n{cls.__doc__.splitlines()[0]}\n" in page, name
+        assert (ROOT / f"docs/tasks/{name}.png").is_file() == bool(cls.examples), name

@@ -40,7 +40,7 @@ class Mixer(nn.Module, abc.ABC):
 
     A state is a NamedTuple of tensors, batch first, and is never modified. ``forward`` is the same for all mixers: it
     checks what it is given and brings the real tokens of every row to the front; what a mixer says is :meth:`mix`.
-    ``class Foo(Mixer, name="foo")`` registers; the contract in tests/test_mixers.py then covers every entry of
+    ``class Foo(Mixer, name="foo")`` registers; the contract in longwave/contract then covers every entry of
     ``examples``. Without a name a class is abstract: what a mixer and its two-sided twin have in common.
 
     Attributes:
