@@ -1,4 +1,4 @@
-"""Rewrites the tables of docs/mixers.md and README.md, and draws docs/filters: ``python docs/generate.py [table]``."""
+"""Rewrites tables of mixers.md, learning.md and README.md, and draws filters: ``python docs/generate.py [table]``."""
 
 import inspect
 import json
@@ -19,7 +19,8 @@ from longwave.plots import draw_figure, draw_sample
 from longwave.tasks import TASKS
 
 DOCS = Path(__file__).parent
-PAGE, TASK_PAGE, README = DOCS / "mixers.md", DOCS / "tasks.md", DOCS.parent / "README.md"
+PAGE, TASK_PAGE, LEARNING = DOCS / "mixers.md", DOCS / "tasks.md", DOCS / "learning.md"
+README, RESULTS = DOCS.parent / "README.md", DOCS.parent / "benchmarks/results/learning.jsonl"
 TOKENS = DOCS.parent / "benchmarks/results/generate.jsonl"
 START, END = "<!-- table: python docs/generate.py -->", "<!-- end of table -->"
 WIDTH = 64
@@ -176,6 +177,22 @@ def draw_tasks() -> None:
             Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
 
 
+def learning_table(lines: str) -> str:
+    """What every mixer reaches, from the rows that benchmarks/learning.py has written."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in map(json.loads, lines.splitlines()):
+        found.setdefault(row["mixer"], {})[row["recipe"]] = row
+    recipes = ("recall", "induction", "selective_copying")
+    rows = [f"| mixer | {' | '.join(recipes)} | minutes | argument |", "|---|---|---|---|---|---|"]
+    best = sorted(found.items(), key=lambda item: (-sum(row["accuracy"] for row in item[1].values()), item[0]))
+    for name, reached in best:
+        cells = [f"{reached[recipe]['accuracy']:.1%}" if recipe in reached else "-" for recipe in recipes]
+        minutes = " + ".join(f"{reached[recipe]['minutes']:.1f}" for recipe in recipes if recipe in reached)
+        change = next(iter(reached.values()))["change"]
+        rows.append(f"| `{name}` | {' | '.join(cells)} | {minutes} | `'{change}'` |")
+    return "\n".join(rows)
+
+
 def rewritten(page: str, text: str) -> str:
     """The page with new tables."""
     before, _, rest = page.partition(START)
@@ -200,6 +217,7 @@ if __name__ == "__main__":
     PAGE.write_text(rewritten(PAGE.read_text(), table(PAGE.read_text())))
     README.write_text(rewritten(README.read_text(), token_tables(TOKENS.read_text())))
     TASK_PAGE.write_text(rewritten(TASK_PAGE.read_text(), task_sections()))
+    LEARNING.write_text(rewritten(LEARNING.read_text(), learning_table(RESULTS.read_text())))
     if not sys.argv[1:]:
         draw_all()
         draw_tasks()
