@@ -53,34 +53,34 @@ class MLSTM(Mixer, name="mlstm"):
         if gate_cap is not None and not gate_cap > 0:
             raise ValueError(f"mlstm: gate_cap > 0, or None for no cap; got {gate_cap}")
         self.d_model, self.heads, self.gate_cap, self.eps = d_model, heads, gate_cap, eps
-        self.q, self.k = (nn.Linear(d_model, keys, bias=bias) for _ in "qk")
-        self.v, self.ogate_preact = (nn.Linear(d_model, values, bias=bias) for _ in "vo")
-        self.igate_preact, self.fgate_preact = (nn.Linear(d_model, heads) for _ in "if")
+        self.widths = keys, keys, values, values
+        self.qkv_opreact = nn.Linear(d_model, sum(self.widths), bias=bias)
+        self.ifgate_preact = nn.Linear(d_model, 2 * heads)
         self.multihead_norm = nn.LayerNorm(values, norm_eps, bias=bias)  # of every head by itself
         self.out_proj = nn.Linear(values, d_model, bias=bias)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for gate in (self.igate_preact, self.fgate_preact):
-            gate.weight.zero_()
-        self.igate_preact.bias.normal_(std=0.1)
-        self.fgate_preact.bias.copy_(torch.linspace(3.0, 6.0, self.heads))
+        i, f = self.ifgate_preact.bias.chunk(2)
+        self.ifgate_preact.weight.zero_()
+        i.normal_(std=0.1)
+        f.copy_(torch.linspace(3.0, 6.0, self.heads))
 
     def responses(self) -> list[Response]:
         """Its gates depend on the input: those of a silent one."""
-        return [slowest_modes(self._capped(self.fgate_preact.bias).sigmoid()[:, None])]
+        return [slowest_modes(self._capped(self.ifgate_preact.bias)[self.heads :, None].sigmoid())]
 
     def init_state(self, batch: int) -> MLSTMState:
-        (like,), H = widened(self.fgate_preact.bias), self.heads
-        sizes = self.k.out_features // H, self.v.out_features // H + 1
-        return MLSTMState(like.new_zeros(batch, H, *sizes), like.new_zeros(batch, H))
+        (like,), H, (keys, *_, values) = widened(self.ifgate_preact.bias), self.heads, self.widths
+        return MLSTMState(like.new_zeros(batch, H, keys // H, values // H + 1), like.new_zeros(batch, H))
 
     def mix(self, x: Tensor, state: MLSTMState | None, padding: Tensor | None):
         memory, before = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = (t.unflatten(2, (self.heads, -1)) for t in widened(self.q(x), self.k(x), self.v(x)))
-        o, i = self.ogate_preact(x), silence(self._capped(self.igate_preact(x)), padding, -torch.inf)
-        log_f = silence(F.logsigmoid(self._capped(self.fgate_preact(x))), padding)
+        q, k, v, o = self.qkv_opreact(x).split(self.widths, dim=-1)
+        q, k, v = (t.unflatten(2, (self.heads, -1)) for t in widened(q, k, v))
+        i, f = self._capped(self.ifgate_preact(x)).chunk(2, dim=-1)
+        i, log_f = silence(i, padding, -torch.inf), silence(F.logsigmoid(f), padding)
         total = log_f.double().cumsum(1)
         exact = torch.maximum((i - total).cummax(1).values, before[:, None]) + total  # m[t] = max(f + m[t-1], i)
         m = exact.detach()  # the output depends on it by eps alone

@@ -48,10 +48,10 @@ class RGLRU(Mixer, name="rg_lru"):
             raise ValueError(f"rg_lru needs width >= 1 and d_conv >= 1; got {E} and {d_conv}")
         if heads < 1 or E % heads:
             raise ValueError(f"rg_lru: heads = {heads} does not divide width = {E}")
-        self.d_model = d_model
+        self.d_model, self.heads = d_model, heads
         self.linear_y, self.linear_x = (nn.Linear(d_model, E) for _ in "yx")
         self.conv_1d = nn.Conv1d(E, E, d_conv, groups=E)
-        self.input_gate, self.recurrent_gate = (BlockdiagLinear(E, E, heads) for _ in "ir")
+        self.gates = BlockdiagLinear(E, 2 * E, heads)
         self.recurrent_param = nn.Parameter(torch.empty(E))
         self.linear_out = nn.Linear(E, d_model)
         self.reset_parameters()
@@ -64,16 +64,17 @@ class RGLRU(Mixer, name="rg_lru"):
 
     def responses(self) -> list[Response]:
         """Its decays depend on the input: those of a silent one."""
-        silent = self.recurrent_param.new_zeros(1, len(self.recurrent_param))
-        return [slowest_modes(self._log_decay(self.recurrent_gate(silent)).exp().mT)]
+        log_a, _ = self._decays_and_gates(self.recurrent_param.new_zeros(1, len(self.recurrent_param)))
+        return [slowest_modes(log_a.exp().mT)]
 
-    def _log_decay(self, r: Tensor) -> Tensor:
-        rate, r = widened(self.recurrent_param, r)
-        return -C * F.softplus(rate) * r.sigmoid()
+    def _decays_and_gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the decays, and the input gates (..., E), in float32 or better."""
+        rate, gates = widened(self.recurrent_param, self.gates(u))
+        i, r = gates.sigmoid().unflatten(-1, (self.heads, 2, -1)).unbind(-2)
+        return -C * F.softplus(rate) * r.flatten(-2), i.flatten(-2)
 
     def init_state(self, batch: int) -> RGLRUState:
-        like, (wide,) = like_output(self.linear_x), widened(self.recurrent_param)
-        E, K = len(wide), self.conv_1d.kernel_size[0]
+        like, (wide,), (E, _, K) = like_output(self.linear_x), widened(self.recurrent_param), self.conv_1d.weight.shape
         begun = torch.zeros(batch, 1, dtype=torch.bool, device=wide.device)
         return RGLRUState(like.new_zeros(batch, K - 1, E), wide.new_zeros(batch, E), begun)
 
@@ -81,11 +82,11 @@ class RGLRU(Mixer, name="rg_lru"):
         past, h, begun = (None, *self.init_state(x.shape[0])[1:]) if state is None else state
         taps, bias = self.conv_1d.weight[:, 0], self.conv_1d.bias
         u, past = padded_short_conv(silence(self.linear_x(x), padding), taps, bias, past, padding)
-        i, wide = widened(self.input_gate(u), u)
-        log_a = silence(self._log_decay(self.recurrent_gate(u)), padding)  # padding leaves the state as it was
-        first = ~begun[:, None] & (torch.arange(x.shape[1], device=x.device) == 0)[:, None]  # (B, L, 1)
+        log_a, i = self._decays_and_gates(u)
+        log_a = silence(log_a, padding)  # padding leaves the state as it was
+        first = F.pad(~begun, (0, x.shape[1] - 1))[..., None]  # (B, L, 1)
         scale = torch.where(first, 1.0, _root(-torch.expm1(2 * log_a)))
-        hs = linear_scan(log_a.exp(), silence(scale * i.sigmoid() * wide, padding), h.to(log_a.dtype))
+        hs = linear_scan(log_a.exp(), silence(scale * i * u, padding), h.to(log_a.dtype))
         y = self.linear_out(hs.to(x.dtype) * F.gelu(self.linear_y(x), approximate="tanh"))
         if state is None:
             return y, None
@@ -95,5 +96,5 @@ class RGLRU(Mixer, name="rg_lru"):
 
 def _root(x: Tensor) -> Tensor:
     """sqrt(x), with a derivative of at most 1000 as the authors have it: it has none at 0, where a gate is shut."""
-    root = x.sqrt().detach()
+    root = x.detach().sqrt()
     return root + (x - x.detach()) * (0.5 / root.clamp(min=5e-4))

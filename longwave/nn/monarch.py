@@ -23,7 +23,8 @@ def _check(in_features: int, out_features: int, blocks: int) -> None:
 
 def _rows(x: Tensor, width: int) -> Tensor:
     """x (..., in) as (rows, width), zeros behind."""
-    return F.pad(x.reshape(-1, x.shape[-1]), (0, width - x.shape[-1]))
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.shape[1] == width else F.pad(x, (0, width - x.shape[1]))  # which copies
 
 
 def _finished(y: Tensor, like: Tensor, out_features: int, bias: Tensor | None) -> Tensor:

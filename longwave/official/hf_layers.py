@@ -32,9 +32,9 @@ def _grouped(groups: int, sizes: Sequence[int]) -> Turn:
     return Turn(ours, official)
 
 
-def _joined(sizes: Sequence[int]) -> Turn:
-    """Several maps of one input in one."""
-    return Turn(lambda t: t.split(list(sizes)), lambda *ts: torch.cat(ts))
+def _apart(sizes: list[int]) -> Turn:
+    """Several maps of one input, which are one of ours."""
+    return Turn(lambda *ts: torch.cat(ts), lambda t: t.split(sizes))
 
 
 class Qwen3NextGatedDeltaNet(Source):
@@ -92,12 +92,12 @@ class RecurrentGemmaRecurrentBlock(Source):
         return Call(RGLRU(self.hidden_size, self.lru_width, self.num_attention_heads, self.conv1d_width), mixed)
 
     def names(self) -> Names:
-        transposed = Turn(lambda t: t.mT, lambda t: t.mT)
-        flat = Turn(lambda t: t.flatten(), lambda t: t.unflatten(0, (self.num_attention_heads, -1)))
+        heads = self.num_attention_heads
+        weights = Turn(lambda i, r: torch.cat([i, r], 2).mT, lambda t: t.mT.chunk(2, 2))
+        biases = Turn(lambda i, r: torch.cat([i, r], 1).flatten(), lambda t: t.unflatten(0, (heads, -1)).chunk(2, 1))
         gates = [
-            Name(f"rg_lru.{gate}_gate_{what}", f"{gate}_gate.{what}", turn)
-            for gate in ("input", "recurrent")
-            for what, turn in (("weight", transposed), ("bias", flat))
+            Name((f"rg_lru.input_gate_{what}", f"rg_lru.recurrent_gate_{what}"), f"gates.{what}", turn)
+            for what, turn in (("weight", weights), ("bias", biases))
         ]
         return inside("", "model.", [*gates, Name("rg_lru.recurrent_param", "recurrent_param"), Name("", "")])
 
@@ -150,12 +150,14 @@ class XLSTMLayer(Source):
 
     def names(self) -> Names:
         (qk, v), table = self.widths(), []
-        if self.weight_mode == "fused":
-            parts = {"qkv_opreact": [qk, qk, v, v], "ifgate_preact": [self.num_heads] * 2}
-            ours = {"qkv_opreact": ["q", "k", "v", "ogate_preact"], "ifgate_preact": ["igate_preact", "fgate_preact"]}
+        if self.weight_mode == "single":
+            parts = {
+                "qkv_opreact": {"q": qk, "k": qk, "v": v, "ogate_preact": v},
+                "ifgate_preact": {"igate_preact": self.num_heads, "fgate_preact": self.num_heads},
+            }
             table = [
-                Name(f"{name}.{what}", tuple(f"{part}.{what}" for part in ours[name]), _joined(sizes))
-                for name, sizes in parts.items()
+                Name(tuple(f"{name}.{what}" for name in sizes), f"{ours}.{what}", _apart(list(sizes.values())))
+                for ours, sizes in parts.items()
                 for what in ("weight", "bias")
             ]
         return inside("", "model.", [*table, Name("", "")])
