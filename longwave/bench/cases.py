@@ -176,6 +176,24 @@ def transformers_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
     return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D)
 
 
+def _delta_rule_inputs(L: int) -> list[Tensor]:
+    H, N = 4, 128
+    q, k = (F.normalize(torch.randn(1, L, H, N), dim=-1).requires_grad_() for _ in "qk")
+    return [q, k, randn(1, L, H, N), (-torch.rand(1, L, H)).requires_grad_(), rand(1, L, H)]
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """The gated delta rule of queries that are scaled as in attention."""
+    return ops.gated_delta_rule(q * q.shape[3] ** -0.5, k, v, decay, beta)[0]
+
+
+def transformers_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """The same in the chunks of transformers' Qwen3-Next."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    return torch_chunk_gated_delta_rule(q, k, v, decay, beta)[0]
+
+
 def _head(form: str) -> Callable[[int], list[Any]]:
     """A head of 16,384 tokens on so many rows: as it is stored, and the same weights in float32."""
 
@@ -304,6 +322,16 @@ CASES = (
         (1024, 8192),
         targets={("both", "default"): 5, ("both", "tuned"): 5},
         note="products and sums: three a number of the state and step, and walk along time, of which there are four",
+    ),
+    Case(
+        "gated_delta_rule",
+        "transformers' chunks",
+        _delta_rule_inputs,
+        delta_rule,
+        transformers_delta_rule,
+        (1024, 8192),
+        targets={("both", "default"): 5, ("both", "tuned"): 5},
+        note="matrix products of 32 steps, which are most of theirs too; theirs grows as L^2 backwards",
     ),
     Case(
         "attention",

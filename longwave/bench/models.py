@@ -106,6 +106,7 @@ PATTERNS: dict[str, Callable[[int], list[Any]]] = {
     "h3": lambda L: ["h3"],
     "s4d": lambda L: ["s4d"],
     "mega": lambda L: ["mega"],
+    "gated_deltanet": lambda L: ["gated_deltanet"],
 }
 
 
