@@ -30,6 +30,7 @@ from longwave.tasks import (
 )
 from longwave.tasks.base import EVAL, TRAIN, random_stream, shuffled
 from longwave.tasks.forms import collate
+from longwave.train.evaluate import compare
 
 
 class Drawn(Task):
@@ -266,3 +267,11 @@ def test_a_model_that_does_not_serve_a_task_is_refused(spec, task, says):
 
 def test_metrics_of_numbers():
     assert Next().metrics(Errors(8.0, 6.0, 4)) == {"loss": 2.0, "mse": 2.0, "mae": 1.5}
+
+
+@pytest.mark.parametrize(("spec", "task"), [(ClassifierSpec(**OPEN), Waves()), (RegressorSpec(**OPEN), Level())])
+def test_a_choice_is_compared_where_there_is_one(spec, task):
+    model = spec.serving(task).build()
+    compared = compare(model, model, task.eval_batch(7, 0))
+    logits = {"error_of_logits": 0.0, "same_choice": 1.0}
+    assert compared == (logits if spec.kind == "classifier" else {"error_of_outputs": 0.0})

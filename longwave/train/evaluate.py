@@ -45,11 +45,14 @@ def compare(model: nn.Module, other: nn.Module, batch: Batch) -> dict[str, float
     """How far the outputs of another model are from those of a model, on the same batch.
 
     Returns:
-        error_of_logits: root mean square of the differences over that of the outputs.
+        error_of_logits: root mean square of the differences over that of the outputs; error_of_outputs, and nothing
+            else, where they are no logits.
         same_choice: how often both have their largest logit at the same place.
     """
     outputs = (m(batch.inputs, mask=batch.mask) for m in (model, other))
     ours, theirs = (y[0] if isinstance(y, tuple) else y for y in outputs)
     error = (ours - theirs).norm() / ours.norm()
+    if batch.targets.is_floating_point():
+        return {"error_of_outputs": error.item()}
     same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
     return {"error_of_logits": error.item(), "same_choice": same.item()}
