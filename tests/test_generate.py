@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from longwave.mixers import join, mixer, select
 from longwave.models import LMSpec, Sampling, SashimiSpec, generate, load_state, save_state, stream
 from longwave.models import generate as generate_function
-from longwave.nn import FreeFilter, Truncated, longest
+from longwave.nn import longest
 
 generate_module = __import__("sys").modules["longwave.models.generate"]
 
@@ -356,17 +356,13 @@ def test_a_filters_end_is_said_before_the_first_token():
 
 def test_a_filters_end_is_where_the_model_ends():
     """Not where a part does that is cut off before, or that makes one step of many."""
-    hyena = {"kind": "hyena", "max_len": 3, "width": 8}
     low = SashimiSpec(vocab=20, d_model=8, pattern=["s4d"], layers=1, pool=[4]).build()
     low.backbone.levels[1].blocks[0].mixer = mixer("hyena", max_len=3, width=8).build(16)
     assert longest(low) == 15
     assert len(generate(low, [[1, 2, 3]], 13)[0]) == 13
     with pytest.raises(ValueError, match=r"the 15 tokens .*; take max_new <= 13"):
         generate(low, [[1, 2, 3]], 14)
-    cut = LMSpec(vocab=20, d_model=8, pattern=[hyena]).build()
-    conv = mixer("conv").build(8)
-    conv.kernel = Truncated(FreeFilter(8, 6), 5)
-    cut.backbone.layers[0].mixer = conv
-    conv.State = type(mixer("long_conv", max_len=6).build(8).init_state(1))
+    short = {"kind": "truncated", "filter": {"kind": "hyena", "max_len": 6, "width": 8}, "support": 5}
+    cut = LMSpec(vocab=20, d_model=8, pattern=[{"kind": "conv", "filter": short}]).build()
     assert longest(cut) is None
     assert len(generate(cut, [[1, 2, 3]], 13)[0]) == 13
