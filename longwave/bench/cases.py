@@ -304,6 +304,15 @@ CASES = (
         targets={("both", "default"): 50, ("both", "tuned"): 30},
     ),
     Case(
+        "wkv",
+        "transformers' loop",
+        lambda L: [randn(1, L, 768), randn(1, L, 768), (-torch.rand(768)).requires_grad_(), randn(768)],
+        lambda *t: ops.wkv(*t)[0],
+        wkv_loop,
+        (8192,),
+        modes=("forward",),  # backwards, each of the L slices makes a gradient of the whole: minutes a call
+    ),
+    Case(
         "linear_attention",
         "parallel form",
         _retention_inputs,

@@ -61,6 +61,18 @@ def _mamba2_layers(d_model: int) -> tuple[Callable[[torch.Tensor], torch.Tensor]
     return lambda x: ours(x)[0], theirs
 
 
+def _rwkv4_layers(d_model: int) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Our time mix, and transformers' with the same weights."""
+    from transformers import RwkvConfig
+    from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
+
+    ours = mixer("rwkv4").build(d_model)
+    theirs = RwkvSelfAttention(RwkvConfig(hidden_size=d_model, num_hidden_layers=1))
+    words = {"time_mix_k": "time_mix_key", "time_mix_v": "time_mix_value", "time_mix_r": "time_mix_receptance"}
+    theirs.load_state_dict({words.get(name, name): t for name, t in ours.state_dict().items()})
+    return [lambda x: ours(x)[0], lambda x: theirs(x)[0]]
+
+
 def _on(backend: str, run: Callable[[], None]) -> Callable[[], None]:
     def forced() -> None:
         with use_backend(backend):
@@ -104,6 +116,7 @@ PATTERNS: dict[str, Callable[[int], list[Any]]] = {
     "mamba2": lambda L: ["mamba2"],
     "hyena": lambda L: [{"kind": "hyena", "max_len": L}],
     "h3": lambda L: ["h3"],
+    "rwkv4": lambda L: ["rwkv4", "rwkv4_channel"],
     "s4d": lambda L: ["s4d"],
     "mega": lambda L: ["mega"],
     "gated_deltanet": lambda L: ["gated_deltanet"],
@@ -111,8 +124,8 @@ PATTERNS: dict[str, Callable[[int], list[Any]]] = {
 
 
 def bench_models(repeats: int) -> Iterator[dict[str, Any]]:
-    """Our Mamba, and a layer of Mamba-2, beside transformers'; our Hyena and H3 beside themselves on plain torch; a
-    token at 64k beside 1k."""
+    """Our Mamba, and layers of Mamba-2 and RWKV-4, beside transformers'; our Hyena and H3 beside themselves on plain
+    torch; a token at 64k beside 1k."""
     for L in (1024, 8192):
         if importlib.util.find_spec("transformers") is not None:
             sides = [partial(make, L, 256, 4) for make in (partial(_ours, ["mamba"]), _transformers_mamba)]
@@ -120,6 +133,9 @@ def bench_models(repeats: int) -> Iterator[dict[str, Any]]:
             yield _compare("mamba", "transformers", L, sides[0](), sides[1](), 10, n)
             layers = [_layer(layer, L, 256) for layer in _mamba2_layers(256)]
             yield _compare("mamba2", "transformers' layer", L, layers[0], layers[1], 5, n, "both")
+            if L == 1024:  # the backward pass of their loop is quadratic: at 8k a layer takes minutes
+                layers = [_layer(layer, L, 256) for layer in _rwkv4_layers(256)]
+                yield _compare("rwkv4", "transformers' layer", L, layers[0], layers[1], 50, 3, "both")
         for name in ("hyena", "h3"):
             run = _ours(PATTERNS[name](L), L, 256, 4)
             yield _compare(name, "torch backend", L, run, _on("torch", run), 2, repeats)
