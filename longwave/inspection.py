@@ -184,7 +184,8 @@ def state_growth(layer: Mixer) -> tuple[int, int, int]:
     _, one = layer(x, layer.init_state(1))
     _, two = layer(x, one)
     growth = state_bytes(two) - state_bytes(one)
-    return state_bytes(one), growth, state_bytes(one) + growth * 999_999
+    most = 999_999 if layer.window is None else min(999_999, max(0, layer.window - 2))  # tokens for which it grows
+    return state_bytes(one), growth, state_bytes(one) + growth * most
 
 
 def describe_growth(layers: list[Mixer]) -> str:

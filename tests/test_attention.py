@@ -10,6 +10,7 @@ from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from longwave.inspection import state_growth
 from longwave.mixers import MIXERS, join, select, state_bytes
 from longwave.models import LMSpec, generate, load, save
 from longwave.nn import Rotary
@@ -81,6 +82,8 @@ def test_the_state_of_a_window_is_bounded_in_bytes_and_in_memory():
         assert state.kv.untyped_storage().nbytes() <= 2 * 8 * 2 * 16 * max(4 * 9, 64)
         y, state = mixer(x[:, t : t + 1], state)
     close(y[:, 0], mixer(torch.cat([x, x[:, :100]], dim=1))[0][:, -1])
+    first, growth, million = state_growth(layer(window=9).to("meta"))
+    assert million == first + 7 * growth == state_bytes(select(state, [0]))
     assert state.length.tolist() == [400, 400]
 
 

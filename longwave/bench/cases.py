@@ -351,6 +351,32 @@ CASES = (
         (1024, 4096),
     ),
     Case(
+        "attention, window 128",
+        "torch attention of all",
+        lambda L: [randn(1, L, 8, 64) for _ in "qkv"],
+        lambda *t: ops.attention(*t, window=128),
+        ops.attention,
+        (1024, 8192),
+    ),
+    Case(
+        "attention_step",
+        "torch attention",
+        lambda T: [randn(1, 1, 8, 64), randn(1, T, 16, 64), torch.tensor([T])],
+        ops.attention_step,
+        lambda *t: ops.attention_step(*t, backend="torch"),
+        (100, 8000),  # keys
+        modes=("forward",),
+        note="the bandwidth of memory",
+    ),
+    Case(
+        "rotary",
+        "torch, angles in float64",
+        lambda L: [randn(1, L, 24, 64), 10_000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)],
+        lambda x, frequency: ops.rotary(x, None, frequency, 16),
+        lambda x, frequency: ops.rotary(x, None, frequency, 16, backend="reference"),
+        (1, 2048),
+    ),
+    Case(
         "rms_norm",
         "torch rms_norm",
         lambda L: [randn(1, L, 768), randn(768)],

@@ -48,6 +48,7 @@ class Mixer(nn.Module, abc.ABC):
         examples: small configurations, each put through the contract.
         optim_hints: what parameters ask of the optimiser, by glob pattern.
         without_filter: how it looks back, of one that has no filters.
+        window: of how many last steps it sees no more, its own included, where what it keeps grows; None is all.
         d_model: D.
     """
 
@@ -56,6 +57,7 @@ class Mixer(nn.Module, abc.ABC):
     examples: ClassVar[tuple[dict[str, Any], ...]]
     optim_hints: ClassVar[dict[str, Hint]] = {}
     without_filter: str = "there is nothing to draw"
+    window: int | None = None
     d_model: int
     _layout: tuple[type, list[torch.Size]] | None = None
 
