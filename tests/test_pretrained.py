@@ -334,6 +334,9 @@ def block(**args) -> dict:
         ),
         ("mamba_ssm_lm__mamba2_mlp", {"d_intermediate": 0}, "unexpected key"),
         ("mamba_ssm_lm__mamba2_mlp", {"pad_vocab_size_multiple": 1}, "has shape"),
+        ("retnet_torchscale__base", {"deepnorm": True}, "deepnorm = True"),
+        ("retnet_torchscale__base", {"release": "0.2"}, "release = '0.2'"),
+        ("retnet_torchscale__base", {"decoder_retention_heads": 5}, "heads = 5 does not divide d_model = 24"),
         ("selective_scan__real_all", {"delta_softpus": True}, "'delta_softpus'"),
     ],
 )

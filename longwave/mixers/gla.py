@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Response, RMSNorm, like_output
+from longwave.nn import Response, RMSNorm, like_output, slowest_modes
 from longwave.nn.module import widened
 from longwave.nn.padding import silence
 from longwave.ops import at_least_float32, linear_attention
@@ -69,14 +69,9 @@ class GLA(Mixer, name="gla"):
         self.o_proj = nn.Linear(V, d_model, bias=False)
 
     def responses(self) -> list[Response]:
-        """What is left of a key after a time, in every channel, while x = 0."""
+        """Of every key channel, while x = 0."""
         bias: Any = self.gk_proj[1].bias
-        decay = F.logsigmoid(*widened(bias)) / self.gate_logit_normalizer
-
-        def taps(length: int) -> Tensor:
-            return torch.exp(decay[:, None] * torch.arange(length, device=decay.device))
-
-        return [Response("key channels at x = 0", len(decay), taps, torch.complex(decay.exp(), 0 * decay)[:, None])]
+        return [slowest_modes(torch.exp(F.logsigmoid(*widened(bias)) / self.gate_logit_normalizer)[:, None])]
 
     def init_state(self, batch: int) -> GLAState:
         like, heads = like_output(self.q_proj), self.heads

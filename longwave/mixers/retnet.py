@@ -15,7 +15,7 @@ from longwave.mixers.base import Mixer
 from longwave.nn import Response, like_output
 from longwave.nn.module import StaysWide
 from longwave.nn.padding import is_real
-from longwave.ops import at_least_float32, linear_attention
+from longwave.ops import at_least_float32, linear_attention, rotary
 from longwave.spec import Parts, PartSpec
 
 
@@ -24,7 +24,7 @@ class Retained(NamedTuple):
 
     Attributes:
         q, k: (B, L, H, N) turned queries, and keys, which are zero at padding.
-        position: (B or 1, L) of every step, in tokens.
+        start: (B,) tokens before the chunk, or None: none.
         decay: (H,) logarithms.
         at_padding: (B, L, H) the same, and 0 at padding; (H,) where there is none.
         padding: see :meth:`longwave.mixers.Mixer.mix`.
@@ -32,10 +32,15 @@ class Retained(NamedTuple):
 
     q: Tensor
     k: Tensor
-    position: Tensor
+    start: Tensor | None
     decay: Tensor
     at_padding: Tensor
     padding: Tensor | None
+
+    def position(self) -> Tensor:
+        """(B or 1, L) of every step, in tokens."""
+        steps = torch.arange(self.q.shape[1], device=self.q.device)
+        return steps[None] if self.start is None else self.start[:, None] + steps
 
 
 class NoScale:
@@ -71,7 +76,7 @@ class ScoreSums:
 def sums_of_decays(chunk: Retained) -> Tensor:
     """sum_{s <= t} exp((t - s) decay),  (B or 1, L, H, 1)."""
     decay = chunk.decay.double()
-    return (torch.expm1((chunk.position[..., None] + 1) * decay) / torch.expm1(decay)).to(chunk.q.dtype)[..., None]
+    return (torch.expm1((chunk.position()[..., None] + 1) * decay) / torch.expm1(decay)).to(chunk.q.dtype)[..., None]
 
 
 class NormalizerSpec(PartSpec):
@@ -105,13 +110,6 @@ class RelativePositions(StaysWide):
     def reset_parameters(self) -> None:
         self.angle.copy_(self.base ** -torch.linspace(0, 1, len(self.angle), dtype=torch.float64))
         self.decay.copy_(torch.log1p(-(2.0 ** (-5 - torch.arange(len(self.decay), dtype=torch.float64)))))
-
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """The pairs (n, n + N/2) of x (B, L, H, N) turned by position (B or 1, L) times angle, in float64."""
-        phase = position[..., None, None] * self.angle.double()
-        cos, sin = phase.cos().to(x.dtype), phase.sin().to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
 class RetNetState(NamedTuple):
@@ -185,18 +183,17 @@ class RetNet(Mixer, name="retnet"):
         return RetNetState(position, kv, self.normalizer.init_state(kv))
 
     def mix(self, x: Tensor, state: RetNetState | None, padding: Tensor | None):
-        L, decay = x.shape[1], self.rel_pos.decay
-        start, kv, scale = (x.new_zeros(1, dtype=torch.int64), None, None) if state is None else state
-        position = start[:, None] + torch.arange(L, device=x.device)
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.rel_pos(q, position), self.rel_pos(k * k.shape[3] ** -0.5, position)
+        L, H, angle, decay = x.shape[1], self.heads, self.rel_pos.angle, self.rel_pos.decay
+        start, kv, scale = (None, None, None) if state is None else state
+        q, k, v = (proj(x).unflatten(-1, (H, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotary(q, start, angle, H), rotary(k * k.shape[3] ** -0.5, start, angle, H)
         at_padding = decay
         if padding is not None:  # where keys are zero, as x is
             at_padding = decay.expand(*v.shape[:3]).masked_fill(~is_real(L, padding)[..., None], 0)
         y, kv = linear_attention(q, k, v, at_padding, kv)
-        sums, scale = self.normalizer(Retained(q, k, position, decay, at_padding, padding), scale)
+        sums, scale = self.normalizer(Retained(q, k, start, decay, at_padding, padding), scale)
         y = y if sums is None else (y / sums).to(v.dtype)
         y = F.silu(self.g_proj(x)) * F.rms_norm(y, y.shape[3:], eps=self.norm_eps).flatten(2)
         if state is not None:
-            state = RetNetState(start + (L if padding is None else L - padding), kv, scale)
+            state = RetNetState(state.position + (L if padding is None else L - padding), kv, scale)
         return self.out_proj(y), state

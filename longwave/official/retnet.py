@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers import Growing, RetNet
@@ -39,13 +40,14 @@ class AbsoluteScoreSums:
     def __call__(self, chunk: Retained, state: KeysSoFar | None) -> tuple[Tensor, KeysSoFar | None]:
         """What y is divided by, (B, L, H, 1), and the next state."""
         B, L = chunk.k.shape[:2]
-        k, position = chunk.k, chunk.position.expand(B, L)
+        k, here = chunk.k, chunk.position()
+        position = here.expand(B, L)
         if chunk.padding is not None:
             position = position.masked_fill(~is_real(L, chunk.padding), -1)
         if state is not None:
             state = KeysSoFar(append_time(state.k, k), append_time(state.position, position))
             k, position = state
-        lag = chunk.position[:, :, None] - position[:, None]  # (B, L, t)
+        lag = here[:, :, None] - position[:, None]  # (B, L, t)
         past = (lag >= 0) & (position >= 0)[:, None]
         decay = torch.where(past[..., None], (lag[..., None] * chunk.decay).exp(), 0)  # (B, L, t, H)
         sums = torch.einsum("blhn,bthn->blth", chunk.q, k).abs().mul(decay).sum(2)[..., None]
@@ -74,17 +76,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)) * self.gate(x))
-
-
-class NormedEmbedding(nn.Embedding):
-    """norm(embedding(ids))."""
-
-    def __init__(self, vocab: int, d_model: int, eps: float):
-        super().__init__(vocab, d_model)
-        self.norm = RMSNorm(d_model, eps)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.norm(super().forward(ids))
 
 
 class RetNetDecoder(Source):
@@ -123,20 +114,20 @@ class RetNetDecoder(Source):
         return mixer
 
     def build(self) -> nn.Module:
-        D, eps = self.decoder_embed_dim, self.layernorm_eps
+        eps = self.layernorm_eps
         channel = partial(GatedMLP, hidden=self.decoder_ffn_embed_dim, activation=self.activation_fn)
         backbone = Backbone([self.mixer() for _ in range(self.decoder_layers)], partial(RMSNorm, eps=eps), channel)
-        model = LM(backbone, self.vocab_size, tied=False)
-        if self.layernorm_embedding:
-            model.embedding = NormedEmbedding(self.vocab_size, D, eps)
-        return Call(model, logits)
+        return Call(LM(backbone, self.vocab_size, tied=False), logits)
+
+    def embedded(self, words: Tensor, *norm: Tensor) -> Tensor:
+        """What the first layer reads of every token: the scale and the norm behind the embedding go into it."""
+        words = words if self.no_scale_embedding else words * math.sqrt(self.decoder_embed_dim)
+        return F.rms_norm(words, norm[0].shape, norm[0], self.layernorm_eps) if norm else words
 
     def names(self) -> Names:
         layers, heads = self.decoder_layers, self.decoder_retention_heads
-        scale = 1.0 if self.no_scale_embedding else math.sqrt(self.decoder_embed_dim)
-        words, embedding, head = "embed_tokens.weight", "model.embedding.weight", "model.head.weight"
-        both = Name(words, (embedding, head), Turn(lambda t: (t * scale, t), lambda embedding, head: head))
-        apart = Name(words, embedding, Turn(lambda t: t * scale, lambda t: t)), Name("output_projection.weight", head)
+        words, norm = "embed_tokens.weight", ["layernorm_embedding.weight"] * self.layernorm_embedding
+        head = words if self.share_decoder_input_output_embed else "output_projection.weight"
         # pairs of neighbours there, halves of a head here
         halves = Turn(
             lambda t: t.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2),
@@ -151,8 +142,8 @@ class RetNetDecoder(Source):
             Name("ffn.", "channel."),
         ]
         return [
-            *((both,) if self.share_decoder_input_output_embed else apart),
-            Name("layernorm_embedding.", "model.embedding.norm."),
+            Name((words, *norm), "model.embedding.weight", Turn(self.embedded, lambda t: (t, *[t[0]] * len(norm)))),
+            Name(head, "model.head.weight"),
             Name("layer_norm.", "model.backbone.norm."),
             Name(
                 "retnet_rel_pos.angle",
