@@ -8,7 +8,12 @@
 
 The last terms are what a step does to itself. A task is a head, in the gradient a few heads of one group. It walks in
 chunks of T steps, whose rows stay in the first-level cache; in each, eight vectors of the state at a time stay in
-registers. No decay is divided by another, so any will do, and no state is kept for the gradient.
+registers. No state is kept for the gradient.
+
+Steps multiply nothing into the state: between two of them it is kept divided by A, the product of its row's decays so
+far, so that what comes in is divided by A and what is read is multiplied by it. This is exact, as numbers of floating
+point have no size, until A is too small: then, in any row, a new frame begins, whose first step has A = 1 and for which
+the state is multiplied by all of the decays before.
 """
 
 import math
@@ -32,6 +37,7 @@ from longwave.ops._numba.simd import (
     store,
     store_first,
     sum_lanes,
+    where_less,
     widest,
     zero,
 )
@@ -39,11 +45,13 @@ from longwave.ops.linear_attention import prepare
 
 R = widest  # lanes of a register
 LANES = R.lanes
-PAIR = 2 * LANES  # rows are padded to pairs of registers
+PAIR = 2 * LANES  # floats of the two registers that the walks take at a time
 T = 32  # steps of a chunk
 KEEP = 8  # chunks from one state that the decay's gradient starts from to the next
 HEADS = 4  # of a group in a task of the gradient: fewer make more partial sums, more leave threads idle
 ALONE = 2**18  # multiplications that are not worth a second thread
+TINY = np.float32(2.0**-40)  # the least product of decays in a frame
+ONE = np.float32(1.0)
 NONE = np.float32(-87.33)  # what decays by less is gone
 
 
@@ -53,9 +61,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor
     decay, state = prepare(q, v, decay, state)
     y, last = pool.empty(B, L, H, P), pool.empty(B, H, N, P)
     tensors = [x.float().contiguous() for x in (q, k, v, decay, state)]
-    NP, PP = N + -N % PAIR, P + -P % PAIR
+    NP, PP = _stride(N), _stride(P)
     args = [x.data_ptr() for x in (*tensors, y, last)] + [L, G, H, N, P, NP, PP, decay.shape[3] > 1]
-    size = T * (3 * NP + 2 * PP) + NP * PP
+    size = T * (4 * NP + 2 * PP + 1) + 1 + NP * (PP + 1)
     if B * L * H * N * P < ALONE:
         _forward(0, B * H, pool.scratch(size), *args)
     else:
@@ -78,9 +86,9 @@ def backward(
     dstate = pool.empty(B, H, N, P)
     ddecay = torch.zeros((parts, B, L, G, N) if axes == 4 else (1, B, L, H, 1))
     tensors = [x.float().contiguous() for x in (q, k, v, decay, state, dy, dlast)]
-    NP, PP = N + -N % PAIR, P + -P % PAIR
+    NP, PP = _stride(N), _stride(P)
     starts = -(-L // (T * KEEP))
-    size = T * (4 * NP + 3 * PP) + 3 * NP * PP + NP + starts * NP * (PP + 1)
+    size = T * (7 * NP + 3 * PP + 1) + 1 + (2 + starts) * NP * (PP + 1)
     pool.run(
         _backward, B * G * parts, *(x.data_ptr() for x in (*tensors, dq, dk, dv, ddecay, dstate)),
         B, L, G, H, N, P, NP, PP, parts, W > 1, "decay" in needed, scratch_size=size,
@@ -88,6 +96,11 @@ def backward(
     dq, dk, ddecay = (x[0] if len(x) == 1 else x.sum(0) for x in (dq, dk, ddecay))
     ddecay = ddecay if axes == 4 else ddecay[..., 0]
     return {"q": dq, "k": dk, "v": dv, "decay": ddecay.sum((0, 1)) if axes == 1 else ddecay, "state": dstate}
+
+
+def _stride(width: int) -> int:
+    """Of rows of pairs of registers; one more keeps powers of two apart, whose rows would meet in few cache lines."""
+    return width + -width % PAIR + LANES
 
 
 @kernel
@@ -163,39 +176,84 @@ def _itself(out, width, x, p, q, width_pq, rows, add):
 
 
 @kernel
-def _step(s, a, k, v, w, out):
-    """The state after a step, and the result with what is left of the state before it."""
-    s = a * s
-    return fma(k, v, s), fma(w, s, out)
+def _frames(a, multiples, begins, ends, rows, NP):
+    """How many frames; decays a (rows, NP) become their products A.
+
+    Args:
+        multiples: (rows, NP) by which the state is multiplied where a frame begins.
+        begins: (rows + 1) the first step of every frame, and the end.
+        ends: (NP) A at the last step, and before it is called that of the chunk before.
+    """
+    frames, one, tiny = 0, splat(R, ONE), splat(R, TINY)
+    for t in range(rows):
+        i, before = t * NP, zero(R)
+        for c in range(0, NP, LANES):
+            product = load(R, ends, c) * load(R, a, i + c)
+            store(multiples, frames * NP + c, product)
+            before = before + where_less(product, tiny, one, zero(R))
+        fresh = t == 0 or sum_lanes(before) > 0
+        for c in range(0, NP, LANES):
+            product = one if fresh else load(R, multiples, frames * NP + c)
+            store(a, i + c, product)
+            store(ends, c, product)
+        if fresh:
+            begins[frames] = t
+            frames += 1
+    begins[frames] = rows
+    return frames
 
 
 @kernel
-def _by_values(rows, N, NP, PP, a, k, q, v, y, source, i, target, j, stride):
-    """y[t, p] += sum_n q[t, n] a[t, n] S[n, p],  S = a S + k v  from source[i] into target[j]; values in the lanes."""
-    for p in range(0, PP, PAIR):
+def _times(target, x, a, count):
+    """target = x a."""
+    for i in range(0, count, LANES):
+        store(target, i, load(R, x, i) * load(R, a, i))
+
+
+@kernel
+def _over(target, x, a, count):
+    """target = x / a."""
+    for i in range(0, count, LANES):
+        store(target, i, load(R, x, i) / load(R, a, i))
+
+
+@kernel
+def _scale(S, i, stride, a, N, P):
+    """The rows (N, P) of S, which are whole registers, times a (N,)."""
+    for n in range(N):
+        for c in range(i + n * stride, i + n * stride + P, LANES):
+            store(S, c, load(R, S, c) * load_splat(R, a, n))
+
+
+@kernel
+def _by_values(frames, begins, multiples, N, P, NP, PP, k, q, v, y, source, i, target, j, stride):
+    """y[t, p] += sum_n q[t, n] S[n, p],  then S += k v,  from source[i] into target[j]; values in the lanes."""
+    for p in range(0, P, PAIR):
         for n in range(0, N, 4):
             o = i + n * stride + p
             s00, s01 = load(R, source, o), load(R, source, o + LANES)
             s10, s11 = load(R, source, o + stride), load(R, source, o + stride + LANES)
             s20, s21 = load(R, source, o + 2 * stride), load(R, source, o + 2 * stride + LANES)
             s30, s31 = load(R, source, o + 3 * stride), load(R, source, o + 3 * stride + LANES)
-            for t in range(rows):
-                m, o = t * NP + n, t * PP + p
-                v0, v1, y0, y1 = load(R, v, o), load(R, v, o + LANES), load(R, y, o), load(R, y, o + LANES)
-                a_t, k_t, q_t = load_splat(R, a, m), load_splat(R, k, m), load_splat(R, q, m)
-                s00, y0 = _step(s00, a_t, k_t, v0, q_t, y0)
-                s01, y1 = _step(s01, a_t, k_t, v1, q_t, y1)
-                a_t, k_t, q_t = load_splat(R, a, m + 1), load_splat(R, k, m + 1), load_splat(R, q, m + 1)
-                s10, y0 = _step(s10, a_t, k_t, v0, q_t, y0)
-                s11, y1 = _step(s11, a_t, k_t, v1, q_t, y1)
-                a_t, k_t, q_t = load_splat(R, a, m + 2), load_splat(R, k, m + 2), load_splat(R, q, m + 2)
-                s20, y0 = _step(s20, a_t, k_t, v0, q_t, y0)
-                s21, y1 = _step(s21, a_t, k_t, v1, q_t, y1)
-                a_t, k_t, q_t = load_splat(R, a, m + 3), load_splat(R, k, m + 3), load_splat(R, q, m + 3)
-                s30, y0 = _step(s30, a_t, k_t, v0, q_t, y0)
-                s31, y1 = _step(s31, a_t, k_t, v1, q_t, y1)
-                store(y, o, y0)
-                store(y, o + LANES, y1)
+            for frame in range(frames):
+                m = frame * NP + n
+                a0, a1 = load_splat(R, multiples, m), load_splat(R, multiples, m + 1)
+                a2, a3 = load_splat(R, multiples, m + 2), load_splat(R, multiples, m + 3)
+                s00, s01, s10, s11 = a0 * s00, a0 * s01, a1 * s10, a1 * s11
+                s20, s21, s30, s31 = a2 * s20, a2 * s21, a3 * s30, a3 * s31
+                for t in range(int(begins[frame]), int(begins[frame + 1])):
+                    m, o = t * NP + n, t * PP + p
+                    v0, v1, y0, y1 = load(R, v, o), load(R, v, o + LANES), load(R, y, o), load(R, y, o + LANES)
+                    k_t, q_t = load_splat(R, k, m), load_splat(R, q, m)
+                    y0, y1, s00, s01 = fma(q_t, s00, y0), fma(q_t, s01, y1), fma(k_t, v0, s00), fma(k_t, v1, s01)
+                    k_t, q_t = load_splat(R, k, m + 1), load_splat(R, q, m + 1)
+                    y0, y1, s10, s11 = fma(q_t, s10, y0), fma(q_t, s11, y1), fma(k_t, v0, s10), fma(k_t, v1, s11)
+                    k_t, q_t = load_splat(R, k, m + 2), load_splat(R, q, m + 2)
+                    y0, y1, s20, s21 = fma(q_t, s20, y0), fma(q_t, s21, y1), fma(k_t, v0, s20), fma(k_t, v1, s21)
+                    k_t, q_t = load_splat(R, k, m + 3), load_splat(R, q, m + 3)
+                    y0, y1, s30, s31 = fma(q_t, s30, y0), fma(q_t, s31, y1), fma(k_t, v0, s30), fma(k_t, v1, s31)
+                    store(y, o, y0)
+                    store(y, o + LANES, y1)
             o = j + n * stride + p
             store(target, o, s00)
             store(target, o + LANES, s01)
@@ -208,33 +266,32 @@ def _by_values(rows, N, NP, PP, a, k, q, v, y, source, i, target, j, stride):
 
 
 @kernel
-def _by_keys(rows, P, NP, PP, a, k, v, w, out, S):
-    """out[t, n] += sum_p w[t, p] a[t, n] S[p, n],  S = a S + k v  in place; keys in the lanes."""
-    for n in range(0, NP, PAIR):
+def _by_keys(frames, begins, multiples, N, P, NP, PP, k, v, w, out, S):
+    """out[t, n] += sum_p w[t, p] S[p, n],  then S += k v  in place; keys in the lanes."""
+    for n in range(0, N, PAIR):
         for p in range(0, P, 4):
             o = p * NP + n
             s00, s01 = load(R, S, o), load(R, S, o + LANES)
             s10, s11 = load(R, S, o + NP), load(R, S, o + NP + LANES)
             s20, s21 = load(R, S, o + 2 * NP), load(R, S, o + 2 * NP + LANES)
             s30, s31 = load(R, S, o + 3 * NP), load(R, S, o + 3 * NP + LANES)
-            for t in range(rows):
-                m, i = t * PP + p, t * NP + n
-                a0, a1, k0, k1 = load(R, a, i), load(R, a, i + LANES), load(R, k, i), load(R, k, i + LANES)
-                o0, o1 = load(R, out, i), load(R, out, i + LANES)
-                v_t, w_t = load_splat(R, v, m), load_splat(R, w, m)
-                s00, o0 = _step(s00, a0, k0, v_t, w_t, o0)
-                s01, o1 = _step(s01, a1, k1, v_t, w_t, o1)
-                v_t, w_t = load_splat(R, v, m + 1), load_splat(R, w, m + 1)
-                s10, o0 = _step(s10, a0, k0, v_t, w_t, o0)
-                s11, o1 = _step(s11, a1, k1, v_t, w_t, o1)
-                v_t, w_t = load_splat(R, v, m + 2), load_splat(R, w, m + 2)
-                s20, o0 = _step(s20, a0, k0, v_t, w_t, o0)
-                s21, o1 = _step(s21, a1, k1, v_t, w_t, o1)
-                v_t, w_t = load_splat(R, v, m + 3), load_splat(R, w, m + 3)
-                s30, o0 = _step(s30, a0, k0, v_t, w_t, o0)
-                s31, o1 = _step(s31, a1, k1, v_t, w_t, o1)
-                store(out, i, o0)
-                store(out, i + LANES, o1)
+            for frame in range(frames):
+                a0, a1 = load(R, multiples, frame * NP + n), load(R, multiples, frame * NP + n + LANES)
+                s00, s10, s20, s30 = a0 * s00, a0 * s10, a0 * s20, a0 * s30
+                s01, s11, s21, s31 = a1 * s01, a1 * s11, a1 * s21, a1 * s31
+                for t in range(int(begins[frame]), int(begins[frame + 1])):
+                    m, i = t * PP + p, t * NP + n
+                    k0, k1, o0, o1 = load(R, k, i), load(R, k, i + LANES), load(R, out, i), load(R, out, i + LANES)
+                    v_t, w_t = load_splat(R, v, m), load_splat(R, w, m)
+                    o0, o1, s00, s01 = fma(w_t, s00, o0), fma(w_t, s01, o1), fma(v_t, k0, s00), fma(v_t, k1, s01)
+                    v_t, w_t = load_splat(R, v, m + 1), load_splat(R, w, m + 1)
+                    o0, o1, s10, s11 = fma(w_t, s10, o0), fma(w_t, s11, o1), fma(v_t, k0, s10), fma(v_t, k1, s11)
+                    v_t, w_t = load_splat(R, v, m + 2), load_splat(R, w, m + 2)
+                    o0, o1, s20, s21 = fma(w_t, s20, o0), fma(w_t, s21, o1), fma(v_t, k0, s20), fma(v_t, k1, s21)
+                    v_t, w_t = load_splat(R, v, m + 3), load_splat(R, w, m + 3)
+                    o0, o1, s30, s31 = fma(w_t, s30, o0), fma(w_t, s31, o1), fma(v_t, k0, s30), fma(v_t, k1, s31)
+                    store(out, i, o0)
+                    store(out, i + LANES, o1)
             store(S, o, s00)
             store(S, o + LANES, s01)
             store(S, o + NP, s10)
@@ -249,31 +306,43 @@ def _by_keys(rows, P, NP, PP, a, k, v, w, out, S):
 def _forward(start, stop, scratch, q, k, v, decay, state, y, last, L, G, H, N, P, NP, PP, channels):
     q, k, v, decay = floats(q), floats(k), floats(v), floats(decay)
     state, y, last = floats(state), floats(y), floats(last)
-    a, keys, queries = scratch, scratch[T * NP :], scratch[2 * T * NP :]
-    values, out, held = scratch[3 * T * NP :], scratch[T * (3 * NP + PP) :], scratch[T * (3 * NP + 2 * PP) :]
-    in_place = N % 4 == 0 and PP == P
+    a, multiples, keys, queries = scratch, scratch[T * NP :], scratch[2 * T * NP :], scratch[3 * T * NP :]
+    rest = scratch[4 * T * NP :]
+    values, out, begins, ends = rest, rest[T * PP :], rest[2 * T * PP :], rest[T * (2 * PP + 1) + 1 :]
+    held = ends[NP:]
+    in_place = N % 4 == 0 and P % PAIR == 0
+    stride = P if in_place else PP
     for task in range(start, stop):
         b, h = task // H, task % H
         g, home = h // (H // G), task * N * P
+        source, i = state, home
+        target, j = (last, home) if in_place else (held, 0)
         if not in_place:
             _clear(held, NP * PP)
             _fetch(held, PP, state, home, P, N, P)
+            source, i = held, 0
+        for c in range(0, NP, LANES):
+            store(ends, c, splat(R, ONE))
         for t in range(0, L, T):
             rows, row = min(T, L - t), b * L + t
             if channels:
                 _decays(a, NP, decay, (row * G + g) * N, G * N, rows, N, True)
             else:
                 _decays(a, NP, decay, row * H + h, H, rows, N, False)
+            frames = _frames(a, multiples, begins, ends, rows, NP)
             _fetch(keys, NP, k, (row * G + g) * N, G * N, rows, N)
             _fetch(queries, NP, q, (row * G + g) * N, G * N, rows, N)
             _fetch(values, PP, v, (row * H + h) * P, H * P, rows, P)
             _itself(out, PP, values, queries, keys, NP, rows, False)
-            if in_place:
-                source = state if t == 0 else last
-                _by_values(rows, N, NP, PP, a, keys, queries, values, out, source, home, last, home, P)
-            else:
-                _by_values(rows, N, NP, PP, a, keys, queries, values, out, held, 0, held, 0, PP)
+            _times(queries, queries, a, rows * NP)
+            _over(keys, keys, a, rows * NP)
+            _by_values(
+                frames, begins, multiples, N, P, NP, PP, keys, queries, values, out, source, i, target, j, stride
+            )
+            source, i = target, j
             _put(y, (row * H + h) * P, H * P, out, PP, rows, P, False)
+        if L > 1:
+            _scale(target, j, stride, ends, N, P)
         if not in_place:
             _put(last, home, P, held, PP, N, P, False)
 
@@ -304,13 +373,14 @@ def _backward(
     )  # fmt: skip
     dq, dk, dv, ddecay, dstate = floats(dq), floats(dk), floats(dv), floats(ddecay), floats(dstate)
     size, heads, chunks = NP * PP, H // G, (L + T - 1) // T
-    a, keys, queries, by_keys = scratch, scratch[T * NP :], scratch[2 * T * NP :], scratch[3 * T * NP :]
-    rest = scratch[4 * T * NP :]
+    a, multiples, keys, queries = scratch, scratch[T * NP :], scratch[2 * T * NP :], scratch[3 * T * NP :]
+    coming, read, by_keys = scratch[4 * T * NP :], scratch[5 * T * NP :], scratch[6 * T * NP :]
+    rest = scratch[7 * T * NP :]
     values, grads, by_values = rest, rest[T * PP :], rest[2 * T * PP :]
     rest = rest[3 * T * PP :]
-    S, D, D_values, carry = rest, rest[size:], rest[2 * size :], rest[3 * size :]
-    firsts, kept = carry[NP:], carry[NP + (chunks + KEEP - 1) // KEEP * NP :]
-    one = np.float32(1.0)
+    begins, ends = rest, rest[T + 1 :]
+    S, S_values, firsts = ends[NP:], ends[NP + size :], ends[NP + 2 * size :]
+    kept = firsts[(chunks + KEEP - 1) // KEEP * NP :]
     for task in range(start, stop):
         part, b, g = task % parts, task // parts // G, task // parts % G
         low = g * heads + part * HEADS
@@ -321,58 +391,70 @@ def _backward(
             first_d = (b * L * G + g) * N if channels else b * L * H + h  # of the first step, in decay
             first_dd = to_keys if channels else first_d
             _transpose(S, NP, state, home, N, P)
+            for i in range(0, NP, LANES):
+                store(ends, i, splat(R, ONE))
             for c in range(chunks):
                 t = c * T
                 rows, row = min(T, L - t), b * L + t
                 if with_decay and c % KEEP == 0:
-                    for i in range(0, size, LANES):
-                        store(kept, c // KEEP * size + i, load(R, S, i))
+                    for p in range(P):
+                        _times(kept[c // KEEP * size + p * NP :], S[p * NP :], ends, NP)
                 _decays(a, NP, decay, first_d + t * step_d, step_d, rows, N, channels)
+                frames = _frames(a, multiples, begins, ends, rows, NP)
                 _fetch(keys, NP, k, (row * G + g) * N, G * N, rows, N)
                 _fetch(values, PP, v, (row * H + h) * P, H * P, rows, P)
                 _fetch(grads, PP, dy, (row * H + h) * P, H * P, rows, P)
+                _over(coming, keys, a, rows * NP)
                 _clear(by_keys, rows * NP)
-                _by_keys(rows, P, NP, PP, a, keys, values, grads, by_keys, S)
+                sizes = frames, begins, multiples, N, P, NP, PP
+                _by_keys(*sizes, coming, values, grads, by_keys, S)
+                _times(by_keys, by_keys, a, rows * NP)
                 if with_decay:
                     _fetch(queries, NP, q, (row * G + g) * N, G * N, rows, N)
-                    _grow(ddecay, first_dd + t * step_d, step_d, -one, queries, by_keys, rows, N, NP, channels)
+                    _grow(ddecay, first_dd + t * step_d, step_d, -ONE, queries, by_keys, rows, N, NP, channels)
                 _itself(by_keys, NP, keys, values, grads, PP, rows, True)
                 _put(dq, to_keys + t * G * N, G * N, by_keys, NP, rows, N, h > low)
-            _transpose(D, NP, dlast, home, N, P)
-            _clear(D_values, size)
-            _fetch(D_values, PP, dlast, home, P, N, P)
+            _transpose(S, NP, dlast, home, N, P)
+            _clear(S_values, size)
+            _fetch(S_values, PP, dlast, home, P, N, P)
+            for i in range(0, NP, LANES):
+                store(ends, i, splat(R, ONE))
             for c in range(chunks - 1, -1, -1):
                 t = min(c * T + T, L) - 1  # the last step, which comes first
                 rows, row = t + 1 - c * T, b * L + t
                 if t == L - 1:
                     for i in range(0, NP, LANES):
-                        store(a, i, splat(R, one))
+                        store(a, i, splat(R, ONE))
                     _decays(a[NP:], NP, decay, first_d + t * step_d, -step_d, rows - 1, N, channels)
                 else:
                     _decays(a, NP, decay, first_d + (t + 1) * step_d, -step_d, rows, N, channels)
+                frames = _frames(a, multiples, begins, ends, rows, NP)
                 _fetch(keys, NP, k, (row * G + g) * N, -G * N, rows, N)
                 _fetch(queries, NP, q, (row * G + g) * N, -G * N, rows, N)
                 _fetch(values, PP, v, (row * H + h) * P, -H * P, rows, P)
                 _fetch(grads, PP, dy, (row * H + h) * P, -H * P, rows, P)
+                _over(coming, queries, a, rows * NP)
+                _times(read, keys, a, rows * NP)
                 _clear(by_keys, rows * NP)
-                _by_keys(rows, P, NP, PP, a, queries, grads, values, by_keys, D)
+                sizes = frames, begins, multiples, N, P, NP, PP
+                _by_keys(*sizes, coming, grads, values, by_keys, S)
+                _times(by_keys, by_keys, a, rows * NP)
                 if with_decay:
-                    _grow(ddecay, first_dd + t * step_d, -step_d, one, keys, by_keys, rows, N, NP, channels)
+                    _grow(ddecay, first_dd + t * step_d, -step_d, ONE, keys, by_keys, rows, N, NP, channels)
                 _itself(by_keys, NP, queries, values, grads, PP, rows, True)
                 _put(dk, to_keys + t * G * N, -G * N, by_keys, NP, rows, N, h > low)
                 _itself(by_values, PP, grads, queries, keys, NP, rows, False)
-                _by_values(rows, N, NP, PP, a, queries, keys, grads, by_values, D_values, 0, D_values, 0, PP)
+                _by_values(*sizes, coming, read, grads, by_values, S_values, 0, S_values, 0, PP)
                 _put(dv, (row * H + h) * P, -H * P, by_values, PP, rows, P, False)
-                if with_decay and c % KEEP == 0:
+                if c % KEEP == 0:  # and at the first of all
                     _decays(a, NP, decay, first_d + c * T * step_d, step_d, 1, N, channels)
-                    _start(firsts, c // KEEP * NP, a, kept, c // KEEP * size, D, P, NP, channels, h > low)
-            _decays(a, NP, decay, first_d, step_d, 1, N, channels)
-            for n in range(N):
-                for i in range(n * PP, (n + 1) * PP, LANES):
-                    store(D_values, i, load(R, D_values, i) * load_splat(R, a, n))
-            _put(dstate, home, P, D_values, PP, N, P, False)
+                    _times(a, a, ends, NP)
+                    if with_decay:
+                        _start(firsts, c // KEEP * NP, a, kept, c // KEEP * size, S, P, NP, channels, h > low)
+            _scale(S_values, 0, PP, a, N, P)
+            _put(dstate, home, P, S_values, PP, N, P, False)
             if with_decay and (h == high - 1 or not channels):
-                _add_up(ddecay, first_dd, decay, first_d, step_d, firsts, carry, L, N if channels else 1, NP)
+                _add_up(ddecay, first_dd, decay, first_d, step_d, firsts, a, L, N if channels else 1, NP)
 
 
 @kernel
