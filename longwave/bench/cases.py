@@ -152,40 +152,22 @@ def parallel_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor
     return torch.einsum("bhls,bshp->blhp", scores, v)
 
 
-def chunked_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, chunk: int = 128) -> Tensor:
-    """torchscale's chunkwise form without its normaliser: all chunks at once, then their states one after another.
-
-    Of chunks of 64 to 512 steps 128 is the fastest here.
-    """
-    (B, L, H, N), P = q.shape, v.shape[3]
-    q, k, v = (x.view(B, L // chunk, chunk, H, -1).transpose(2, 3) for x in (q, k, v))
-    t = torch.arange(chunk)
-    mask = ((t[:, None] - t).clamp(min=0) * decay[:, None, None]).exp().tril()  # (H, chunk, chunk)
-    inner = ((q @ k.mT) * mask) @ v
-    kv = k.mT @ (v * mask[:, -1, :, None])  # (B, chunks, H, N, P)
-    state, states = q.new_zeros(B, H, N, P), []
-    for i in range(L // chunk):
-        states.append(state)
-        state = state * (decay * chunk).exp()[:, None, None] + kv[:, i]
-    y = inner + (q * ((t + 1) * decay[:, None]).exp()[..., None]) @ torch.stack(states, dim=1)
-    return y.transpose(2, 3).reshape(B, L, H, P)
-
-
 def chunked_gla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, chunk: int = 64) -> Tensor:
     """The chunkwise form of the GLA paper (its listing 1): keys are divided by their decays, which overflows for strong
     ones; those here are weak. Of chunks of 32 to 128 steps 64 is the fastest here."""
     (B, L, H, N), P = q.shape, v.shape[3]
-    q, k, v, decay = (x.view(B, L // chunk, chunk, H, -1).transpose(2, 3) for x in (q, k, v, decay))
+    q, k, v, decay = (F.pad(x, (0, 0, 0, 0, 0, -L % chunk)) for x in (q, k, v, decay))
+    q, k, v, decay = (x.unflatten(1, (-1, chunk)).transpose(2, 3) for x in (q, k, v, decay))
     total = decay.cumsum(3)  # (B, chunks, H, chunk, N)
     so_far, last = total.exp(), total[..., -1:, :]
     inner = ((q * so_far) @ (k * (-total).exp()).mT).tril() @ v
     kv, over_all = (k * (last - total).exp()).mT @ v, last.exp().mT
     state, states = q.new_zeros(B, H, N, P), []
-    for i in range(L // chunk):
+    for i in range(kv.shape[1]):
         states.append(state)
         state = state * over_all[:, i] + kv[:, i]
     y = inner + (q * so_far) @ torch.stack(states, dim=1)
-    return y.transpose(2, 3).reshape(B, L, H, P)
+    return y.transpose(2, 3).flatten(1, 2)[:, :L]
 
 
 def _heads_of(N: int, P: int) -> Callable[[int], list[Tensor]]:
@@ -245,6 +227,11 @@ def transformers_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     return torch_chunk_gated_delta_rule(q, k, v, decay, beta)[0]
+
+
+def transformers_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """RetNet's recurrence as what it is to transformers' Mamba2Mixer: steps of 1, and no skip."""
+    return transformers_ssd(v, torch.ones(v.shape[:3]), decay, k, q, torch.zeros(v.shape[2]))
 
 
 def _head(form: str) -> Callable[[int], list[Any]]:
@@ -387,17 +374,17 @@ CASES = (
     ),
     Case(
         "linear_attention of retnet",
-        "torchscale's chunks, plain torch",
+        "transformers' chunks",
         _retnet_inputs,
         lambda *t: ops.linear_attention(*t)[0],
-        chunked_retention,
+        transformers_retention,
         (1024, 8192),
         targets={("both", "default"): 5},
         note="products and sums: two a number of the state and step, and walk along time, of which there are four",
     ),
     Case(
         "linear_attention of gla",
-        "the paper's chunks, plain torch",
+        "the paper's chunks",
         _gla_inputs,
         lambda *t: ops.linear_attention(*t)[0],
         chunked_gla,

@@ -120,6 +120,8 @@ PATTERNS: dict[str, Callable[[int], list[Any]]] = {
     "s4d": lambda L: ["s4d"],
     "mega": lambda L: ["mega"],
     "gated_deltanet": lambda L: ["gated_deltanet"],
+    "retnet": lambda L: ["retnet"],
+    "gla": lambda L: ["gla"],
 }
 
 
