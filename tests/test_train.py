@@ -11,6 +11,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from longwave import own
 from longwave.models import load
 from longwave.models.runs import find, find_best, name_of, saved_steps
 from longwave.models.score import Score
@@ -29,6 +31,7 @@ from longwave.nn import optim_hints
 from longwave.tasks import Batch, Text
 from longwave.train import Recipe, load_recipe, loop, recipe_names, train
 from longwave.train import checkpoint as checkpoints
+from longwave.train.ahead import batches
 from longwave.train.checkpoint import gather
 from longwave.train.evaluate import evaluate
 from longwave.train.monitor import METRICS, Monitor, plot_loss, read_metrics
@@ -995,3 +998,28 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path):
     (data / "b.txt").write_text("other text b " * 300)
     with pytest.raises(ValueError, match=r"the data of .*run are not what they were when it began \(.*in\); put them"):
         train(load_recipe(tmp_path / "run/config.yaml", ["steps=4"]), tmp_path / "run", resume=tmp_path / "run")
+
+
+def test_rows_drawn_ahead_are_those_drawn_between_steps(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from longwave.tasks import SelectiveCopying\nclass Mine(SelectiveCopying):\n    length: int = 12\n"
+    )
+    own.trust(tmp_path / "own.py")
+    for task in ("selective_copying", f"{tmp_path / 'own.py'}:Mine"):
+        changes = [f"task={{kind: '{task}', length: 12, copy_length: 3}}", "batch=4", "steps=5", "threads=1", "lr=0.01"]
+        changes += ["model={kind: masked_lm, d_model: 8, pattern: [s4d]}", "accumulate=2", "eval_batch=250"]
+        runs = [tmp_path / f"{Path(task).name}-{workers}" for workers in (0, 2)]
+        for workers, run in zip((0, 2), runs):
+            train(load_recipe("demo", [*changes, f"workers={workers}"]), run)
+        losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in runs]
+        assert losses[0] == losses[1] != []
+
+
+def test_a_process_that_draws_and_is_lost_is_told(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom longwave.tasks import SelectiveCopying\nclass Dies(SelectiveCopying):\n"
+        "    def train_row(self, seed, number):\n        os._exit(9)\n"
+    )
+    task = own.trust(tmp_path / "own.py").Dies(kind=f"{tmp_path / 'own.py'}:Dies")
+    with pytest.raises(OSError, match="a process that draws rows was killed"):
+        next(batches(task, 2, 0, iter(range(9)), workers=1))

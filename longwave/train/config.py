@@ -56,6 +56,7 @@ class Recipe(Spec):
         final_lr: at the end, over lr.
         precision: float32 throughout, or bfloat16 where torch's autocast thinks it safe.
         threads: CPU threads of a process; default torch's choice. A tiny model is fastest on one.
+        workers: processes, of each that trains, that draw rows ahead of the steps; 0 draws them between steps.
         keep_memory: of the command line: keep freed memory in the process rather than give it back and fault it in
             anew, see :func:`longwave.train.memory.keep_freed_memory`; ``train()`` leaves malloc as it is.
         accelerator: auto | cpu | cuda | ..., as lightning-fabric has them.
@@ -82,6 +83,7 @@ class Recipe(Spec):
     final_lr: float = Field(0.1, ge=0, le=1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     threads: int | None = Field(None, ge=1, le=1024)
+    workers: int = Field(0, ge=0, le=1024)
     keep_memory: bool = True
     accelerator: str = "auto"
     devices: int = Field(1, ge=1)

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from longwave.models.runs import CONFIG, find, saved_steps, step_of
 from longwave.nn.module import whole
 from longwave.tasks.base import Errors, Score, fingerprint
 from longwave.tasks.forms import Batch, scored
+from longwave.train.ahead import batches
 from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, write_text
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
@@ -33,7 +35,7 @@ if TYPE_CHECKING:  # takes long to import, and only training needs it
 DATA = "data.sha256"  # in a run: of what its task reads
 MAY_DIFFER = {
     "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep",
-    "threads", "keep_memory", "accelerator", "devices", "nodes", "strategy", "accumulate",
+    "threads", "workers", "keep_memory", "accelerator", "devices", "nodes", "strategy", "accumulate",
 }  # fmt: skip
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -186,10 +188,9 @@ def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None) -
     saved = start if checkpoint is not None else -1
     monitor = ranks.on_main(_start_monitor, recipe, run, start)
 
-    def batches(step: int) -> list[Batch]:
-        first = step * recipe.accumulate
-        numbers = [(first + part) * world + fabric.global_rank for part in range(recipe.accumulate)]
-        return [fabric.to_device(recipe.task.train_batch(rows, recipe.seed, number)) for number in numbers]
+    parts_left = range(start * recipe.accumulate, recipe.steps * recipe.accumulate)
+    numbers = (part * world + fabric.global_rank for part in parts_left)
+    drawn = batches(recipe.task, rows, recipe.seed, numbers, recipe.workers)
 
     def save(step: int) -> None:
         nonlocal saved
@@ -208,7 +209,7 @@ def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None) -
             save(step)
 
     try:
-        with StopFlag(tell=ranks.main) as stop, monitor or contextlib.nullcontext():
+        with contextlib.closing(drawn), StopFlag(tell=ranks.main) as stop, monitor or contextlib.nullcontext():
             if monitor is not None and resume is not None and checkpoint is None:
                 monitor.say(f"{run} has no checkpoint yet; it starts again at its first step")
             if start == recipe.steps:
@@ -218,7 +219,7 @@ def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None) -
             for step in range(start, recipe.steps):
                 lr = set_lr(optimizer, step, recipe)
                 torch.manual_seed(_step_seed(recipe.seed, step, fabric.global_rank))
-                parts = batches(step)
+                parts = [fabric.to_device(batch) for batch in islice(drawn, recipe.accumulate)]
                 tokens += sum(part.steps for part in parts) * world
                 loss, norm = _step(ranks, objective, wrapped, parameters, parts, recipe)
                 done = step + 1
