@@ -22,33 +22,26 @@ from longwave.ops._numba.simd import (
     zero,
 )
 from longwave.ops._torch import gated_delta_rule as chunks
+from longwave.ops._torch.gated_delta_rule import backward, saved
 from longwave.ops.gated_delta_rule import prepare
+
+__all__ = ["backward", "forward", "saved"]
 
 R, LANES = eight, 8
 
 
-def why_not(q: Tensor, *others: Tensor | None) -> str | None:
-    """More than a step is done in chunks."""
-    return None if q.shape[1] == 1 else f"the kernel takes one step; of {q.shape[1]}, matrix products are faster"
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """y (B, 1, H, P) and the next state."""
-    (B, _, G, N), (H, P) = q.shape, v.shape[2:]
-    given = [t.float().contiguous() for t in (q, k, v, decay, beta, prepare(q, v, state))]
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None, keep: bool
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """One step by the kernel; more are matrix products of chunks, as on any device."""
+    (B, L, G, N), (H, P) = q.shape, v.shape[2:]
+    if L > 1:
+        return chunks.forward(q, k, v, decay, beta, state, keep)
+    state = prepare(q, v, state)
+    given = [t.float().contiguous() for t in (q, k, v, decay, beta, state)]
     y, new = torch.empty(B, 1, H, P), torch.empty(B, H, N, P)
     _step(*(t.data_ptr() for t in (*given, y, new)), B * H, H // G, N, P)
-    return y.to(v.dtype), new
-
-
-def backward(
-    needed: set[str], dy: Tensor | None, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, decay: Tensor,
-    beta: Tensor, state: Tensor | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """As of a chunk of one step: one that is trained is one of few."""
-    return chunks.backward(needed, dy, dlast, q, k, v, decay, beta, prepare(q, v, state)[:, None])
+    return (y.to(v.dtype), new), state[:, None].clone() if keep else state
 
 
 @kernel
