@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from longwave import own
+from longwave.mixers import MIXERS
+from longwave.nn import FILTERS
+from longwave.tasks import TASKS
+
 torch.set_num_threads(1)
 
 
@@ -13,6 +18,18 @@ torch.set_num_threads(1)
 def _malloc_as_it_is(monkeypatch):
     """The command line in this process would change it for the tests after it, some of which measure memory."""
     monkeypatch.setattr("longwave.train.memory.keep_freed_memory", lambda: True)
+
+
+@pytest.fixture(autouse=True)
+def _own_classes_stay_in_their_test():
+    tables, files = (MIXERS, FILTERS, TASKS), dict(own._modules)
+    before = [dict(table) for table in tables]
+    yield
+    own._modules.clear()
+    own._modules.update(files)
+    for table, names in zip(tables, before):
+        table.clear()
+        table.update(names)
 
 
 @pytest.fixture

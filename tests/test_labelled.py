@@ -23,6 +23,7 @@ from longwave.tasks import (
     Images,
     SeriesLabels,
     Species,
+    TokenizedText,
     audio,
     dna,
     series,
@@ -202,7 +203,11 @@ def made(tmp_path_factory):
 
 
 def test_every_task_is_put_through_the_contract(made):
-    assert {type(made(maker)) for maker in MAKERS} >= {task for task in TASKS.values() if not task.examples}
+    assert {type(made(maker)) for maker in MAKERS} >= {
+        task
+        for task in TASKS.values()
+        if not task.examples and task is not TokenizedText  # in test_corpus.py
+    }
 
 
 @pytest.mark.parametrize("clause", CONTRACT)

@@ -15,7 +15,6 @@ from longwave.contract.mixers import EVERY, STATES
 from longwave.mixers import MIXERS, mixer
 from longwave.models import ClassifierSpec, LMSpec, load, save
 from longwave.nn import FILTERS
-from longwave.tasks import TASKS
 from longwave.train import load_recipe, train
 from longwave.train.lookup import look_up, overview
 from longwave.train.runs import load_run
@@ -64,19 +63,6 @@ TINY = [
     "model={kind: classifier, d_model: 8, pattern: [s4d]}", "steps=4", "batch=4", "threads=1", "accelerator=cpu",
     "checkpoint_every=2", "eval_every=4",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    """What the tests bring does not stay."""
-    tables, files = (MIXERS, FILTERS, TASKS), dict(own._modules)
-    before = [dict(table) for table in tables]
-    yield
-    own._modules.clear()
-    own._modules.update(files)
-    for table, names in zip(tables, before):
-        table.clear()
-        table.update(names)
 
 
 @pytest.fixture

@@ -128,8 +128,10 @@ class Mixer(nn.Module, abc.ABC):
         """Whether a filter ends before x does, with the steps before x that a state has."""
         if (limit := longest(self)) is None:
             return False
-        _, sizes = self._layout or self._lay_out()
-        behind = [t.shape[1] for t, size in zip(_tensors(state or ()), sizes) if len(size) > 1 and size[1] == 0]
+        behind: list[int] = []
+        if state is not None:
+            _, sizes = self._layout or self._lay_out()
+            behind = [t.shape[1] for t, size in zip(_tensors(state), sizes) if len(size) > 1 and size[1] == 0]
         return x.shape[1] + max(behind, default=0) > limit
 
     def _checked(self, state: Any, x: Tensor) -> Any:

@@ -110,8 +110,8 @@ class SinusoidalPositions(AddedPositions, name="sinusoidal_positions"):
 
     Args:
         d_model: D.
-        base: > 0.
-        scale: of p.
+        base: > 0, over 2 pi the longest wave, in tokens.
+        scale: what p is multiplied by.
     Raises:
         ValueError: for another base.
     """
