@@ -177,7 +177,7 @@ def test_a_killed_rank_ends_the_others_with_one_line(recipe, start, tmp_path):
     os.kill(child, signal.SIGKILL)
     began = time.monotonic()
     err = finish(process, 2)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 10
     said = [line for line in err.splitlines() if not re.match(r"step \d+", line)]
     assert said == [f"error: rank 1 was lost: killed by SIGKILL; go on with longwave train --resume '{run}'"]
 

@@ -154,7 +154,21 @@ class Places:
         return self.stretches[number].read(start, start + self.length)
 
 
-class DNA(Task, name="dna"):
+class Bases(Task):
+    """What is given a base a step."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """A C G T N."""
+        return Tokens(len(LETTERS))
+
+    @property
+    def names(self) -> str:
+        """The letters."""
+        return LETTERS
+
+
+class DNA(Bases, name="dna"):
     """Predict the next base of genomes, one token a base.
 
     Source: Nguyen et al. (2023) "HyenaDNA", arXiv:2306.15794, sec. 3: single nucleotides, windows up to a million.
@@ -193,23 +207,9 @@ class DNA(Task, name="dna"):
         return [*self.files, *([self.intervals] if self.intervals else [])]
 
     @property
-    def inputs(self) -> Inputs:
-        """A C G T N."""
-        return Tokens(len(LETTERS))
-
-    @property
-    def names(self) -> str:
-        """The letters."""
-        return LETTERS
-
-    @property
     def longest(self) -> int:
         """A window."""
         return self.length
-
-    def tokens(self) -> list[str]:
-        """The letter of every id."""
-        return list(LETTERS)
 
     @opened
     def _parts(self) -> tuple[Places, list[tuple[Stretch, int, int]]]:
@@ -285,7 +285,7 @@ def _next(ids: np.ndarray) -> Row:
     return Row(ids[:-1], np.where(targets == UNKNOWN, IGNORE, targets))
 
 
-class DNALabels(Labelled, name="dna_labels"):
+class DNALabels(Bases, Labelled, name="dna_labels"):
     """What is a stretch of DNA, such as a splice junction of one kind or another? From a table.
 
     The table is a CSV or TSV file, plain or gzip, with a header: the columns `sequence` and `label` and, where there
@@ -303,24 +303,10 @@ class DNALabels(Labelled, name="dna_labels"):
         """What it reads."""
         return [self.table]
 
-    @property
-    def inputs(self) -> Inputs:
-        """A C G T N."""
-        return Tokens(len(LETTERS))
-
-    @property
-    def names(self) -> str:
-        """The letters."""
-        return LETTERS
-
     @opened
     def longest(self) -> int:
         """Bases of the longest sequence."""
         return max(len(ids) for part in (self._sets.train, self._sets.test) for ids, _ in part)
-
-    def tokens(self) -> list[str]:
-        """The letter of every id."""
-        return list(LETTERS)
 
     def look(self) -> Sets:
         """Sequences by label."""
@@ -350,7 +336,7 @@ class DNALabels(Labelled, name="dna_labels"):
         return Row(*item)
 
 
-class Species(Task, name="species"):
+class Species(Bases, name="species"):
     """Which of several genomes is a stretch of DNA from?
 
     Source: Nguyen et al. (2023), arXiv:2306.15794, sec. 4.4.3.
@@ -385,16 +371,6 @@ class Species(Task, name="species"):
         return [self.folder, *([self.test] if self.test else [])]
 
     @property
-    def inputs(self) -> Inputs:
-        """A C G T N."""
-        return Tokens(len(LETTERS))
-
-    @property
-    def names(self) -> str:
-        """The letters."""
-        return LETTERS
-
-    @property
     def targets(self) -> Label:
         """The species."""
         return Label(len(self._parts[0]))
@@ -403,10 +379,6 @@ class Species(Task, name="species"):
     def longest(self) -> int:
         """A window."""
         return self.length
-
-    def tokens(self) -> list[str]:
-        """The letter of every id."""
-        return list(LETTERS)
 
     @opened
     def _parts(self) -> tuple[list[str], list[Places], list[Places]]:

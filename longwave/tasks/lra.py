@@ -151,10 +151,6 @@ class ListOps(Drawn, name="listops"):
         """Symbols of the longest tree."""
         return LONGEST
 
-    def tokens(self) -> list[str]:
-        """The symbol of every id."""
-        return list(SYMBOLS)
-
     def draw(self, random: np.random.Generator) -> Example:
         """A tree."""
         from longwave.tasks._numba import listops
