@@ -1,16 +1,16 @@
 """What several sources share: the call of an official module, small layers, the block around one long convolution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers import Mixer
-from longwave.models import LMSpec
-from longwave.official.source import Source
+from longwave.models.spec import AnyModel
+from longwave.official.source import Shapes, Source
 
 Elementwise = Literal[
     "gelu", None, "id", "identity", "linear", "relu", "elu", "tanh", "sigmoid", "softplus", "silu", "swish"
@@ -76,15 +76,33 @@ def logits(
     return model(input_ids, mask=attention_mask)[0]
 
 
-class LMSource(Source):
-    """A language model that is one of ours as data."""
+class ModelSource(Source):
+    """A whole model that is one of ours as data: what ``spec().build()`` makes is ``build().model``.
 
-    def spec(self) -> LMSpec:
+    Attributes:
+        hf_type: ``model_type`` in its config.json, or None where releases have no such file.
+        tokenizer: what its text was tokenized by, in words, with the Hub's name.
+    """
+
+    hf_type: ClassVar[str | None] = None
+    tokenizer: ClassVar[str] = ""
+
+    def spec(self) -> AnyModel:
         """What it is."""
         raise NotImplementedError
 
     def build(self) -> nn.Module:
         return Call(self.spec().build(), logits)
+
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        """The options of a published model, or None where it is not one of these.
+
+        Args:
+            config: of its config.json, or what else lies beside the weights; {} where nothing does.
+            shapes: of its tensors, by their names.
+        """
+        return config if cls.hf_type is not None and config.get("model_type") == cls.hf_type else None
 
 
 def positioned_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:

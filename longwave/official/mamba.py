@@ -13,7 +13,7 @@ from longwave.errors import choose
 from longwave.mixers import MixerSpec, mixer
 from longwave.models import LMSpec
 from longwave.models.spec import CHANNEL_MIXERS
-from longwave.official.blocks import Call, LMSource
+from longwave.official.blocks import Call, ModelSource
 from longwave.official.source import (
     HUGGING_FACE,
     Alias,
@@ -175,7 +175,7 @@ def _lm_names(embedding: str, layers: int, tied: bool) -> Names:
     ]
 
 
-class MambaLMHeadModel(LMSource):
+class MambaLMHeadModel(ModelSource):
     """MambaLMHeadModel of mamba_ssm, by the options of its MambaConfig."""
 
     ignored = frozenset({"residual_in_fp32", "fused_add_norm", "initializer_cfg", "device", "dtype"})
@@ -218,7 +218,7 @@ class MambaLMHeadModel(LMSource):
         return _lm_names("backbone.embedding", self.n_layer, self.tie_embeddings)
 
 
-class HuggingFaceMamba(LMSource):
+class HuggingFaceMamba(ModelSource):
     """What both language models of transformers have in common."""
 
     ignored = HUGGING_FACE | {

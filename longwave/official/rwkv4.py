@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from longwave.mixers import mixer
 from longwave.models.spec import LMSpec
-from longwave.official.blocks import Call, LMSource, logits
+from longwave.official.blocks import Call, ModelSource, logits
 from longwave.official.source import (
     HUGGING_FACE,
     Alias,
@@ -73,7 +73,7 @@ def table(layers: int, eps: float, prefix: str, words: dict[str, str]) -> Names:
     return names
 
 
-class BlinkDL(LMSource):
+class BlinkDL(ModelSource):
     """GPT of RWKV-v4 and RWKV of RWKV-v4neo."""
 
     ignored = frozenset({"ctx_len", "tiny_att_layer"})

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import numbers
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar, Union, get_args, get_origin
 
 import torch
@@ -271,31 +272,43 @@ class Source(Spec):
         """Official tensors to ours; gradients flow back."""
         with torch.device("meta"):
             module = self.build()
-        return self._convert(self.rename(state), module)
+        return dict(self.converted(self.rename(state), module))
 
-    def _convert(self, state: State, module: nn.Module) -> State:
-        aliases, ours = self.aliases(), self.rest(state)
+    def converted(self, state: State, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of our module and their names, made one line of the table after another."""
+        aliases, rest = self.aliases(), self.rest(state)
+        lines = [
+            (tuple(aliases.get(key, key) for key in theirs), mine, turn)
+            for theirs, mine, turn in layout(self.names(), module.state_dict())
+        ]
+        uses = Counter((turn, sources) for sources, _, turn in lines)
         made: dict[Any, tuple[Tensor, ...]] = {}  # what names one tensor stays one
-        for theirs, mine, turn in layout(self.names(), module.state_dict()):
-            sources = tuple(aliases.get(key, key) for key in theirs)
-            if (turn, sources) not in made:
-                made[turn, sources] = _several(turn.ours(*(state[key] for key in sources)))
-            ours |= dict(zip(mine, made[turn, sources], strict=True))
-        return ours
+        for sources, mine, turn in lines:
+            ours = made.get((turn, sources))
+            if ours is None:
+                ours = _several(turn.ours(*(state[key] for key in sources)))
+            if uses[turn, sources] > 1:
+                made[turn, sources] = ours
+            yield from zip(mine, ours, strict=True)
+        yield from rest.items()
 
     def check(self, state: State, shapes: Shapes) -> None:
-        """Raises ValueError for a key that is missing or unexpected, a wrong shape, or aliases that differ."""
+        """Raises ValueError for keys that are missing or unexpected, a wrong shape, or aliases that differ."""
         aliases, extra = self.aliases(), self.extra()
+        strangers = [key for key in state if key not in shapes and key not in extra]
+        if strangers:
+            hint = nearest(strangers[0], shapes) if len(strangers) == 1 else ""
+            raise ValueError(f"the state has an unexpected key {_keys(strangers)}{hint}")
         for key, tensor in state.items():
-            if key not in shapes and key not in extra:
-                raise ValueError(f"the state has an unexpected key {key!r}{nearest(key, shapes)}")
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{key!r} is no tensor but {type(tensor).__name__}")
+        missing = [key for key in shapes if key not in state and not (self.optional and key in aliases)]
+        if missing:
+            asked = f" with shape {shapes[missing[0]]}" if len(missing) == 1 else ""
+            raise ValueError(f"the state has no key {_keys(missing)}, which the config asks for{asked}")
         for key, shape in shapes.items():
             if key in state and tuple(state[key].shape) != shape:
                 raise ValueError(f"{key!r} has shape {tuple(state[key].shape)}; the config asks for {shape}")
-            if key not in state and not (self.optional and key in aliases):
-                raise ValueError(f"the state has no key {key!r}, which the config asks for with shape {shape}")
         for key in extra.keys() & state.keys():
             found = (*state[key].shape, *([2] if state[key].is_complex() else []))
             if found != extra[key]:
@@ -313,8 +326,13 @@ class Source(Spec):
             dtype = functools.reduce(torch.promote_types, (state[key].dtype for key in state if key not in extra))
             module.to(device=next(iter(state.values())).device, dtype=dtype)
         with torch.no_grad():
-            module.load_state_dict(self._convert(state, module), strict=False)
+            module.load_state_dict(dict(self.converted(state, module)), strict=False)
         return module
+
+
+def _keys(keys: list[str]) -> str:
+    """Keys in words, at most ten of them."""
+    return ", ".join(map(repr, keys[:10])) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
 
 
 def mapping(config: Any) -> Mapping[str, Any]:

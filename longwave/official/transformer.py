@@ -10,7 +10,7 @@ from longwave.errors import nearest, shown
 from longwave.mixers import MIXERS
 from longwave.models.spec import CHANNEL_MIXERS, LMSpec
 from longwave.nn import POSITIONS
-from longwave.official.blocks import Call, LMSource, positioned_logits
+from longwave.official.blocks import Call, ModelSource, positioned_logits
 from longwave.official.source import (
     HUGGING_FACE,
     Alias,
@@ -34,7 +34,7 @@ TRANSPOSED = Turn(lambda t: t.T, lambda t: t.T)
 NUMBERS = r"\.(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$|\.rotary_emb\.inv_freq$"  # no parameters
 
 
-class Pretrained(LMSource):
+class Pretrained(ModelSource):
     """What the models have in common."""
 
     ignored = HUGGING_FACE | {
