@@ -29,7 +29,7 @@ from longwave.train.monitor import read_metrics
 
 TINY = {
     "model": {"kind": "lm", "d_model": 8, "pattern": ["s4d", {"kind": "attention", "heads": 2}], "dropout": 0.1},
-    "task": {"kind": "text", "length": 16, "held_out": 0.01},
+    "task": {"kind": "text", "length": 16, "share": 0.01},
     "steps": 6,
     "batch": 4,
     "lr": 3e-3,
@@ -240,7 +240,7 @@ def test_eval_gives_the_numbers_of_training(call, trained):
 
 
 def test_eval_on_a_changed_task_and_a_named_checkpoint(call, trained):
-    code, changed, _ = call("eval", trained[1], "task.held_out=0.02", "eval_batch=1")
+    code, changed, _ = call("eval", trained[1], "task.share=0.02", "eval_batch=1")
     assert code == 0
     assert changed != call("eval", trained[1])[1]
     code, earlier, _ = call("eval", trained[1] / "checkpoints" / "step-00000005")
@@ -459,7 +459,7 @@ def test_a_saved_model_is_taken_as_a_run_is(call, trained, tmp_path):
     save(tmp_path / "model", *load(trained[1]))
     write = "--prompt", "Emma", "--temperature", 0, "--max-new", 5
     assert call("generate", tmp_path / "model", *write)[1] == call("generate", trained[1], *write)[1]
-    task = f"task={{kind: text, length: 16, held_out: 0.01, files: [{trained[0].parent / 'text.txt'}]}}"
+    task = f"task={{kind: text, length: 16, share: 0.01, files: [{trained[0].parent / 'text.txt'}]}}"
     code, out, _ = call("eval", tmp_path / "model", task)
     assert code == 0
     assert out == call("eval", trained[1])[1]

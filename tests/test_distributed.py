@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 TINY = {
     "model": {"kind": "lm", "d_model": 8, "pattern": ["s4d", {"kind": "attention", "heads": 2}], "dropout": 0.1},
-    "task": {"kind": "text", "length": 16, "held_out": 0.01},
+    "task": {"kind": "text", "length": 16, "share": 0.01},
     "steps": 6,
     "batch": 4,
     "lr": 3e-3,

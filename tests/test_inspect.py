@@ -25,7 +25,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 CASES = [pytest.param(name, kw, id=f"{name}-{i}") for name, cls in MIXERS.items() for i, kw in enumerate(cls.examples)]
 RECIPE = {
     "model": {"kind": "lm", "d_model": 8, "pattern": ["s4d", {"kind": "attention", "heads": 2}, "h3"]},
-    "task": {"kind": "text", "length": 16, "held_out": 0.05},
+    "task": {"kind": "text", "length": 16, "share": 0.05},
     "steps": 2,
     "batch": 2,
     "lr": 1e-3,

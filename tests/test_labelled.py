@@ -120,6 +120,10 @@ def recordings(folder):
     return AudioTokens(files=[str(folder)], length=50, levels=64)
 
 
+def recordings_apart(folder):
+    return recordings(folder).model_copy(update={"held_out": "files", "share": 0.3})
+
+
 def fasta(file, *lengths):
     """Write records of random bases in lines of 60; returned in upper case."""
     records = ["".join(RANDOM.choice(list("ACGTacgtN"), length)) for length in lengths]
@@ -185,7 +189,7 @@ def ucr(folder):
 
 MAKERS = [
     documents, documents_in_lines, document_pairs, pictures, cifar, mnist, clips, clips_in_a_table, recordings,
-    bases, intervals, junctions, species, forecast, forecast_with_gaps, heartbeats, ucr,
+    recordings_apart, bases, intervals, junctions, species, forecast, forecast_with_gaps, heartbeats, ucr,
 ]  # fmt: skip
 
 
@@ -422,9 +426,7 @@ REFUSED = {
         sound(f / "a.wav", 9), put(f / "labels.csv", "file,label\na.wav,x\nb.wav,y"), Audio(folder=str(f))
     ),
     "there is no WAV": lambda f: after(f.mkdir(), AudioTokens(files=[str(f)])),
-    "no file has more than 8000 samples before its last 10%": lambda f: AudioTokens(
-        files=[str(sound(f / "a.wav", 900))]
-    ),
+    "there are no 8001 samples in a row": lambda f: AudioTokens(files=[str(sound(f / "a.wav", 900))]),
     "has 'J' at base 3": lambda f: DNALabels(table=put(f / "t.csv", "sequence,label\nACJ,x")),
     "has the columns .*, and needs sequence and label": lambda f: DNALabels(table=put(f / "t.csv", "a,b\n1,2")),
     "there is no file 'nosuch.fa'": lambda f: DNA(files=["nosuch.fa"]),

@@ -34,7 +34,7 @@ def test_types_limits_defaults_and_meaning():
     assert re.search(r"^  d_state +int \(<= 65536\) +16 +N, state size a channel\.$", look_up("mamba"), re.M)
     assert re.search(r"^  max_len +int +needed +longest sequence\.$", look_up("hyena"), re.M)
     assert re.search(r"^  init +str +lin +lin \| inv \| quad \| legs \| real, of A and B\.$", look_up("s4d"), re.M)
-    assert re.search(r"^  held_out +float \(> 0, < 1\) +0.1 +The fraction of the corpus", look_up("text"), re.M)
+    assert re.search(r"^  share +float \(> 0, < 1\) +0.1 +The fraction that is held out", look_up("text"), re.M)
     assert re.search(r"^  vocab_size +int \(>= 4\) +10 +Token ids", look_up("associative_recall"), re.M)
     assert re.search(
         r"^  filter +filter +\{kind: s4d, discretization: bilinear\} +what gives", look_up("liquid_s4"), re.M

@@ -89,7 +89,7 @@ def test_a_mistake_in_options_of_options(name, options, message):
         ("clip=.inf", "clip: .*finite"),
         ("model.dropout=.nan", "model.dropout: .*finite number; got nan"),
         ("model.norm_eps=.inf", "model.norm_eps: .*finite"),
-        ("task.held_out=.nan", "task.held_out: .*finite"),
+        ("task.share=.nan", "task.share: .*finite"),
         ("model.channel={kind: mlp, expand: .inf}", "model.channel.expand: .*finite"),
     ],
 )

@@ -305,13 +305,39 @@ def test_every_held_out_byte_is_scored_once_after_what_came_before(files, length
 
 
 def test_training_windows_lie_in_the_training_part_and_reach_all_of_it(files):
-    task = Text(files=files(bytes(range(100)), bytes(range(100, 200))), length=9, held_out=0.25)
-    assert task.train_bytes == 150
+    task = Text(files=files(bytes(range(100)), bytes(range(100, 200))), length=9, share=0.25)
+    whole = [*range(75), *range(100, 175)]
     batch = task.train_batch(3000, 0, 0)
-    assert torch.equal(batch.targets, batch.inputs + 1)
-    assert batch.inputs.shape == (3000, 9)
-    assert set(batch.inputs[:, 0].tolist()) == set(range(141))
-    assert set(batch.targets.flatten().tolist()) == set(range(1, 150))
+    starts = {whole.index(start) for start in batch.inputs[:, 0].tolist()}
+    assert starts == set(range(141))
+    for inputs, targets in rows_of(batch):
+        start = whole.index(inputs[0])
+        assert (inputs, targets) == (whole[start : start + 9], whole[start + 1 : start + 10])
+
+
+def held_and_trained(task):
+    """The bytes of the two parts."""
+    train, held = task.parts
+    return bytes(held.read(0, len(held))), bytes(train.read(0, len(train)))
+
+
+def test_what_is_held_out_is_the_end_of_every_file_or_single_files_or_documents(files):
+    names = files(*(bytes([number]) * 20 for number in range(10)), noise(1000))
+    held, train = held_and_trained(Text(files=names, length=4, share=0.1))
+    assert held == b"".join(bytes([number, number]) for number in range(10)) + noise(1000)[900:]
+    assert len(train) == 10 * 18 + 900
+    held, train = held_and_trained(Text(files=names, length=4, held_out="files", share=0.2))
+    assert len(set(held)) == len(held) // 20 == 2
+    assert not set(held) & set(train[: 8 * 20])
+    assert held_and_trained(Text(files=names[:2], length=4, held_out="files", share=0.01)) == (b"\1" * 20, b"\0" * 20)
+    content = b"".join(b"<%d" % number * 9 + b";" for number in range(20))
+    held, train = held_and_trained(
+        Text(files=files(content, b"end" * 9), length=4, held_out="documents", separator=";")
+    )
+    documents = content.split(b";")[:-1]
+    assert 1 <= held.count(b";") <= 3
+    assert set(held.split(b";")[:-1]) | set(train.split(b";")[:-1]) == set(documents)
+    assert sorted(held + train) == sorted(content + b"end" * 9)
 
 
 def test_corpus_reads_across_files(files):
@@ -341,7 +367,7 @@ def test_large_files_are_not_loaded(tmp_path):
     task = Text(files=[str(tmp_path / "large")], length=1024)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     task.prepare()
-    assert task.corpus.read(2**31 - 1, 2**31 + 2).tolist() == [0, ord("x"), 0]
+    assert task.parts[0].read(2**31 - 1, 2**31 + 2).tolist() == [0, ord("x"), 0]
     assert task.eval_batch(4, task.eval_batches(4) - 1).inputs.shape[1] == 1024
     seconds = []
     for index in range(5):
@@ -357,8 +383,9 @@ def test_a_folder_is_its_files_by_relative_path(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name + "\n")
     (tmp_path / "empty").touch()
-    task = Text(files=[str(tmp_path), str(tmp_path / "b.txt")], length=4)
-    assert task.corpus.read(0, len(task.corpus)).tobytes() == b"a/c.txt\na/z.txt\nb.txt\nb.txt\n"
+    task = Text(files=[str(tmp_path), str(tmp_path / "b.txt")], length=4, share=0.4)
+    corpus = task.parts[0].source
+    assert corpus.read(0, len(corpus)).tobytes() == b"a/c.txt\na/z.txt\nb.txt\nb.txt\n"
 
 
 def test_prepare_sees_files_that_changed(files):
@@ -366,25 +393,26 @@ def test_prepare_sees_files_that_changed(files):
     task.prepare()
     files(noise(80))
     task.prepare()
-    assert len(task.corpus) == 80
+    assert sum(map(len, task.parts)) == 80
 
 
 def test_a_task_that_was_used_is_still_only_its_options():
     task = Text(length=16)
     task.prepare()
     assert Text(**task.model_dump()) == task
-    assert task.model_dump() == {"kind": "text", "files": ["book:emma"], "length": 16, "held_out": 0.1, "stride": None}
+    assert task.model_dump(exclude_defaults=True) == {"kind": "text", "length": 16}
     assert len(pickle.dumps(task)) < 1000
-    assert task.model_copy(update={"files": [__file__]}).corpus.paths == [Path(__file__)]
+    assert task.model_copy(update={"files": [__file__]}).parts[0].source.paths == [Path(__file__)]
 
 
 @pytest.mark.skipif(not (shutil.which("gzip") and shutil.which("xz")), reason="gzip or xz is not installed")
 def test_baselines_are_those_of_the_commands(tmp_path):
-    task = Text(held_out=0.05)
-    total, train = len(task.corpus), task.train_bytes
+    task = Text(share=0.05)
+    corpus, train = task.parts[0].source, len(task.parts[0])
+    total = len(corpus)
     sizes = {}
     for name, span in {"held": (train, total), "all": (0, total), "train": (0, train)}.items():
-        (tmp_path / name).write_bytes(task.corpus.read(*span).tobytes())
+        (tmp_path / name).write_bytes(corpus.read(*span).tobytes())
         for command in ("gzip", "xz"):
             done = subprocess.run([command, "-9", "-c", str(tmp_path / name)], capture_output=True, check=True)
             sizes[command, name] = len(done.stdout)
@@ -401,7 +429,7 @@ def test_baselines_of_a_large_corpus_use_the_end_of_the_training_text(files, mon
     monkeypatch.setattr(text_module, "_CHUNK", 64)
     content = noise(500) + noise(500, 1) + noise(500)[:111]
     task = Text(files=files(content), length=4)
-    assert task.train_bytes == 1000
+    assert len(task.parts[0]) == 1000
 
     def size(part):
         return len(zlib.compress(part, 9, wbits=31))
@@ -457,14 +485,15 @@ def test_table_has_every_task_and_only_whole_ones():
     ("kind", "options", "says"),
     [
         ("text", {"length": 0}, ["length", "0", "greater than or equal to 1"]),
-        ("text", {"held_out": 1.0}, ["held_out", "1.0", "less than 1"]),
-        ("text", {"held_out": 0}, ["held_out", "0", "greater than 0"]),
-        ("text", {"held_out": float("nan")}, ["held_out", "nan", "finite number"]),
+        ("text", {"share": 1.0}, ["share", "1.0", "less than 1"]),
+        ("text", {"share": 0}, ["share", "0", "greater than 0"]),
+        ("text", {"share": float("nan")}, ["share", "nan", "finite number"]),
+        ("text", {"held_out": 0.1}, ["held_out", "0.1", "'tail', 'files' or 'documents'"]),
         ("text", {"files": []}, ["files", "at least 1"]),
         ("text", {"stride": 0}, ["stride", "0", "greater than or equal to 1"]),
         ("text", {"length": 8, "stride": 9}, ["stride 9", "length 8", "set stride to 8 or less"]),
         ("text", {"lenght": 8}, ["lenght", "did you mean 'length'"]),
-        ("masked_text", {"share": 0.0}, ["share", "0.0", "greater than 0"]),
+        ("masked_text", {"hidden": 0.0}, ["hidden", "0.0", "greater than 0"]),
         ("associative_recall", {"vocab_size": 3}, ["vocab_size", "3", "greater than or equal to 4"]),
         ("associative_recall", {"length": 1}, ["length 1 is too short", "set it to 2 or more"]),
         ("associative_recall", {"length": 9, "eval_length": 2, "keys_per_query": 2}, ["eval_length 2", "set it to 3"]),
@@ -488,7 +517,7 @@ def test_bad_options_are_refused(kind, options, says):
     ("size", "options", "says"),
     [
         (11, {"length": 10}, ["training part has 10 of 11 bytes", "length 10 needs 11", "more files", "lower"]),
-        (19, {"length": 4}, ["held-out part has 1 of 19 bytes", "at least 2", "more files", "above 0.1"]),
+        (19, {"length": 4}, ["held-out part has 1 of 19 bytes", "at least 2", "more files", "share above 0.1"]),
     ],
 )
 def test_a_corpus_too_short_is_refused_on_any_use(files, size, options, says):
@@ -499,7 +528,7 @@ def test_a_corpus_too_short_is_refused_on_any_use(files, size, options, says):
         assert all(part in str(refusal.value) for part in says), refusal.value
 
 
-@pytest.mark.parametrize(("size", "options"), [(12, {"length": 9, "held_out": 0.2}), (20, {"length": 17})])
+@pytest.mark.parametrize(("size", "options"), [(12, {"length": 9, "share": 0.2}), (20, {"length": 17})])
 def test_the_shortest_corpus_is_enough(files, size, options):
     content = noise(size)
     task = Text(files=files(content), **options)

@@ -45,7 +45,7 @@ TINY = {
         "pattern": [{"kind": "s4d", "d_state": 4}, {"kind": "attention", "heads": 2}],
         "dropout": 0.2,
     },
-    "task": {"kind": "text", "files": ["book:emma"], "length": 16, "held_out": 0.0002},
+    "task": {"kind": "text", "files": ["book:emma"], "length": 16, "share": 0.0002},
     "steps": 8,
     "batch": 4,
     "lr": 3e-3,
@@ -992,7 +992,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path):
     for name in ("a", "b"):
         (data / f"{name}.txt").write_text(f"some text {name} " * 300)
     changes = [f"task.files=[{data}]", "task.length=16", "batch=4", "steps=2", "threads=1", "eval_batch=8"]
-    changes += ["model={kind: lm, d_model: 8, pattern: [s4d]}", "task.held_out=0.05"]
+    changes += ["model={kind: lm, d_model: 8, pattern: [s4d]}", "task.share=0.05"]
     train(load_recipe("demo", changes), tmp_path / "run")
     train(load_recipe(tmp_path / "run/config.yaml", ["steps=3"]), tmp_path / "run", resume=tmp_path / "run")
     (data / "b.txt").write_text("other text b " * 300)

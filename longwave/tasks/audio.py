@@ -4,7 +4,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from longwave.tasks.base import TRAIN, Errors, Score, Task, opened, random_strea
 from longwave.tasks.forms import Inputs, Row, Signal, Tokens
 from longwave.tasks.labelled import Labelled, Sets, by_class, existing_folder, visible
 from longwave.tasks.mu_law import mu_law_decode, mu_law_encode
+from longwave.tasks.stretches import spread
 
 ENDINGS = (".wav", ".flac", ".ogg", ".aiff", ".aif", ".w64")
 FORMATS = "WAV, FLAC, OGG or AIFF"
@@ -163,8 +164,8 @@ class AudioTokens(Task, name="audio_tokens"):
     Source: Goel et al. (2022) "It's Raw!", arXiv:2202.09729, sec. 5.1: mu-law levels, windows of some seconds,
     bits a sample as the metric.
 
-    Training windows start anywhere in the first part of every file; the held-out part is each file's end, in windows
-    that follow each other without overlap. Channels are averaged.
+    Training windows start anywhere in what is trained on of a file; those that are evaluated follow each other without
+    overlap. Channels are averaged.
 
     Raises:
         ValueError: where there is no sound file, one is cut short or of another rate, or all are too short.
@@ -178,8 +179,10 @@ class AudioTokens(Task, name="audio_tokens"):
     """Samples in a window."""
     levels: int = Field(256, ge=2, le=65536)
     """Of mu-law."""
-    held_out: float = Field(0.1, gt=0, lt=1)
-    """The fraction of every file, at its end, that is evaluated and never trained on."""
+    held_out: Literal["tail", "files"] = "tail"
+    """What is evaluated and never trained on: the end of every file, or single files, spread evenly."""
+    share: float = Field(0.1, gt=0, lt=1)
+    """The fraction that is held out, of every file or of their number."""
 
     metric: ClassVar[str] = "bits_per_sample"
     asks_next: ClassVar[bool] = True
@@ -209,22 +212,22 @@ class AudioTokens(Task, name="audio_tokens"):
         if not files:
             raise ValueError(f"there is no {FORMATS} file in {', '.join(map(shown, self.files))}")
         rate, train, held = 0, [], []
-        for file in files:
+        for file, out in zip(files, spread(len(files), self.share)):
             if not file.is_file():
                 raise ValueError(f"there is no file {shown(str(file))}")
             count, found = _length(file)
             rate = rate or found
             if found != rate:
                 raise ValueError(f"{file} has {found} samples a second and {files[0]} has {rate}; resample one of them")
-            border = count - int(count * self.held_out)
+            border = count - int(count * (self.share if self.held_out == "tail" else out))
             train += [(file, start, border) for start in [0] if border > self.length]
             held += [
                 (file, start, min(start + self.length + 1, count)) for start in range(border, count - 1, self.length)
             ]
         if not train or not held:
             raise ValueError(
-                f"no file has more than {self.length} samples before its last {self.held_out:.0%}; give longer ones, "
-                "or set length lower"
+                f"there are no {self.length + 1} samples in a row to train on, or no 2 to evaluate; give longer files "
+                "or more, or set length lower"
             )
         return rate, train, held
 

@@ -8,9 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from longwave.errors import shown
-from longwave.tasks.base import Task, opened, shuffled
-from longwave.tasks.forms import CHARACTERS, Inputs, Label, Pair, Row, Tokens
+from longwave.tasks.base import opened, shuffled
+from longwave.tasks.forms import Inputs, Label, Pair, Row, Tokens
 from longwave.tasks.labelled import HeldOut, Labelled, Sets, by_class, existing_folder
+from longwave.tasks.text import ByByte
 
 IMDB = "the Long Range Arena's are the reviews of aclImdb_v1.tar.gz, at ai.stanford.edu/~amaas/data/sentiment"
 AAN = "the Long Range Arena's are new_aan_pairs.*.tsv of lra_release.gz, at github.com/google-research/long-range-arena"
@@ -56,7 +57,7 @@ def record(lines: Lines, line: int) -> dict[str, Any]:
     return record
 
 
-class Documents(Labelled, name="documents"):
+class Documents(ByByte, Labelled, name="documents"):
     """What is a text about: one of several classes, from its bytes.
 
     Source: the Text task of the Long Range Arena, Tay et al. (2020), arXiv:2011.04006, sec. 2.2.2, is this on the
@@ -80,16 +81,6 @@ class Documents(Labelled, name="documents"):
     def sources(self) -> list[str]:
         """What it reads."""
         return [self.folder]
-
-    @property
-    def inputs(self) -> Inputs:
-        """One id a byte value."""
-        return Tokens(256)
-
-    @property
-    def names(self) -> list[str]:
-        """The characters of ASCII."""
-        return CHARACTERS
 
     @property
     def longest(self) -> int:
@@ -130,7 +121,7 @@ def as_bytes(text: bytes, most: int) -> np.ndarray:
     return np.frombuffer(text[:most] or b" ", np.uint8).copy()
 
 
-class DocumentPairs(Task, name="document_pairs"):
+class DocumentPairs(ByByte, name="document_pairs"):
     """Do two texts belong together, such as papers of which one cites the other?
 
     Source: the Retrieval task of the Long Range Arena, Tay et al. (2020), arXiv:2011.04006, sec. 2.2.3, on the ACL
@@ -164,11 +155,6 @@ class DocumentPairs(Task, name="document_pairs"):
     def inputs(self) -> Inputs:
         """Two texts of bytes."""
         return Pair(Tokens(256))
-
-    @property
-    def names(self) -> list[str]:
-        """The characters of ASCII."""
-        return CHARACTERS
 
     @property
     def targets(self) -> Label:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -158,21 +159,29 @@ def collate(rows: Sequence[Row], inputs: Inputs, targets: Targets) -> Batch:
         ValueError: where real numbers stand for ids or classes.
     """
     pair = isinstance(inputs, Pair)
-    sequences = [_tensor(part, inputs.dtype) for row in rows for part in (row.inputs if pair else [row.inputs])]
+    sequences = [part for row in rows for part in (row.inputs if pair else [row.inputs])]
+    x = _together(sequences, inputs.dtype, 0)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    x = pad_sequence(sequences, batch_first=True)
     mask = None if bool((lengths == x.shape[1]).all()) else torch.arange(x.shape[1]) < lengths[:, None]
     if pair:
         x, mask = x.unflatten(0, (-1, 2)), None if mask is None else mask.unflatten(0, (-1, 2))
-    y = [_tensor(row.targets, targets.dtype) for row in rows]
-    return Batch(x, pad_sequence(y, True, IGNORE) if isinstance(targets, Tokens) else torch.stack(y), mask)
+    padding = IGNORE if isinstance(targets, Tokens) else None
+    return Batch(x, _together([row.targets for row in rows], targets.dtype, padding), mask)
 
 
-def _tensor(value: Any, dtype: torch.dtype) -> Tensor:
-    tensor = torch.as_tensor(value)
-    if tensor.is_floating_point() and not dtype.is_floating_point:
-        raise ValueError(f"ids and classes are whole numbers; got {tensor.dtype}: convert them, or say another form")
-    return tensor.to(dtype)
+def _together(values: list[Any], dtype: torch.dtype, padding: int | None) -> Tensor:
+    """In new memory: stacked, or with a padding made as long as the longest."""
+    alike = all(isinstance(one, np.ndarray) and one.shape == values[0].shape for one in values)
+    tensors = [torch.from_numpy(np.stack(values))] if alike else [torch.as_tensor(one) for one in values]
+    for tensor in tensors:
+        if tensor.is_floating_point() and not dtype.is_floating_point:
+            raise ValueError(
+                f"ids and classes are whole numbers; got {tensor.dtype}: convert them, or say another form"
+            )
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    if alike:
+        return tensors[0]
+    return torch.stack(tensors) if padding is None else pad_sequence(tensors, batch_first=True, padding_value=padding)
 
 
 def next_token(sequence: Any) -> Row:

@@ -4,18 +4,21 @@ import functools
 import lzma
 import math
 import os
+import re
 import stat
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from longwave.errors import choose, shown
-from longwave.tasks.base import EVAL, HIDE, TRAIN, Errors, Score, Task, random_stream
-from longwave.tasks.forms import CHARACTERS, IGNORE, Row, Tokens, next_token
+from longwave.tasks.base import EVAL, HIDE, TRAIN, Errors, Score, Task, opened, random_stream
+from longwave.tasks.forms import CHARACTERS, IGNORE, Inputs, Row, Tokens, next_token
+from longwave.tasks.stretches import Stretches, split
 
 BOOKS = Path(__file__).with_name("books")
 _CHUNK = 2**20  # bytes given to a compressor at a time
@@ -38,13 +41,13 @@ class Corpus:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def _open(self, file: int) -> np.ndarray:
-        return np.memmap(self.paths[file], np.uint8, mode="r")
+        return np.asarray(np.memmap(self.paths[file], np.uint8, mode="r"))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy of the bytes from start up to stop, (stop - start,) uint8; 0 <= start <= stop <= len."""
         assert 0 <= start <= stop <= len(self), f"[{start}, {stop}) of {len(self)} bytes"
         out = np.empty(stop - start, np.uint8)
-        file, position = int(np.searchsorted(self.ends, start, side="right")), start
+        file, position = int(self.ends.searchsorted(start, side="right")), start
         while position < stop:
             end = int(self.ends[file])
             begin = int(self.ends[file - 1]) if file else 0
@@ -52,6 +55,15 @@ class Corpus:
             out[position - start : until - start] = self._map(file)[position - begin : until - begin]
             file, position = file + 1, until
         return out
+
+    def documents(self, separator: str) -> np.ndarray:
+        """Where each ends, (n,) int64: behind a separator, and with its file."""
+        found = [
+            match.end() + int(end) - size
+            for number, (end, size) in enumerate(zip(self.ends, np.diff(self.ends, prepend=0)))
+            for match in re.finditer(re.escape(separator.encode()), self._map(number).data)
+        ]
+        return np.union1d(np.array(found, np.int64), self.ends)
 
 
 def _size(path: Path) -> int:
@@ -95,8 +107,7 @@ def _regular_files(folder: Path) -> list[Path]:
     return found
 
 
-@functools.lru_cache(maxsize=8)
-def _open(files: tuple[str, ...]) -> Corpus:
+def _open(files: list[str]) -> Corpus:
     paths: list[Path] = []
     for name in files:
         path = _book(name) if name.startswith("book:") else Path(name).expanduser()
@@ -107,30 +118,121 @@ def _open(files: tuple[str, ...]) -> Corpus:
     return Corpus(paths)
 
 
-Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+class ByByte(Task):
+    """What is given a byte a step."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """One id a byte value."""
+        return Tokens(256)
+
+    @property
+    def names(self) -> list[str]:
+        """The characters of ASCII."""
+        return CHARACTERS
 
 
-class Text(Task, name="text"):
-    """Predict the next byte of any files, text or not; the last part of them is kept for evaluation.
+class AnyFiles(ByByte):
+    """Windows of bytes of any files, text or not.
 
-    The files, in the order given, make one corpus of bytes. Training windows start anywhere in the part before the
-    held-out one. Evaluation windows all lie inside the held-out part and overlap, so that every held-out byte but the
-    first, which has nothing before it, is scored exactly once: the first window scores all its targets, each later
-    one only those that no window before it scored, the last `stride`. The last window ends with the corpus, and so
-    starts less than `stride` after the one before. A held-out part too short for a window is one shorter window.
+    What is trained on, of all files in the order given, is laid end to end as one, and so is what is held out. Training
+    windows start anywhere. Evaluation windows overlap where `_stride` is below the length, and the last one ends with
+    the held-out part, so that it starts less than `_stride` after the one before. A held-out part too short for a
+    window is one shorter window.
     """
 
-    files: Files = Field(["book:emma"], min_length=1)
+    files: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        ["book:emma"], min_length=1
+    )
     """One or several: files, folders (all files below, by relative path, but hidden and empty ones), `book:NAME`."""
     length: int = Field(512, ge=1)
     """Tokens in a window."""
-    held_out: float = Field(0.1, gt=0, lt=1)
-    """The fraction of the corpus, at its end, that is evaluated and never trained on."""
+    held_out: Literal["tail", "files", "documents"] = "tail"
+    """What is evaluated and never trained on: the end of every file, or single files or documents, spread evenly."""
+    share: float = Field(0.1, gt=0, lt=1)
+    """The fraction that is held out: of every file, or of the number of files or documents."""
+    separator: str = Field("\n\n", min_length=1)
+    """What ends a document, where documents are held out; as the file does."""
+
+    @property
+    def sources(self) -> list[str]:
+        """The files, without the books that come with longwave."""
+        return [name for name in self.files if not name.startswith("book:")]
+
+    @property
+    def longest(self) -> int:
+        """A window."""
+        return self.length
+
+    @property
+    def _stride(self) -> int:
+        """Steps from one evaluation window to the next."""
+        return self.length
+
+    @opened
+    def parts(self) -> tuple[Stretches, Stretches]:
+        """What is trained on and what is held out.
+
+        Raises:
+            ValueError: where a file or folder is missing, empty or unreadable, or a part is too short for a window.
+        """
+        corpus = _open(self.files)
+        ends = corpus.documents(self.separator) if self.held_out == "documents" else corpus.ends
+        train, held = split(corpus, ends, self.held_out != "tail", self.share)
+        if len(train) < self.length + 1:
+            raise ValueError(
+                f"the training part has {len(train)} of {len(corpus)} bytes, and length {self.length} needs "
+                f"{self.length + 1}; give more files, or set length or share lower"
+            )
+        if len(held) < 2:
+            raise ValueError(
+                f"the held-out part has {len(held)} of {len(corpus)} bytes, and at least 2 are needed; "
+                f"give more files, or set share above {self.share}"
+            )
+        return train, held
+
+    def prepare(self) -> None:
+        """Open the files anew and check all that :meth:`parts` checks.
+
+        Raises:
+            ValueError: as there.
+        """
+        super().prepare()
+        _ = self.parts
+
+    def train_window(self, seed: int, number: int) -> np.ndarray:
+        """The bytes of training window ``number``, (length + 1,) uint8."""
+        train, _ = self.parts
+        start = int(random_stream(seed, TRAIN, number).integers(len(train) - self.length))
+        return train.read(start, start + self.length + 1)
+
+    @property
+    def eval_rows(self) -> int:
+        """How many windows it takes to reach all that is held out."""
+        scored = len(self.parts[1]) - 1
+        return 1 + max(0, math.ceil((scored - self.length) / self._stride))
+
+    def eval_window(self, number: int) -> tuple[np.ndarray, int]:
+        """The bytes of window ``number`` over what is held out, (up to length + 1,) int64, and how many of its targets
+        a window before it has."""
+        _, held = self.parts
+        length = min(self.length, len(held) - 1)
+        start = min(number * self._stride, len(held) - 1 - length)
+        seen = (number - 1) * self._stride + length - start if number else 0
+        return held.read(start, start + length + 1).astype(np.int64), seen
+
+
+class Text(AnyFiles, name="text"):
+    """Predict the next byte of any files, text or not.
+
+    Every held-out byte but the first, which has nothing before it, is scored exactly once: the first evaluation window
+    scores all its targets, each later one only those that no window before it scored, the last `stride`.
+    """
+
     stride: int | None = Field(None, ge=1)
     """Bytes from one evaluation window to the next; None is half a window. Smaller is more context and slower."""
 
     metric: ClassVar[str] = "bits_per_byte"
-    higher_is_better: ClassVar[bool] = False
     asks_next: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -143,94 +245,18 @@ class Text(Task, name="text"):
         return self
 
     @property
-    def sources(self) -> list[str]:
-        """The files, without the books that come with longwave."""
-        return [name for name in self.files if not name.startswith("book:")]
-
-    @property
     def _stride(self) -> int:
         return self.stride or max(1, self.length // 2)
 
-    @property
-    def inputs(self) -> Tokens:
-        """One id a byte value."""
-        return Tokens(256)
-
-    @property
-    def names(self) -> list[str]:
-        """The characters of ASCII."""
-        return CHARACTERS
-
-    @property
-    def longest(self) -> int:
-        """A window."""
-        return self.length
-
-    @property
-    def corpus(self) -> Corpus:
-        """The files as one array of bytes; opened when first asked for, and again by prepare()."""
-        return _open(tuple(self.files))
-
-    @property
-    def train_bytes(self) -> int:
-        """Where the held-out part begins.
-
-        Raises:
-            ValueError: where a file or folder is missing, empty or unreadable, or a part is too short for a window.
-        """
-        total = len(self.corpus)
-        train = total - int(total * self.held_out)
-        if train < self.length + 1:
-            raise ValueError(
-                f"the training part has {train} of {total} bytes, and length {self.length} needs {self.length + 1}; "
-                "give more files, or set length or held_out lower"
-            )
-        if total - train < 2:
-            raise ValueError(
-                f"the held-out part has {total - train} of {total} bytes, and at least 2 are needed; "
-                f"give more files, or set held_out above {self.held_out}"
-            )
-        return train
-
-    def prepare(self) -> None:
-        """Open the files anew and check all that train_bytes checks.
-
-        Raises:
-            ValueError: as train_bytes.
-        """
-        _open.cache_clear()
-        _ = self.train_bytes
-
     def train_row(self, seed: int, number: int) -> Row:
-        """A window that starts at a random position of the training part."""
+        """A window that starts at a random position of what is trained on."""
         return next_token(self.train_window(seed, number))
 
-    def train_window(self, seed: int, number: int) -> np.ndarray:
-        """The bytes of training window ``number``, (length + 1,) uint8."""
-        start = int(random_stream(seed, TRAIN, number).integers(self.train_bytes - self.length))
-        return self.corpus.read(start, start + self.length + 1)
-
-    def _eval_plan(self) -> tuple[int, int, int]:
-        """(bytes to score, tokens in a window, windows)."""
-        scored = len(self.corpus) - self.train_bytes - 1
-        length = min(self.length, scored)
-        return scored, length, 1 + math.ceil((scored - length) / self._stride)
-
-    @property
-    def eval_rows(self) -> int:
-        """How many windows it takes to score the held-out part."""
-        return self._eval_plan()[2]
-
     def eval_row(self, number: int) -> Row:
-        """Window ``number`` over the held-out part."""
-        scored, length, _ = self._eval_plan()
-        start = min(number * self._stride, scored - length)
-        begin = self.train_bytes + start
-        inputs, targets = next_token(self.corpus.read(begin, begin + length + 1).astype(np.int64))
-        if number > 0:
-            targets = targets.copy()
-            targets[: (number - 1) * self._stride + length - start] = IGNORE
-        return Row(inputs, targets)
+        """Window ``number`` over what is held out."""
+        window, seen = self.eval_window(number)
+        inputs, targets = next_token(window)
+        return Row(inputs, np.where(np.arange(len(targets)) < seen, IGNORE, targets))
 
     def metrics(self, score: Score | Errors) -> dict[str, float]:
         """Loss in nats a byte, the same in bits, and accuracy."""
@@ -242,92 +268,60 @@ class Text(Task, name="text"):
 
         Of the training text at most the last 64 MiB are shown. xz -9 takes about 700 MB of memory.
         """
-        total, train = len(self.corpus), self.train_bytes
-        history = max(0, train - _HISTORY)
-        bits = {}
+        train, held = self.parts
+        bits, history = {}, max(0, len(train) - _HISTORY)
         for name, compressor in _COMPRESSORS.items():
-            added = self._compressed(compressor, history, total) - self._compressed(compressor, history, train)
-            bits[name] = 8 * self._compressed(compressor, train, total) / (total - train)
-            bits[f"{name} given the training text"] = 8 * added / (total - train)
+            behind = _compressed(compressor, chain(_chunks(train, history), _chunks(held)))
+            bits[name] = 8 * _compressed(compressor, _chunks(held)) / len(held)
+            added = behind - _compressed(compressor, _chunks(train, history))
+            bits[f"{name} given the training text"] = 8 * added / len(held)
         return bits
 
-    def _compressed(self, compressor: Callable[[], Any], start: int, stop: int) -> int:
-        """Bytes that the corpus from start to stop takes when compressed."""
-        encode = compressor()
-        chunks = (self.corpus.read(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK))
-        return sum(len(encode.compress(chunk.tobytes())) for chunk in chunks) + len(encode.flush())
 
+class MaskedText(AnyFiles, name="masked_text"):
+    """Tell hidden bytes of any files from what stands on both sides.
 
-class MaskedText(Task, name="masked_text"):
-    """Tell hidden bytes of any files from what stands on both sides; the last part of the files is for evaluation.
-
-    Windows are those of `text`. In each, a share of the bytes is asked for; of these 80 % appear as the token 256, 10 %
-    as a random byte, and 10 % as they are. Evaluation windows follow each other without overlap but for the last one,
-    and which of their bytes are hidden depends on the window alone.
+    In each window a share of the bytes is asked for; of these 80 % appear as the token 256, 10 % as a random byte, and
+    10 % as they are. Evaluation windows follow each other without overlap but for the last one, and which of their
+    bytes are hidden depends on the window alone.
 
     Source: Devlin et al. (2018) "BERT", arXiv:1810.04805, sec. 3.1.
     """
 
-    files: Files = Field(["book:emma"], min_length=1)
-    """As in `text`."""
-    length: int = Field(512, ge=1)
-    """Tokens in a window."""
-    held_out: float = Field(0.1, gt=0, lt=1)
-    """The fraction of the corpus, at its end, that is evaluated and never trained on."""
-    share: float = Field(0.15, gt=0, le=1)
-    """Of the bytes of a window, that are asked for; at least one is."""
-
-    metric: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
+    hidden: float = Field(0.15, gt=0, le=1)
+    """The fraction of the bytes of a window that is asked for; at least one is."""
 
     @property
-    def sources(self) -> list[str]:
-        """The files, without the books that come with longwave."""
-        return [name for name in self.files if not name.startswith("book:")]
-
-    @property
-    def inputs(self) -> Tokens:
+    def inputs(self) -> Inputs:
         """One id a byte value, and one that hides."""
         return Tokens(257)
 
-    @property
-    def names(self) -> list[str]:
-        """The characters of ASCII."""
-        return CHARACTERS
-
-    @property
-    def longest(self) -> int:
-        """A window."""
-        return self.length
-
-    @property
-    def _text(self) -> Text:
-        return Text(files=self.files, length=self.length, held_out=self.held_out, stride=self.length)
-
-    def prepare(self) -> None:
-        """As :meth:`Text.prepare`."""
-        self._text.prepare()
-
     def train_row(self, seed: int, number: int) -> Row:
-        """A window that starts at a random position of the training part."""
-        window = self._text.train_window(seed, number)[:-1]
-        return self._hide(window, random_stream(seed, HIDE, number))
-
-    @property
-    def eval_rows(self) -> int:
-        """How many windows there are over the held-out part."""
-        return self._text.eval_rows
+        """A window that starts at a random position of what is trained on."""
+        return self._hide(self.train_window(seed, number)[:-1], random_stream(seed, HIDE, number))
 
     def eval_row(self, number: int) -> Row:
-        """Window ``number`` over the held-out part."""
-        return self._hide(self._text.eval_row(number).inputs, random_stream(0, EVAL, number))
+        """Window ``number`` over what is held out."""
+        return self._hide(self.eval_window(number)[0][:-1], random_stream(0, EVAL, number))
 
     def _hide(self, ids: np.ndarray, random: np.random.Generator) -> Row:
         asked = np.zeros(len(ids), bool)
-        asked[random.permutation(len(ids))[: max(1, round(self.share * len(ids)))]] = True
+        asked[random.permutation(len(ids))[: max(1, round(self.hidden * len(ids)))]] = True
         fate, noise = random.random(len(ids)), random.integers(256, size=len(ids))
         shown = np.where(fate < 0.8, 256, np.where(fate < 0.9, noise, ids))
         return Row(np.where(asked, shown, ids), np.where(asked, ids.astype(np.int64), IGNORE))
+
+
+def _chunks(part: Stretches, start: int = 0) -> Iterator[bytes]:
+    """The bytes of a part from a place on."""
+    for at in range(start, len(part), _CHUNK):
+        yield part.read(at, min(at + _CHUNK, len(part))).tobytes()
+
+
+def _compressed(compressor: Callable[[], Any], chunks: Iterable[bytes]) -> int:
+    """Bytes that they take when compressed."""
+    encode = compressor()
+    return sum(len(encode.compress(chunk)) for chunk in chunks) + len(encode.flush())
 
 
 _COMPRESSORS: dict[str, Callable[[], Any]] = {

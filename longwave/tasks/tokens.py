@@ -9,33 +9,8 @@ from pydantic import Field, model_validator
 
 from longwave.tasks.base import TRAIN, Errors, Score, Task, opened, random_stream, shuffled
 from longwave.tasks.corpus import TokenFiles
-from longwave.tasks.forms import Inputs, Row, Tokens
-
-_GOLDEN = 0.6180339887498949  # of the numbers of documents, so that those held out are spread evenly
-
-
-class _Windows:
-    """Windows over some stretches of a corpus, one behind the other, each with the token that follows it.
-
-    Args:
-        corpus: the tokens.
-        starts, stops: of the stretches.
-        length: tokens of a window at most; each stretch's last one may be shorter.
-    """
-
-    def __init__(self, corpus: TokenFiles, starts: np.ndarray, stops: np.ndarray, length: int):
-        kept = stops - starts > 1
-        self.corpus, self.starts, self.stops, self.length = corpus, starts[kept], stops[kept], length
-        self._ends = np.cumsum(-(-(self.stops - self.starts - 1) // length))
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        stretch = int(np.searchsorted(self._ends, number, side="right"))
-        window = number - (int(self._ends[stretch - 1]) if stretch else 0)
-        start = int(self.starts[stretch]) + window * self.length
-        return self.corpus.read(start, min(start + self.length + 1, int(self.stops[stretch])))
+from longwave.tasks.forms import Inputs, Row, Tokens, next_token
+from longwave.tasks.stretches import Windows, split
 
 
 class TokenizedText(Task, name="tokens"):
@@ -89,7 +64,7 @@ class TokenizedText(Task, name="tokens"):
         return self.length
 
     @opened
-    def _corpora(self) -> list[tuple[TokenFiles, _Windows, _Windows]]:
+    def _corpora(self) -> list[tuple[TokenFiles, Windows, Windows]]:
         """Of each its files, and its windows for training and for evaluation."""
         found = []
         for name in self.folders:
@@ -104,23 +79,12 @@ class TokenizedText(Task, name="tokens"):
             raise ValueError(f"corpora must be of one tokenizer; these have other numbers of ids ({sizes})")
         return found
 
-    def _parts(self, corpus: TokenFiles) -> tuple[_Windows, _Windows]:
-        starts = np.concatenate([[0], corpus.ends[:-1]])
-        if self.held_out == "tail":
-            border = len(corpus) - int(len(corpus) * self.share)
-            early, late = np.minimum(corpus.ends, border), np.maximum(starts, border)
-            train, held = (starts[starts < border], early[starts < border]), (late, corpus.ends)
-            held = tuple(one[corpus.ends > border] for one in held)  # type: ignore[assignment]
-        else:
-            out = (np.arange(len(starts)) * _GOLDEN + self.share) % 1 < self.share
-            train, held = (starts[~out], corpus.ends[~out]), (starts[out], corpus.ends[out])
-        return tuple(self._windows(corpus, *part) for part in (train, held))  # type: ignore[return-value]
-
-    def _windows(self, corpus: TokenFiles, starts: np.ndarray, stops: np.ndarray) -> _Windows:
-        if self.documents == "joined" and len(starts):  # stretches that touch are one
-            apart = np.flatnonzero(starts[1:] != stops[:-1]) + 1
-            starts, stops = starts[np.concatenate([[0], apart])], stops[np.concatenate([apart - 1, [len(stops) - 1]])]
-        return _Windows(corpus, starts, stops, self.length)
+    def _parts(self, corpus: TokenFiles) -> list[Windows]:
+        tail, whole = np.array([len(corpus)]), self.held_out == "documents"
+        return [
+            Windows(part, part.borders(corpus.ends) if self.documents == "apart" else part.ends[-1:], self.length)
+            for part in split(corpus, corpus.ends if whole else tail, whole, self.share)
+        ]
 
     def prepare(self) -> None:
         """Open the corpora anew."""
@@ -135,8 +99,7 @@ class TokenizedText(Task, name="tokens"):
             weights = np.cumsum(self.weights or [len(train) for _, train, _ in corpora])
             chosen = int(np.searchsorted(weights / weights[-1], random_stream(seed, TRAIN, number).random(), "right"))
         train = corpora[chosen][1]
-        ids = train[shuffled(seed, number, len(train))]
-        return Row(ids[:-1], ids[1:])
+        return next_token(train[shuffled(seed, number, len(train))])
 
     @property
     def eval_rows(self) -> int:
@@ -149,8 +112,7 @@ class TokenizedText(Task, name="tokens"):
             if number < len(held):
                 break
             number -= len(held)
-        ids = held[number]
-        return Row(ids[:-1], ids[1:])
+        return next_token(held[number])
 
     def metrics(self, score: Score | Errors) -> dict[str, float]:
         """Loss in nats a token, perplexity, accuracy, and bits a byte by the bytes that a token of the corpora has."""
