@@ -19,6 +19,7 @@ from longwave import own
 from longwave.errors import clipped
 
 if TYPE_CHECKING:
+    from longwave.tokenizer import Tokenizer
     from longwave.train import Recipe
 
 app = typer.Typer(
@@ -312,7 +313,7 @@ def distill(
     if out.exists():
         raise ValueError(f"{out} is there already; name another --out")
     result = models.distill(*models.load(run), order)
-    models.save(out, result.model, result.spec)
+    models.save(out, result.model, result.spec, models.tokenizer(run))
     print(f"{'error of':32}{'median':>12}{'greatest':>12}")
     for name, errors in result.filters.items():
         print(f"{name:32}{errors.median().item():12.2e}{errors.max().item():12.2e}")
@@ -358,7 +359,9 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="Folder to fill; parts of files that did not change stay.")],
     tokenizer: Annotated[
         str,
-        typer.Option(help="bytes; a tokenizer.json, or a folder with one; or how many ids are learned from the text."),
+        typer.Option(
+            help="bytes; a tokenizer.json, or a run or folder with one; or how many ids are learned from the text."
+        ),
     ] = "bytes",
     field: Annotated[str, typer.Option(help="Of JSON lines and tables, where the text is.")] = "text",
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="Threads.")] = 1,
@@ -371,7 +374,7 @@ def tokenize(
 
     with Progress(console=Console(stderr=True)) as bar:
         shown = bar.add_task("tokenizing", total=None)
-        chosen = int(tokenizer) if tokenizer.isdigit() else tokenizer
+        chosen = int(tokenizer) if tokenizer.isdigit() else _tokenizer(tokenizer)
         corpus.tokenize(files, out, chosen, field, jobs, lambda done, of: bar.update(shown, completed=done, total=of))
     tokens = corpus.TokenFiles(out)
     _note(
@@ -591,6 +594,17 @@ def doctor() -> None:
         print(f"  {check.name:16} {check.leak:8.1e} {steps}  {verdict}  {check.options or ''}")
     if not sound:
         raise typer.Exit(1)
+
+
+def _tokenizer(name: str) -> "Tokenizer":
+    """By its name, or of a file, a run, a model or a folder."""
+    from longwave import models
+    from longwave.tokenizer import FILE, find
+
+    found = models.tokenizer(name) if Path(name).is_dir() else find(name)
+    if found is None:
+        raise ValueError(f"{name} has no {FILE}; name one that has it")
+    return found
 
 
 def _again() -> str:

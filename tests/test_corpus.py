@@ -8,6 +8,7 @@ import pytest
 
 from longwave.contract.tasks import CONTRACT
 from longwave.tasks import TokenizedText, corpus
+from longwave.tokenizer import find
 
 TEXTS = [f"{'abc ' * (3 + i % 7)}document {i} ends here é." for i in range(40)]
 
@@ -44,16 +45,16 @@ def as_datasets(folder):
 
 
 @pytest.mark.parametrize("put", [as_files, as_lines, as_parquet, as_datasets], ids=lambda put: put.__name__)
-@pytest.mark.parametrize("tokenizer", ["bytes", 300])
+@pytest.mark.parametrize("tokenizer", [None, 300])
 def test_documents_are_read_back(put, tokenizer, tmp_path):
     put(tmp_path / "in")
     corpus.tokenize([str(tmp_path / "in")], tmp_path / "out", tokenizer, jobs=2)
-    files, words = corpus.TokenFiles(tmp_path / "out"), corpus.tokenizer_at(tmp_path / "out")
+    files, words = corpus.TokenFiles(tmp_path / "out"), find(tmp_path / "out")
     starts = [0, *files.ends[:-1].tolist()]
     read = [files.read(start, stop) for start, stop in zip(starts, files.ends.tolist())]
     assert [words.decode(ids.tolist()) for ids in read] == TEXTS
     assert all(ids[-1] == files.end and files.end not in ids[:-1] for ids in read)
-    assert files.vocab == words.vocab == (257 if tokenizer == "bytes" else 300)
+    assert files.vocab == words.vocab == (tokenizer or 257)
     assert files.bytes.tolist() == [len(text.encode()) for text in TEXTS]
     assert files.read(5, 400).tolist() == np.concatenate(read)[5:400].tolist()
 
@@ -157,7 +158,6 @@ def of(tmp_path, **options):
 
 REFUSED = {
     "there is no file or folder 'nosuch'": lambda f: corpus.tokenize(["nosuch"], f / "out"),
-    "there is no tokenizer at|is not a tokenizer.json": lambda f: of(f, tokenizer="nosuch"),
     "vocab = 100 must be at least 257": lambda f: of(f, tokenizer=100),
     "line 1 is no JSON with a field 'body'": lambda f: of(f, field="body"),
     "is not empty and was not made by longwave tokenize": lambda f: ((f / "out").mkdir(), (f / "out/x").touch(), of(f)),

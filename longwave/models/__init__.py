@@ -20,7 +20,7 @@ from longwave.models.spec import (
     SashimiSpec,
 )
 from longwave.models.states import Held, load_state, save_state
-from longwave.models.storage import load, save, weights
+from longwave.models.storage import load, save, tokenizer, weights
 
 __all__ = [
     "LM",
@@ -57,5 +57,6 @@ __all__ = [
     "save",
     "save_state",
     "stream",
+    "tokenizer",
     "weights",
 ]

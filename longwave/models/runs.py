@@ -1,7 +1,8 @@
 """A run on disk as a reader meets it: its checkpoints, their manifests, and which of them to take.
 
-A checkpoint is the folder of a saved model (model.safetensors, config.json) with optimizer.safetensors, trainer.json
-(step and best result) and manifest.json (size and SHA-256 of each file). It has its name only when it is whole.
+A checkpoint is the folder of a saved model (model.safetensors, config.json, maybe tokenizer.json) with
+optimizer.safetensors, trainer.json (step and best result) and manifest.json (size and SHA-256 of each file). It has its
+name only when it is whole.
 """
 
 import hashlib

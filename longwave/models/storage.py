@@ -1,4 +1,4 @@
-"""Models on disk: a folder with model.safetensors and config.json. Never a pickle."""
+"""Models on disk: a folder with model.safetensors, config.json and maybe tokenizer.json. Never a pickle."""
 
 import json
 import os
@@ -17,6 +17,8 @@ from longwave.models.spec import MODEL_SPEC, ModelSpec
 from longwave.nn import WeightOnlyLinear, weight_only
 from longwave.nn.module import whole
 from longwave.spec import explain
+from longwave.tokenizer import FILE as TOKENIZER
+from longwave.tokenizer import Tokenizer, find, plain_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -40,15 +42,17 @@ def gathered(named: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str
     return held
 
 
-def save(folder: str | Path, model: nn.Module, spec: ModelSpec) -> None:
+def save(folder: str | Path, model: nn.Module, spec: ModelSpec, tokenizer: Tokenizer | None = None) -> None:
     """Write a model that :func:`load` reads back; an older one in the folder is replaced file by file, never half.
 
     Args:
         folder: made where it is not there.
         model: what ``spec.build()`` made.
         spec: its description.
+        tokenizer: what made its ids, see :func:`tokenizer`; None leaves the one that is there.
     Raises:
-        ValueError: where the weights are kept in fewer bits: the float model is what is saved.
+        ValueError: where the weights are kept in fewer bits: the float model is what is saved; or the tokenizer has
+            more ids than the model.
     """
     for module in model.modules():
         if isinstance(module, WeightOnlyLinear):
@@ -56,17 +60,23 @@ def save(folder: str | Path, model: nn.Module, spec: ModelSpec) -> None:
                              f"and load it with weights={module.form!r}")  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, weights(model), spec, suffix=".part")
-    for name in (WEIGHTS, CONFIG):
+    write(folder, weights(model), spec, tokenizer, suffix=".part")
+    for name in (WEIGHTS, CONFIG, *([] if tokenizer is None else [TOKENIZER])):
         os.replace(folder / (name + ".part"), folder / name)
 
 
-def write(folder: Path, tensors: dict[str, Tensor], spec: ModelSpec, suffix: str = "") -> None:
-    """The two files, under their names and a suffix.
+def write(
+    folder: Path, tensors: dict[str, Tensor], spec: ModelSpec, tokenizer: Tokenizer | None, suffix: str = ""
+) -> None:
+    """The files, under their names and a suffix.
 
     Raises:
         OSError: where they cannot be written.
+        ValueError: where the tokenizer has more ids than the model.
     """
+    if tokenizer is not None:
+        tokenizer.check_fits(getattr(spec, "vocab", None), "the model")
+        (folder / (TOKENIZER + suffix)).write_text(tokenizer.text, encoding="utf-8")
     write_tensors(tensors, folder / (WEIGHTS + suffix))
     (folder / (CONFIG + suffix)).write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
 
@@ -175,3 +185,26 @@ def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, Mo
         return _fill_weight_only(model, weights, stored, folder / WEIGHTS), spec
     fill(model, stored, folder / WEIGHTS)
     return model.eval(), spec
+
+
+def tokenizer(path: str | Path) -> Tokenizer | None:
+    """What made the ids that a model was trained on, from the tokenizer.json in its folder.
+
+    Args:
+        path: as of :func:`load`; or any other folder with that file.
+    Returns:
+        None where it is not known; bytes for a model of 256 ids without the file, as once there was none.
+    Raises:
+        ValueError: where the file is none, has more ids than the model, or differs from the checkpoint's manifest.
+    """
+    folder = model_at(Path(path))
+    config = folder / CONFIG
+    about = json.loads(config.read_bytes()) if config.is_file() else {}
+    if about.get("vocab") == 256 and not (folder / TOKENIZER).is_file():
+        return plain_bytes()
+    if about and not (folder / TOKENIZER).is_file():
+        return None
+    found = find(folder)
+    if "vocab" in about:  # else it is no model of ours
+        found.check_fits(about["vocab"], str(path))
+    return found

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, field_validator
 from longwave.own import Table
 from longwave.spec import Spec
 from longwave.tasks.forms import Batch, Future, Inputs, Label, Pair, Row, Signal, Targets, Tokens, Values, collate
+from longwave.tokenizer import Tokenizer
 
 TRAIN, EVAL, EPOCH, HIDE, TEST = range(5)  # the streams of random numbers, which share nothing
 _ROUNDS = 6  # of the shuffle
@@ -192,6 +193,11 @@ class Task(Spec):
     @property
     def steps_per_second(self) -> float | None:
         """Where steps are taken in time: a model that was trained at others has its rate set to hear them."""
+        return None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What made token ids of text, for the folder of a model that is trained on them; None where they are none."""
         return None
 
     @property

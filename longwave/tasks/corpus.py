@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,109 +18,12 @@ from longwave.errors import shown
 from longwave.machine import required
 from longwave.tasks.labelled import visible
 from longwave.tasks.shards import replace
+from longwave.tokenizer import END, Tokenizer, find, learn, plain_bytes
+from longwave.tokenizer import FILE as TOKENIZER
 
-MANIFEST, TOKENIZER, FORMAT = "manifest.json", "tokenizer.json", 1
-END = "<|endoftext|>"
-ENDS = (END, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")  # what published tokenizers call the end of a document
+MANIFEST, FORMAT = "manifest.json", 1
 TOGETHER = 2**25  # bytes of small files that make one part
 AT_ONCE = 1000  # documents given to a tokenizer at a time
-
-
-class Tokenizer(Protocol):
-    """What turns texts into ids.
-
-    Attributes:
-        vocab: how many ids there are, that of the end of a document among them.
-        end: that id.
-    """
-
-    vocab: int
-    end: int
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-
-class Bytes:
-    """UTF-8: an id a byte, and 256 for the end of a document."""
-
-    vocab, end = 257, 256
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text."""
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; an end becomes nothing, and what is no UTF-8 a replacement character."""
-        return bytes(i for i in ids if i != self.end).decode(errors="replace")
-
-
-class Subwords:
-    """A tokenizer file of the tokenizers package, which transformers has beside its models.
-
-    Args:
-        file: tokenizer.json.
-    Raises:
-        ValueError: where it is none.
-    """
-
-    def __init__(self, file: Path):
-        tokenizers = required("tokenizers", "data")
-        try:
-            self.inner = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # it raises nothing narrower
-            raise ValueError(f"{file} is not a tokenizer.json of the tokenizers package: {error}") from error
-        known = [self.inner.token_to_id(name) for name in ENDS]
-        found = [i for i in known if i is not None]
-        self.vocab = self.inner.get_vocab_size() + (not found)
-        self.end = found[0] if found else self.vocab - 1
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, without special ones around it."""
-        encoded = self.inner.encode_batch(texts, add_special_tokens=False)
-        return [np.array(one.ids, np.uint32) for one in encoded]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; an end becomes nothing."""
-        return self.inner.decode([i for i in ids if i != self.end], skip_special_tokens=True)
-
-
-def tokenizer_at(path: Path) -> Tokenizer:
-    """The tokenizer of a corpus, of a folder or of a file; bytes where a corpus has none.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    file = path / TOKENIZER if path.is_dir() else path
-    if path.is_dir() and not file.exists() and (path / MANIFEST).exists():
-        return Bytes()
-    if not file.is_file():
-        raise ValueError(
-            f"there is no tokenizer at {shown(str(path))}; name a tokenizer.json, or a folder that has one"
-        )
-    return Subwords(file)
-
-
-def train_tokenizer(texts: Iterable[str], vocab: int, file: Path) -> None:
-    """Learn byte pairs (BPE over bytes, as GPT-2's) from texts and write them to a tokenizer.json.
-
-    Source: Sennrich et al. (2016), arXiv:1508.07909, through the tokenizers package.
-
-    Raises:
-        ValueError: for fewer than 257 ids, which are the bytes and the end.
-    """
-    if vocab < 257:
-        raise ValueError(f"vocab = {vocab} must be at least 257: the bytes and the end of a document")
-    tokenizers = required("tokenizers", "data")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    replace(file, lambda half: bpe.save(str(half)))
 
 
 class Part(NamedTuple):
@@ -227,7 +130,7 @@ def parts_of(names: Iterable[str]) -> list[Part]:
 def tokenize(
     names: list[str],
     folder: Path,
-    tokenizer: str | int = "bytes",
+    tokenizer: Tokenizer | int | None = None,
     field: str = "text",
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -237,8 +140,8 @@ def tokenize(
     Args:
         names: files and folders: text (a document a file), .jsonl, .parquet, folders of the datasets package.
         folder: to fill.
-        tokenizer: "bytes"; the path of a tokenizer.json or of a folder that has one; or a number of ids, for which
-            byte pairs are learned from the text.
+        tokenizer: None is bytes; of one without an end of a document, a copy that has it is taken. Or a number of ids,
+            for which byte pairs are learned from the text, unless the folder has some already.
         field: of JSON lines and tables, where the text is.
         jobs: threads.
         progress: told how many parts of how many are done.
@@ -249,17 +152,17 @@ def tokenize(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not {MANIFEST, TOKENIZER} & {path.name for path in folder.iterdir()}:
         raise ValueError(f"{folder} is not empty and was not made by longwave tokenize; name another folder")
-    if isinstance(tokenizer, int) and not (folder / TOKENIZER).exists():
-        train_tokenizer((text for part in parts for text in part.texts(field)), tokenizer, folder / TOKENIZER)
-    elif isinstance(tokenizer, str) and tokenizer != "bytes":
-        source = Path(tokenizer).expanduser()
-        source = source / TOKENIZER if source.is_dir() else source
-        Subwords(source)
-        replace(folder / TOKENIZER, lambda half: half.write_bytes(source.read_bytes()))
-    of: Tokenizer = Bytes() if tokenizer == "bytes" else Subwords(folder / TOKENIZER)
-    if isinstance(tokenizer, int) and of.vocab > tokenizer:
-        raise ValueError(f"{folder} has a tokenizer of {of.vocab} ids, not {tokenizer}; name another folder")
-    identity = hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest() if tokenizer != "bytes" else "bytes"
+    of: Tokenizer
+    if not isinstance(tokenizer, int):
+        of = (tokenizer or plain_bytes()).with_end()
+    elif (folder / TOKENIZER).exists():
+        of = find(folder)
+        if of.vocab > tokenizer:
+            raise ValueError(f"{folder} has a tokenizer of {of.vocab} ids, not {tokenizer}; name another folder")
+    else:
+        of = learn((text for part in parts for text in part.texts(field)), tokenizer)
+    replace(folder / TOKENIZER, lambda half: half.write_text(of.text, encoding="utf-8"))
+    identity = hashlib.sha256(of.text.encode()).hexdigest()
     dtype = np.uint16 if of.vocab <= 2**16 else np.uint32
 
     def write(number: int, part: Part) -> None:
@@ -274,7 +177,7 @@ def tokenize(
 
         def flush() -> None:
             for text, one in zip(texts, of.encode(texts)):
-                ids.append(np.append(one, of.end).astype(dtype))
+                ids.append(np.append(one, [of.end]).astype(dtype))
                 sizes.append(len(text.encode()))
             texts.clear()
 
@@ -322,7 +225,8 @@ class TokenFiles:
     Attributes:
         ends: where each document ends, (documents,) int64.
         bytes: of the text of each.
-        vocab, end: see :class:`Tokenizer`.
+        tokenizer: that made them.
+        vocab, end: see :class:`longwave.tokenizer.Tokenizer`.
         hash: of all tokens.
     Raises:
         ValueError: where it is none, or not whole.
@@ -340,6 +244,8 @@ class TokenFiles:
         if found != FORMAT:
             raise ValueError(f"{folder} has format {found} and this longwave reads {FORMAT}; tokenize it again")
         self.folder = folder
+        made_of_bytes = about["tokenizer"] == "bytes"  # from before such a corpus had the file
+        self.tokenizer = plain_bytes(END) if made_of_bytes else find(folder)
         ends, sizes, digest, total = [], [], hashlib.sha256(), 0
         self._starts = [0]
         for number in range(parts):

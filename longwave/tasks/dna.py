@@ -14,15 +14,15 @@ from longwave.machine import require_memory, required
 from longwave.tasks.base import EVAL, TRAIN, Task, opened, random_stream
 from longwave.tasks.forms import IGNORE, Inputs, Label, Row, Tokens
 from longwave.tasks.labelled import HeldOut, Labelled, Sets, visible
+from longwave.tokenizer import LETTERS, SAME, Tokenizer, dna
 
-LETTERS = "ACGTN"
 UNKNOWN = LETTERS.index("N")
 COMPLEMENT = np.array([3, 2, 1, 0, 4], np.uint8)  # of A C G T N
 FASTA = (".fa", ".fasta", ".fna", ".ffn")
 _REFUSED = 255
 _IDS = np.full(256, _REFUSED, np.uint8)
-for _letters, _id in ((b"Aa", 0), (b"Cc", 1), (b"Gg", 2), (b"TtUu", 3), (b"NnRrYySsWwKkMmBbDdHhVvXx", UNKNOWN)):
-    _IDS[np.frombuffer(_letters, np.uint8)] = _id
+for _letter, _others in SAME.items():
+    _IDS[np.frombuffer((_letter + _others).encode(), np.uint8)] = LETTERS.index(_letter)
 
 
 def encode(text: bytes, where: str) -> np.ndarray:
@@ -161,6 +161,11 @@ class Bases(Task):
     def inputs(self) -> Inputs:
         """A C G T N."""
         return Tokens(len(LETTERS))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of bases."""
+        return dna()
 
     @property
     def names(self) -> str:

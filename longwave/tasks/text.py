@@ -19,6 +19,7 @@ from longwave.errors import choose, shown
 from longwave.tasks.base import EVAL, HIDE, TRAIN, Errors, Score, Task, opened, random_stream
 from longwave.tasks.forms import CHARACTERS, IGNORE, Inputs, Row, Tokens, next_token
 from longwave.tasks.stretches import Stretches, split
+from longwave.tokenizer import MASK, Tokenizer, plain_bytes
 
 BOOKS = Path(__file__).with_name("books")
 _CHUNK = 2**20  # bytes given to a compressor at a time
@@ -125,6 +126,11 @@ class ByByte(Task):
     def inputs(self) -> Inputs:
         """One id a byte value."""
         return Tokens(256)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of bytes."""
+        return plain_bytes()
 
     @property
     def names(self) -> list[str]:
@@ -295,6 +301,11 @@ class MaskedText(AnyFiles, name="masked_text"):
     def inputs(self) -> Inputs:
         """One id a byte value, and one that hides."""
         return Tokens(257)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of bytes, and the one that hides."""
+        return plain_bytes(MASK)
 
     def train_row(self, seed: int, number: int) -> Row:
         """A window that starts at a random position of what is trained on."""

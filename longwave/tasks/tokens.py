@@ -11,6 +11,7 @@ from longwave.tasks.base import TRAIN, Errors, Score, Task, opened, random_strea
 from longwave.tasks.corpus import TokenFiles
 from longwave.tasks.forms import Inputs, Row, Tokens, next_token
 from longwave.tasks.stretches import Windows, split
+from longwave.tokenizer import Tokenizer
 
 
 class TokenizedText(Task, name="tokens"):
@@ -59,6 +60,11 @@ class TokenizedText(Task, name="tokens"):
         return Tokens(self._corpora[0][0].vocab)
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the corpora."""
+        return self._corpora[0][0].tokenizer
+
+    @property
     def longest(self) -> int:
         """A window."""
         return self.length
@@ -74,9 +80,10 @@ class TokenizedText(Task, name="tokens"):
                 if not len(windows):
                     raise ValueError(f"{name} has no window in its {part} part; give more text, or another share")
             found.append((corpus, train, held))
-        if len({corpus.vocab for corpus, _, _ in found}) > 1:
-            sizes = ", ".join(f"{name}: {corpus.vocab}" for name, (corpus, _, _) in zip(self.folders, found))
-            raise ValueError(f"corpora must be of one tokenizer; these have other numbers of ids ({sizes})")
+        for name, (corpus, _, _) in zip(self.folders, found):
+            if corpus.tokenizer.text != found[0][0].tokenizer.text:
+                both = f"{self.folders[0]}: {found[0][0].tokenizer}, {name}: {corpus.tokenizer}"
+                raise ValueError(f"corpora must be of one tokenizer, and these are of others ({both})")
         return found
 
     def _parts(self, corpus: TokenFiles) -> list[Windows]:

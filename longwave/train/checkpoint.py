@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longwave.models import ModelSpec, weights
 from longwave.models.runs import MANIFEST, TRAINER, name_of, saved_steps, sha256, trainer_of
 from longwave.models.storage import WEIGHTS, fill, gathered, read_tensors, write, write_tensors
+from longwave.tokenizer import Tokenizer
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -58,6 +59,7 @@ def save_checkpoint(
     step: int,
     tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
     spec: ModelSpec,
+    tokenizer: Tokenizer | None,
     best: Best | None,
     keep: int,
 ) -> Path:
@@ -74,7 +76,7 @@ def save_checkpoint(
         shutil.rmtree(rest)
     try:
         part.mkdir(parents=True)
-        write(part, tensors[0], spec)
+        write(part, tensors[0], spec, tokenizer)
         write_tensors(tensors[1], part / OPTIMIZER)
         trainer = {"step": step, "best": None if best is None else vars(best)}
         (part / TRAINER).write_text(json.dumps(trainer) + "\n")

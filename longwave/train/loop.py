@@ -284,7 +284,7 @@ def _save(
         if not tensor.isfinite().all():
             raise _diverged(run, name, step)
     try:
-        save_checkpoint(run, step, tensors, recipe.model, best, recipe.keep)
+        save_checkpoint(run, step, tensors, recipe.model, recipe.task.tokenizer, best, recipe.keep)
     except OSError as error:
         raise OSError(f"the checkpoint of step {step} cannot be written: {error}; {_what_stays(run)}") from error
 

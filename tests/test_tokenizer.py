@@ -1,0 +1,243 @@
+"""Tokenizers: what they make of any text, that others read their files alike, and that a model's folder has its own."""
+
+import json
+import random
+
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from longwave import models, tokenizer
+from longwave.models import LMSpec
+from longwave.tokenizer import END, LETTERS, MASK, Decoder, Tokenizer, characters, dna, find, learn, plain_bytes
+
+TEXTS = [
+    "Emma Woodhouse, handsome, clever, and rich,",
+    " naïve 日本語 🙂\r\n\t\x00",
+    "",
+    f"a {END} b [SEP]",
+    "\ufeff\ufffd�",
+]
+
+
+def fallback():
+    """As Llama's: pieces with a mark for a space, and bytes for what has no piece."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abeimnoru,", "▁a", "mm", "▁na"]
+    merges = [("▁", "a"), ("m", "m"), ("▁", "n")]
+    ids = {piece: i for i, piece in enumerate([*pieces, "▁n"])}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    parts = tokenizers.decoders
+    made.decoder = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)])
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return Tokenizer(made.to_str())
+
+
+def pieces():
+    """As BERT's."""
+    ids = {
+        "[PAD]": 0,
+        "[UNK]": 1,
+        "[CLS]": 2,
+        "[SEP]": 3,
+        "emma": 4,
+        "wood": 5,
+        "##house": 6,
+        ",": 7,
+        "rich": 8,
+        "a": 9,
+    }
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    made.normalizer = tokenizers.normalizers.BertNormalizer()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    made.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    made.enable_truncation(3)
+    made.enable_padding()
+    return Tokenizer(made.to_str())
+
+
+def unigram():
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("▁b", -3.0)], 0))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    return Tokenizer(made.to_str())
+
+
+HYENADNA = ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *LETTERS]  # as it is published
+PLAIN = {
+    "bytes": plain_bytes(),
+    "bytes with an end": plain_bytes(END),
+    "bytes with a mask": plain_bytes(MASK),
+    "dna": dna(),
+    "dna with an end": dna().with_end(),
+    "hyenadna": dna(HYENADNA),
+    "protein": characters("ACDEFGHIKLMNPQRSTVWY", {}),
+}
+OTHER = {
+    "byte pairs": learn(["Emma Woodhouse, handsome, clever, and rich, naïve 日本語" * 3], 300),
+    "byte fallback": fallback(),
+    "pieces": pieces(),
+    "unigram": unigram(),
+}
+ALL = PLAIN | OTHER
+
+
+def transformers_of(made, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(made.text)
+    return PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+
+
+def texts_of(made):
+    return TEXTS if made.letters is None else ["ACGTN"[: len(made.letters)] + "\nA C\t\r\n", "", "".join(made.letters)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transformers_reads_the_file_as_we_do(name, tmp_path):
+    made = ALL[name]
+    theirs, some = transformers_of(made, tmp_path), random.Random(0)
+    assert (made.vocab, made.special) == (len(theirs), theirs.get_added_vocab())
+    if name != "pieces":  # theirs takes over truncation to 3 ids
+        for text in [*texts_of(made), *made.special]:
+            assert made.prompt(text.encode()) == theirs(text)["input_ids"]
+            assert made.prompt(text.encode(), begins=False) == theirs(text, add_special_tokens=False)["input_ids"]
+    for _ in range(100):
+        ids = [some.randrange(made.vocab + 3) for _ in range(some.randrange(20))]
+        assert made.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    again = Tokenizer(theirs.backend_tokenizer.to_str())  # as it is after save_pretrained
+    assert repr(again) == repr(made)
+    assert again.agrees(made)
+
+
+def test_all_that_is_text_comes_back():
+    for name in ("bytes", "bytes with an end", "byte pairs"):
+        for text, ids in zip(TEXTS, ALL[name].encode(TEXTS)):
+            assert ALL[name].end not in ids.tolist()  # what looks like the end is text
+            assert ALL[name].decode(ids.tolist()) == text
+    every = bytes(range(256)) * 2
+    assert plain_bytes().prompt(every) == list(every)
+    assert plain_bytes().decode(every) == every.decode(errors="replace")
+
+
+def test_nothing_is_cut_to_the_length_that_a_file_says():
+    assert [len(ids) for ids in OTHER["pieces"].encode(["emma, rich, woodhouse, a", "a"])] == [8, 1]
+
+
+def test_letters_of_dna():
+    ids = dna().encode(["ACGTNacgtn UuRyK\n"])[0].tolist()
+    assert dna().decode(ids) == "ACGTNACGTNTTNNN"
+    assert ids == dna(HYENADNA).encode(["ACGTNacgtnUuRyK"])[0].__sub__(7).tolist()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pieces_of_a_text_are_the_text(name):
+    """Whatever comes, and wherever the prompt ends: also in a character, or before a space."""
+    made, some = ALL[name], random.Random(1)
+    known = [i for text in texts_of(made) for i in made.prompt(text.encode(), begins=False)]
+    for number in range(200):
+        ids = [some.choice(known) if number % 2 else some.randrange(made.vocab) for _ in range(some.randrange(1, 30))]
+        if name == "byte fallback":  # among bytes that are no text it makes U+FFFD also of those that are
+            ids = known[number % 20 : number % 20 + len(ids)]
+        decoder, whole = Decoder(made), made.decode(ids)
+        said = [decoder.push(i) for i in ids]
+        assert "".join(said) + decoder.rest() == whole
+        assert not any(piece.endswith("\ufffd") for piece in said)
+        for cut in range(len(ids)):
+            decoder, begin = Decoder(made, ids[:cut]), made.decode(ids[:cut])
+            rest = "".join(map(decoder.push, ids[cut:])) + decoder.rest()
+            assert begin + rest == whole or (begin[-1] == "\ufffd" and begin[:-1] + rest == whole)
+
+
+def test_an_end_is_found_or_added(tmp_path):
+    ends = {name: made.end for name, made in ALL.items()}
+    assert ends == {
+        **dict.fromkeys(["bytes", "bytes with a mask", "dna", "protein", "unigram"]),
+        **{"bytes with an end": 256, "dna with an end": 5, "hyenadna": 1},
+        **{"byte pairs": 0, "byte fallback": 2, "pieces": 3},
+    }
+    for made in ALL.values():
+        longer = made.with_end()
+        assert longer.end == (made.vocab if made.end is None else made.end)
+        assert longer.agrees(made)
+        assert made.agrees(longer)
+        assert longer.vocab == len(transformers_of(longer, tmp_path))
+        assert longer.prompt(next(n for n, i in longer.special.items() if i == longer.end).encode(), False)[-1:] == [
+            longer.end
+        ]
+
+
+def test_those_that_differ_do_not_agree():
+    for a, one in ALL.items():
+        for b, other in ALL.items():
+            alike = a == b or {a, b} <= {"bytes", "bytes with an end"} or {a, b} <= {"bytes", "bytes with a mask"}
+            assert one.agrees(other) == (alike or {a, b} == {"dna", "dna with an end"})
+
+
+def test_plain_ones_need_no_package(monkeypatch):
+    def refuse(*_):
+        raise ValueError("not installed")
+
+    monkeypatch.setattr(tokenizer, "required", refuse)
+    for made in PLAIN.values():
+        again = Tokenizer(json.dumps(json.loads(made.text), indent=4, sort_keys=True))  # by whoever it was written
+        text = texts_of(made)[0]
+        assert again.decode(again.prompt(text.encode())) == "".join(text.split() if made.letters else text)
+    with pytest.raises(ValueError, match="not installed"):
+        Tokenizer(OTHER["byte pairs"].text).encode(["a"])
+
+
+def test_a_folder_has_the_tokenizer_of_its_model(tmp_path):
+    spec = LMSpec(vocab=300, d_model=8, pattern=["s4d"])
+    for made in ALL.values():
+        models.save(tmp_path / "a", spec.build(), spec, made)
+        models.save(tmp_path / "a", spec.build(), spec)
+        assert models.tokenizer(tmp_path / "a").text == made.text == find(tmp_path / "a").text
+    models.save(tmp_path / "b", spec.build(), spec)
+    assert models.tokenizer(tmp_path / "b") is None
+    small = LMSpec(vocab=256, d_model=8, pattern=["s4d"])
+    models.save(tmp_path / "c", small.build(), small)
+    assert models.tokenizer(tmp_path / "c").text == plain_bytes().text  # as before there were such files
+    with pytest.raises(ValueError, match="the tokenizer has 257 ids and the model knows 256; give the one it was"):
+        models.save(tmp_path / "c", small.build(), small, plain_bytes(END))
+    (tmp_path / "c/tokenizer.json").write_text(OTHER["byte pairs"].text)
+    with pytest.raises(ValueError, match=r"the tokenizer has 300 ids and .*c knows 256"):
+        models.tokenizer(tmp_path / "c")
+
+
+def unreadable(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    return find(tmp_path / "x.json")
+
+
+def beside(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    return find(tmp_path)
+
+
+REFUSED = {
+    "there is no tokenizer at 'nosuch'; give bytes, dna, a tokenizer.json, or a folder": lambda f: find("nosuch"),
+    "folder that has one; transformers makes one of vocab.json": beside,
+    "x.json: it is not a tokenizer.json of the tokenizers package: JSONDecodeError": lambda f: unreadable(f, "{"),
+    "x.json: it is not a tokenizer.json of the tokenizers package: KeyError: 'added_tokens'": lambda f: unreadable(
+        f, '{"model_type": "gpt2"}'
+    ),
+    "the tokenizers package cannot read this tokenizer.json": lambda f: unreadable(
+        f, '{"added_tokens": [], "normalizer": null, "post_processor": null, "model": {"type": "X", "vocab": {"a": 0}}}'
+    ).encode(["a"]),
+    "'B' at byte 3 is none of the characters A C D E": lambda f: PLAIN["protein"].encode(["ACB"]),
+    "'é' at byte 2 is none of the characters A C G T N": lambda f: dna().prompt("Aé".encode()),
+    "the text is not UTF-8: invalid start byte at byte 1": lambda f: OTHER["byte pairs"].prompt(b"a\xff"),
+    "vocab = 256 must be at least 257": lambda f: learn([], 256),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_wrong_is_named(message, tmp_path):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
+        REFUSED[message](tmp_path)
+    assert len(str(caught.value).splitlines()) <= 2
