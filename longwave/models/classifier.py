@@ -1,5 +1,7 @@
 """Classifiers of whole sequences: one label a row, of one sequence or of two."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ class Classifier(nn.Module):
         vocab: token ids (B, L) are embedded; None means real inputs (B, L, features) go through a linear map.
         features: width of real inputs, where vocab is None.
         pooling: mean over the real tokens, the last of them, or the first.
+        head: makes what comes then, of D and classes.
     Raises:
         ValueError: for an unknown pooling, or unless exactly one of vocab and features is given.
     """
@@ -32,11 +35,13 @@ class Classifier(nn.Module):
         vocab: int | None = None,
         features: int | None = None,
         pooling: Pooling = "mean",
+        head: Callable[[int, int], nn.Module] = nn.Linear,
     ):
         super().__init__()
         check_pooling(pooling)
         self.encoder = make_encoder("a classifier", backbone.d_model, vocab, features)
-        self.backbone, self.pooling, self.head = backbone, pooling, nn.Linear(backbone.d_model, classes)
+        self.backbone, self.pooling = backbone, pooling
+        self.head = head(backbone.d_model, classes)
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits over the labels.

@@ -10,6 +10,7 @@ from torch import nn
 from longwave.mixers import MIXERS, AnyMixer, Mixer
 from longwave.models.backbone import Backbone, Block, Branches, ParallelBlock
 from longwave.models.classifier import Classifier, PairClassifier
+from longwave.models.heads import HEADS, AnyHead
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM
 from longwave.models.pooling import Pooling
@@ -254,15 +255,17 @@ class ClassifierSpec(PooledSpec):
 
     Fields, besides those of what pools:
         classes: how many labels there are; in a recipe default the task's.
+        head: from what is pooled to logits.
     """
 
     tells = Label
     kind: Literal["classifier"] = "classifier"
     classes: int | None = Field(None, ge=1)
+    head: AnyHead = HEADS.make("linear")
 
     def build(self) -> Classifier:
         """The model, freshly drawn."""
-        return Classifier(self.build_backbone(), self.known("classes"), **self._options())
+        return Classifier(self.build_backbone(), self.known("classes"), head=self.head.build, **self._options())
 
 
 class PairClassifierSpec(PooledSpec):

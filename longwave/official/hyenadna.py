@@ -1,13 +1,38 @@
-"""HyenaDNA of github.com/HazyResearch/hyena-dna (commit d553021): the operator, and the model that is released."""
+"""HyenaDNA of github.com/HazyResearch/hyena-dna (commit d553021): the operator, and the models that are released.
 
-from typing import Any
+They are released twice: as the authors' checkpoints (LongSafari/hyenadna-tiny-1k-seqlen, ...), and for transformers
+(LongSafari/hyenadna-tiny-1k-seqlen-hf, ...), whose code is beside them.
+"""
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
 from torch import Tensor, nn
 
-from longwave.models.lm import LM
+from longwave.models.heads import HEADS
+from longwave.models.spec import AnyModel, ClassifierSpec, LMSpec
+from longwave.official.blocks import Call, ModelSource, logits
 from longwave.official.safari_hyena import StandaloneHyena
-from longwave.official.safari_lm import LMBackbone, released
-from longwave.official.source import Flag, Layer, Name, Names, Size, State, System, inside, part
+from longwave.official.safari_lm import CHARACTERS, WORDS, Layer, LMBackbone, described, released, today
+from longwave.official.source import (
+    HUGGING_FACE,
+    Alias,
+    Count,
+    Flag,
+    Name,
+    Names,
+    Positive,
+    Shapes,
+    Size,
+    State,
+    System,
+    inside,
+    part,
+)
+
+TOKENIZER = "characters, A C G T N as 7 to 11, and 0 to 6 special (LongSafari/hyenadna-tiny-1k-seqlen-hf)"
+FILTER = {"modulate": True, "w": 10}  # of layer, in all released models
 
 
 class Operator(StandaloneHyena):
@@ -17,28 +42,21 @@ class Operator(StandaloneHyena):
     shift: float = 0.05
 
 
-class Released(nn.Module):
-    """What the head would see, or with a head of its own a label a row.
+def _hidden(model: Any, input_ids: Tensor) -> Tensor:
+    """What the head of a language model would see, input_ids (B, L) -> (B, L, D)."""
+    return model.backbone(model.embedding(input_ids))[0]
 
-    Args:
-        model: the language model it was trained as; generation takes it as it is.
-        head: of the mean over time, or None.
-    """
 
-    def __init__(self, model: LM, head: nn.Module | None):
-        super().__init__()
-        self.model, self.head = model, head
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, L) -> (B, L, D), or (B, classes)."""
-        x, _ = self.model.backbone(self.model.embedding(input_ids))
-        return x if self.head is None else self.head(x.mean(1))
+def _labels(model: Any, input_ids: Tensor) -> Tensor:
+    """A classifier of whole rows, input_ids (B, L) -> (B, classes)."""
+    return model(input_ids)
 
 
 class HyenaDNAModel(LMBackbone):
-    """The language model's body, and where ``use_head`` a label a row."""
+    """The language model's body, and where ``use_head`` a label a row, of the mean over time."""
 
     ignored = LMBackbone.ignored | {"checkpoint_mixer", "checkpoint_mlp", "return_hidden_state"}
+    tokenizer = TOKENIZER
     layer: Any
     attn_layer_idx: None = None
     attn_cfg: None = None
@@ -48,19 +66,108 @@ class HyenaDNAModel(LMBackbone):
     def layers(self) -> list[Layer]:
         return [part("layer", Operator, self.layer, d_model=self.d_model)] * self.n_layer
 
+    def spec(self) -> AnyModel:
+        if self.use_head:
+            return ClassifierSpec(pattern=self.pattern(), classes=self.n_classes, **self.parts())
+        return super().spec()
+
     def build(self) -> nn.Module:
-        return Released(self.model(), nn.Linear(self.d_model, self.n_classes) if self.use_head else None)
+        return Call(self.spec().build(), _labels if self.use_head else _hidden)
 
     def names(self) -> Names:
-        return [*inside("", "model.", self.model_names()), Name("head.output_transform.", "head.")]
+        head = Name("head.output_transform.", "head.") if self.use_head else Name(WORDS, "head.weight")
+        return [Alias("lm_head.weight", WORDS), *inside("", "model.", [*self.model_names(), head])]
+
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        tensors = today(released(shapes))
+        if WORDS not in tensors or tensors[WORDS][0] > CHARACTERS:
+            return None
+        options = described(config, tensors, lambda sizes: FILTER)
+        head = tensors.get("head.output_transform.weight")
+        return options if options is None or head is None else {**options, "use_head": True, "n_classes": head[0]}
 
     def rename(self, state: State) -> State:
         """Released checkpoints are of training runs, some with layers inside what makes their activations again."""
-        return {
-            key.replace(".mixer.layer.", ".mixer.").replace(".mlp.layer.", ".mlp."): tensor
-            for key, tensor in released(state).items()
-            if key != "lm_head.weight"  # which is the embedding
+        return today(released(state))
+
+
+class HuggingFaceHyenaDNA(ModelSource):
+    """HyenaDNAForCausalLM, and of ``num_labels`` HyenaDNAForSequenceClassification, beside the models on the Hub."""
+
+    hf_type = "hyenadna"
+    tokenizer = TOKENIZER
+    ignored = HUGGING_FACE | {
+        "use_bias", "embed_dropout", "hyena_dropout", "hyena_filter_dropout", "auto_map",
+        "output_hidden_states", "use_return_dict",
+    }  # fmt: skip
+    optional = True
+    vocab_size: Size = 12
+    d_model: Size = 256
+    d_inner: Size | None = None
+    train_freq: Literal[True] = True
+    max_seq_len: Size = 1024
+    emb_dim: Size = 3
+    n_layer: Size = 12
+    num_inner_mlps: Size = 2
+    hyena_order: Literal[2] = 2  # of others the authors' code fails
+    short_filter_order: Literal[3] = 3
+    filter_order: Size = 64
+    layer_norm_epsilon: Positive = 1e-5
+    pad_vocab_size_multiple: Size = 8
+    activation_freq: Positive = 1.0
+    pad_token_id: Count | None = None
+    tie_word_embeddings: Flag = True
+    num_labels: Size | None = None
+
+    def authors(self) -> HyenaDNAModel:
+        """The same by the authors' own options."""
+        if self.layer_norm_epsilon != 1e-5:
+            raise ValueError(
+                f"layer_norm_epsilon = {self.layer_norm_epsilon} is not carried over; the official blocks have 1e-5"
+            )
+        layer = {
+            "l_max": self.max_seq_len,
+            "emb_dim": self.emb_dim,
+            "num_inner_mlps": self.num_inner_mlps,
+            "filter_order": self.filter_order,
+            "w": self.activation_freq,
         }
+        names = ("d_model", "n_layer", "d_inner", "vocab_size", "pad_vocab_size_multiple")
+        return HyenaDNAModel.read({name: getattr(self, name) for name in names}, layer=layer)
+
+    def spec(self) -> AnyModel:
+        authors = self.authors()
+        fields = {"pattern": authors.pattern(), **authors.parts()}
+        if self.num_labels is None:
+            return LMSpec(tied=self.tie_word_embeddings, **fields)
+        head = HEADS.make("linear", bias=False)
+        return ClassifierSpec(classes=self.num_labels, pooling="last", head=head, **fields)
+
+    def build(self) -> nn.Module:
+        return Call(self.spec().build(), logits if self.num_labels is None else self._labels)
+
+    def _labels(self, model: Any, input_ids: Tensor) -> Tensor:
+        """Logits (B, labels) at the token before the first ``pad_token_id``, or at the last; padding takes part."""
+        y = model.head(model.backbone(model.encoder(input_ids))[0])
+        padding = torch.zeros_like(input_ids) if self.pad_token_id is None else input_ids.eq(self.pad_token_id).int()
+        return y[torch.arange(len(y)), padding.argmax(1) - 1]
+
+    def names(self) -> Names:
+        model = inside("hyena.", "model.", self.authors().model_names())
+        if self.num_labels is not None:
+            return [*model, Name("score.", "model.head.")]
+        words = f"hyena.{WORDS}"
+        tied = self.tie_word_embeddings
+        head: Names = [Alias("lm_head.weight", words), Name(words, "model.head.weight")]
+        return [*model, *(head if tied else [Name("lm_head.", "model.head.")])]
+
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        if super().found(config, shapes) is None or f"hyena.{WORDS}" not in shapes:
+            return None
+        labels = {"num_labels": shapes["score.weight"][0]} if "score.weight" in shapes else {}
+        return {**config, **labels}
 
 
-SYSTEMS = {"hyenadna": System(HyenaDNAModel, Operator)}
+SYSTEMS = {"hyenadna": System(HyenaDNAModel, Operator, HuggingFaceHyenaDNA)}

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.mixers import H3, Mixer
+from longwave.mixers import Mixer, MixerSpec, mixer
 from longwave.nn import ShiftFilter, Truncated
 from longwave.official.blocks import Call, mixed
 from longwave.official.replicas.conv import Conv
@@ -44,15 +44,28 @@ class H3Layer(Source):
     force_real: Flag = False
     rate: One = 1
 
-    def mixer(self) -> Mixer:
-        """The layer of a language model."""
+    def mixer(self) -> MixerSpec:
+        """The layer of a language model, as data."""
+        if self.l_max is not None or self.d_state % 2:
+            raise ValueError(
+                f"the mixer h3 has no l_max (= {self.l_max}), and an even d_state (= {self.d_state}): from_official "
+                "computes what this layer does, but it is no model of longwave"
+            )
+        return self._plain()
+
+    def _plain(self) -> MixerSpec:
         if self.d_model % self.head_dim:
             raise ValueError(f"head_dim = {self.head_dim} does not divide d_model = {self.d_model}")
         if (self.d_model // self.head_dim) % (self.n_ssm or 1):
             raise ValueError(f"n_ssm = {self.n_ssm} does not divide the {self.d_model // self.head_dim} heads")
-        N = self.d_state // 2 * 2
-        model: Any = H3(self.d_model, N, self.head_dim, discretization=self.disc, systems=self.n_ssm)
-        model.ssm_k_kernel = ShiftFilter(self.d_model, self.d_state)
+        sizes = {"d_state": self.d_state // 2 * 2, "head_dim": self.head_dim, "systems": self.n_ssm}
+        return mixer("h3", **sizes, discretization=self.disc)
+
+    def drawn(self) -> Mixer:
+        """The same, freshly drawn, with what no mixer has."""
+        model: Any = self._plain().build(self.d_model)
+        if self.d_state % 2:
+            model.ssm_k_kernel = ShiftFilter(self.d_model, self.d_state)
         if self.l_max is not None:  # the authors truncate when they convolve, though not when they step
             model.kernel = Truncated(model.kernel.channels, model.kernel, self.l_max)
             if self.l_max < self.d_state:
@@ -60,10 +73,10 @@ class H3Layer(Source):
         return model
 
     def build(self) -> nn.Module:
-        return Call(self.mixer(), mixed)
+        return Call(self.drawn(), mixed)
 
     def mixer_names(self) -> Names:
-        """Of :meth:`mixer`."""
+        """Of :meth:`drawn`."""
         cut = "" if self.l_max is None else "inner."
         short = "inner." if self.l_max is not None and self.l_max < self.d_state else ""
         system = [
@@ -115,12 +128,16 @@ class H3ConvLayer(KernelOptions):
     def build(self) -> nn.Module:
         return H3Conv(self.d_model, *(Conv(self.filter(self.d_model, self.l_max), whole=True) for _ in range(2)))
 
-    def mixer(self) -> Mixer:
+    def mixer(self) -> NoReturn:
+        """There is none."""
+        raise ValueError("h3-conv is no mixer of longwave: from_official computes what it does on whole sequences")
+
+    def drawn(self) -> Mixer:
         """The layer of a language model."""
         return WholeSequences(self.build(), self.d_model)
 
     def mixer_names(self) -> Names:
-        """Of :meth:`mixer`."""
+        """Of :meth:`drawn`."""
         return inside("", "layer.", self.names())
 
     def names(self) -> Names:

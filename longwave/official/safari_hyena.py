@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers import Hyena, Mixer
+from longwave.mixers import Mixer, MixerSpec, mixer
 from longwave.nn import HyenaFilter
 from longwave.official.blocks import ELEMENTWISE, Call, Elementwise, mixed
 from longwave.official.replicas.hyena import NormalizedFilter, WholeSequences, variant_hyena
@@ -94,9 +94,9 @@ class Operator(Implicit):
     order: Size = 2
     filter_order: Size = 64
 
-    def hyena(self, d_conv: int = 3) -> Hyena:
-        """The mixer, freshly drawn."""
-        return Hyena(self.d_model, self.l_max, order=self.order, d_conv=d_conv, **self.options(self.filter_order))
+    def hyena(self, d_conv: int = 3) -> MixerSpec:
+        """The mixer that all are, or are made of."""
+        return mixer("hyena", max_len=self.l_max, order=self.order, d_conv=d_conv, **self.options(self.filter_order))
 
 
 class HyenaOperator(Operator):
@@ -127,7 +127,7 @@ class HyenaOperator(Operator):
     def build(self) -> Call:
         if self.l_max % self.num_blocks:
             raise ValueError(f"the option num_blocks = {self.num_blocks} does not divide l_max = {self.l_max}")
-        model: Any = self.hyena(self.short_filter_order)
+        model: Any = self.hyena(self.short_filter_order).build(self.d_model)
         if self.normalized:
             model.filter_fn = NormalizedFilter(model.filter_fn)
         if not self.linear:
@@ -135,13 +135,22 @@ class HyenaOperator(Operator):
         variant = partial(variant_hyena, outer=self.outer_mixing, blocks=self.num_blocks)
         return Call(model, mixed if self.stateful else variant)
 
-    def mixer(self) -> Mixer:
-        """The layer of a language model."""
+    def mixer(self) -> MixerSpec:
+        """The layer of a language model, as data."""
+        if not self.stateful or self.normalized or not self.linear:
+            raise ValueError(
+                "the mixer hyena has no normalized, activation, outer_mixing or num_blocks: from_official computes "
+                "what this layer does, but it is no model of longwave"
+            )
+        return self.hyena(self.short_filter_order)
+
+    def drawn(self) -> Mixer:
+        """The same, freshly drawn, with what no mixer has."""
         call: Any = self.build()
         return call.model if self.stateful else WholeSequences(call, self.d_model)
 
     def mixer_names(self) -> Names:
-        """Of :meth:`mixer`."""
+        """Of :meth:`drawn`."""
         return self._table() if self.stateful else inside("", "layer.", self.names())
 
     def names(self) -> Names:
@@ -169,11 +178,15 @@ class StandaloneHyena(Operator):
     ignored = Operator.ignored | {"bias", "normalized"}
 
     def build(self) -> Call:
-        return Call(self.mixer(), mixed)
+        return Call(self.drawn(), mixed)
 
-    def mixer(self) -> Mixer:
-        """The layer of a language model."""
+    def mixer(self) -> MixerSpec:
+        """The layer of a language model, as data."""
         return self.hyena()
+
+    def drawn(self) -> Mixer:
+        """The same, freshly drawn."""
+        return self.mixer().build(self.d_model)
 
     def mixer_names(self) -> Names:
         """Of :meth:`mixer`."""

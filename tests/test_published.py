@@ -1,0 +1,244 @@
+"""Published checkpoints as ordinary models: a spec and tensors, which build, save, load and generate."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from official import Case, error, golden, load, series
+from torch import Tensor, nn
+
+from longwave.models import LM, generate, save
+from longwave.models import load as load_model
+from longwave.official import SYSTEMS, safari_lm
+from longwave.official.blocks import ModelSource
+
+LEGACY = Path(__file__).parent / "golden" / "legacy" / "h3lm__off_legacykeys_L20.safetensors"
+MODELS = list(dict.fromkeys(s for system in SYSTEMS.values() for s in system.sources if issubclass(s, ModelSource)))
+
+State = dict[str, Tensor]
+
+
+def recognised(config: dict, state: State) -> ModelSource:
+    """By its config and shapes, by one of all sources."""
+    shapes = {key: tuple(t.shape) for key, t in state.items()}
+    found = [(source, said) for source in MODELS if (said := source.found(config, shapes)) is not None]
+    assert len(found) == 1, found
+    source, said = found[0]
+    return source.read(said)
+
+
+@torch.no_grad()
+def ordinary(source: ModelSource, state: State, tmp_path: Path) -> nn.Module:
+    """What the spec builds, with the tensors and nothing else, written and read."""
+    weights = {key.removeprefix("model."): t for key, t in source.convert(state).items()}
+    model = source.spec().build().double()
+    model.load_state_dict(weights)
+    save(tmp_path, model, source.spec())
+    again, spec = load_model(tmp_path)
+    assert spec == source.spec()
+    return again
+
+
+def goes_on(model: nn.Module, ids: Tensor, logits: Tensor) -> None:
+    """In chunks and token by token as at once, and generates what its logits say."""
+    assert isinstance(model, LM)
+    for sizes in ([1] * ids.shape[1], [5, ids.shape[1] - 5]):
+        state, pieces = model.init_state(len(ids)), []
+        for piece in ids.split(sizes, dim=1):
+            y, state = model(piece, state)
+            pieces.append(y)
+        assert error(torch.cat(pieces, dim=1), logits) < 1e-9
+    row = ids[0, :7].tolist()
+    for token in generate(model, [row], 3)[0]:
+        assert model(torch.tensor([row]))[0][0, -1].argmax() == token
+        row.append(token)
+
+
+LANGUAGE_MODELS = [
+    "h3lm__off_attn1_L32",
+    "h3lm__off_hd8_2attn_L64",
+    "h3lm__simple_attn1_L32",
+    "hyenalm__simple_o2_L32",
+    "hyenalm__conv_o2_attn_L25",
+]
+
+
+@pytest.mark.parametrize("stem", LANGUAGE_MODELS)
+@torch.no_grad()
+def test_h3_and_hyena(stem, tmp_path):
+    case = golden(stem)
+    state, ids, logits = case.state(torch.float64), case.tensors["input.input_ids"], case.tensors["output64.logits"]
+    model = ordinary(recognised(case.config, state), state, tmp_path)
+    assert error(model(ids)[0], logits) < 1e-9
+    goes_on(model, ids, logits)
+
+
+def older(state: State) -> State:
+    """By the names of today, as a training run kept it, with layers that make their activations again."""
+    nested = {key.replace(".mixer.", ".mixer.layer.").replace(".mlp.", ".mlp.layer."): t for key, t in state.items()}
+    return {f"model.{key}": t for key, t in nested.items()} | {"step": torch.ones(1)}
+
+
+@pytest.mark.parametrize("stem", LANGUAGE_MODELS)
+@pytest.mark.parametrize("change", [dict, older])
+def test_shapes_tell_what_h3_and_hyena_are(stem, change, monkeypatch):
+    case = golden(stem)
+    state, heads = change(case.state(torch.float64)), case.config.get("attn_cfg", {"num_heads": 4})["num_heads"]
+    told = safari_lm.H3LM.read(case.config).spec()
+    with pytest.raises(ValueError, match=r"none of the released models is 16 wide; put a config.json"):
+        recognised({}, state)
+    monkeypatch.setitem(safari_lm.HEADS, 16, heads)
+    monkeypatch.setitem(
+        safari_lm.FILTERS, (16, case.config["n_layer"]), {"w": case.config.get("layer", {}).get("w", 1)}
+    )
+    assert recognised({}, state).spec() == told
+    assert recognised({}, {key: t for key, t in state.items() if "lm_head" not in key}).spec() == told
+
+
+@torch.no_grad()
+def test_h3_of_older_names(tmp_path, monkeypatch):
+    case = load(LEGACY)
+    monkeypatch.setitem(safari_lm.HEADS, 16, 4)
+    state = {key: t.double() for key, t in case.part("legacy_state.").items()}
+    ids, logits = case.tensors["input.input_ids"], case.part("output.")["logits"]
+    separate = {key: t for key, t in state.items() if ".1.mixer." not in key}
+    for kind in ("weight", "bias"):
+        mixer = "s4seq.encoder.layers.1.mixer"
+        parts = state[f"{mixer}.Wqkv.{kind}"].chunk(3)
+        separate |= {f"{mixer}.{name}_proj.{kind}": t for name, t in zip("qkv", parts)}
+        separate[f"{mixer}.output_linear.{kind}"] = state[f"{mixer}.out_proj.{kind}"]
+    for i, given in enumerate((state, separate, {f"model.{key}": t for key, t in separate.items()})):
+        model = ordinary(recognised({}, given), given, tmp_path / str(i))
+        assert error(model(ids)[0], logits.double()) < 1e-5  # which are in float32
+
+
+RELEASED = {
+    "h3-125m": (768, 12, [6], 12, 0, 126_387_456),
+    "h3-2.7b": (2560, 32, [10, 21], 20, 64, 2_671_134_720),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_of_released_h3(name):
+    width, layers, attention, heads, turned, parameters = RELEASED[name]
+    config = {"d_model": width, "n_layer": layers, "vocab_size": 50257, "pad_vocab_size_multiple": 8, "ssm_cfg": {}}
+    config |= {"attn_layer_idx": attention, "attn_cfg": {"num_heads": heads, "rotary_emb_dim": turned}}
+    source = safari_lm.H3LM.read(config)
+    spec = source.spec()
+    with torch.device("meta"):
+        assert sum(p.numel() for p in spec.build().parameters()) == parameters
+    shapes = source.tensors()
+    assert safari_lm.H3LM.read(safari_lm.H3LM.found({}, shapes)).spec() == spec
+    shapes[f"backbone.layers.{attention[0]}.mixer.rotary_emb.inv_freq"] = (16,)
+    seen = safari_lm.H3LM.read(safari_lm.H3LM.found({}, shapes)).spec()
+    assert seen.pattern[attention[0]].positions.dim == 32
+
+
+@torch.no_grad()
+def test_released_hyena_has_no_window():
+    layer = {"_name_": "hyena", "emb_dim": 33, "filter_order": 64, "l_max": 2048, "modulate": False, "w": 14}
+    config = {"d_model": 864, "n_layer": 18, "d_inner": 1728, "vocab_size": 50264, "layer": layer}
+    source = safari_lm.HyenaLM.read(config)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in source.spec().build().parameters()) == 152_483_904
+    found = safari_lm.HyenaLM.found({}, {f"model.{key}": shape for key, shape in source.tensors().items()})
+    assert found["layer"]["modulate"] is False
+    assert safari_lm.HyenaLM.read(found).spec() == source.spec()
+
+
+@pytest.mark.parametrize(
+    ("layer", "word"),
+    [
+        ({"_name_": "hyena", "l_max": 8, "normalized": True}, "hyena has no normalized"),
+        ({"_name_": "hyena", "l_max": 8, "num_blocks": 2}, "num_blocks"),
+        ({"_name_": "h3", "l_max": 8}, r"no l_max \(= 8\)"),
+        ({"_name_": "h3-conv", "l_max": 8}, "h3-conv is no mixer of longwave"),
+    ],
+)
+def test_layers_that_are_no_mixers_are_named(layer, word):
+    source = safari_lm.H3LM.read({"d_model": 8, "n_layer": 1, "vocab_size": 30, "layer": layer})
+    with pytest.raises(ValueError, match=word):
+        source.spec()
+
+
+@pytest.mark.parametrize("stem", ["hyenadna__lm_hidden_L64", "hyenadna__lm_o2_w14_L25"])
+@pytest.mark.parametrize("told", [True, False])
+@torch.no_grad()
+def test_hyena_dna(stem, told, tmp_path):
+    case = golden(stem)
+    state, ids = older(case.state(torch.float64)), case.tensors["input.input_ids"]
+    source = recognised(case.config if told else {}, state)
+    model = ordinary(source, state, tmp_path)
+    logits = F.linear(case.tensors["output64.out"], case.tensors[f"state.{safari_lm.WORDS}"].double())
+    assert error(model(ids)[0], logits) < 1e-9
+    goes_on(model, ids, logits)
+
+
+def fine_tuned(case: Case) -> tuple[State, Tensor, Tensor]:
+    """A state with a head for three labels, and its weight and bias."""
+    head = {"head.output_transform.weight": series(3, 16), "head.output_transform.bias": series(3)}
+    return {**case.state(torch.float64), **head}, *head.values()
+
+
+@torch.no_grad()
+def test_hyena_dna_with_a_head(tmp_path):
+    case = golden("hyenadna__lm_hidden_L64")
+    state, weight, bias = fine_tuned(case)
+    model = ordinary(recognised({}, state), state, tmp_path)
+    expected = F.linear(case.tensors["output64.out"].mean(1), weight, bias)
+    assert error(model(case.tensors["input.input_ids"]), expected) < 1e-9
+    trained = {f"model.{key}": t for key, t in case.state(torch.float64).items()}
+    source = recognised({}, trained)
+    with pytest.raises(ValueError, match=r"unexpected key 'decoder.0.output_transform.weight'"):
+        source.load({**trained, "decoder.0.output_transform.weight": weight})
+
+
+HF_DNA = {
+    "model_type": "hyenadna", "vocab_size": 12, "d_model": 16, "d_inner": 64, "n_layer": 2, "max_seq_len": 66,
+    "emb_dim": 5, "filter_order": 16, "activation_freq": 10, "short_filter_order": 3, "hyena_order": 2,
+    "num_inner_mlps": 2, "train_freq": True, "use_bias": True, "pad_token_id": 4, "layer_norm_epsilon": 1e-5,
+    "architectures": ["HyenaDNAForCausalLM"], "auto_map": {}, "torch_dtype": "float32", "pad_vocab_size_multiple": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_hyena_dna_of_transformers(tied, tmp_path):
+    case = golden("hyenadna__lm_hidden_L64")
+    state = {f"hyena.{key}": t for key, t in case.state(torch.float64).items()}
+    first, others = "implicit_filter.1.freq", ("implicit_filter.3.freq", "implicit_filter.5.freq")
+    state = {key: t for key, t in state.items() if not key.endswith(others)}  # as safetensors keeps what is shared
+    assert any(key.endswith(first) for key in state)
+    words = state[f"hyena.{safari_lm.WORDS}"] if tied else series(16, 16)
+    source = recognised({**HF_DNA, "tie_word_embeddings": tied}, {**state, "lm_head.weight": words})
+    model = ordinary(source, {**state, "lm_head.weight": words}, tmp_path)
+    ids, logits = case.tensors["input.input_ids"], F.linear(case.tensors["output64.out"], words)
+    assert error(model(ids)[0], logits) < 1e-9
+    goes_on(model, ids, logits)
+    if tied:
+        assert torch.equal(source.load(state)(ids), model(ids)[0])
+
+
+@torch.no_grad()
+def test_labels_of_hyena_dna_of_transformers(tmp_path):
+    case = golden("hyenadna__lm_hidden_L64")
+    score = series(3, 16)
+    state = {f"hyena.{key}": t for key, t in case.state(torch.float64).items()} | {"score.weight": score}
+    source = recognised(HF_DNA, state)
+    model, official = ordinary(source, state, tmp_path), source.load(state)
+    ids = case.tensors["input.input_ids"].clone()
+    ids[ids == 4] = 7
+    y = from_body(case, ids)
+    assert error(model(ids), F.linear(y[:, -1], score)) < 1e-9
+    assert error(official(ids), model(ids)) < 1e-12
+    ids[0, 20:] = 4
+    assert error(official(ids), F.linear(from_body(case, ids)[[0, 1], [19, -1]], score)) < 1e-9
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    assert error(model(ids, mask=mask), official(ids)) < 1e-9
+
+
+def from_body(case: Case, ids: Tensor) -> Tensor:
+    """What HyenaDNA's body says."""
+    return case.module()(ids)
