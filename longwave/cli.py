@@ -1,4 +1,4 @@
-"""The command line: train, eval, generate, distill, data, tokenize, list, show, inspect, check, doctor, bench."""
+"""The command line: a thin layer, as each command imports what it needs only when it is called."""
 
 import codecs
 import logging
@@ -142,7 +142,8 @@ def train(
     if loaded.keep_memory:
         keep_freed_memory()
     try:
-        metrics = loop.train(loaded, run, resume=resume)
+        command = shlex.join(["longwave", "train", *([] if source is None else [str(source)]), *every])
+        metrics = loop.train(loaded, run, resume=resume, command=command)
     except loop.Interrupted as stop:
         _note(f"\ninterrupted after step {stop.step}; everything is saved. Go on with\n  {go_on}")
         raise typer.Exit(128 + stop.number) from stop
@@ -155,6 +156,30 @@ def train(
         hint = f"{then}go on with {go_on}" if (run / CONFIG).is_file() else ""
         raise OSError(f"{error}{hint}") from error
     _report(loaded, run, metrics)
+
+
+@app.command(
+    epilog="Examples:\n\n- `longwave sweep recall model.pattern=[[s4d],[h3]] lr=1e-3,4e-3 seed=0,1,2 --jobs 2`"
+)
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.", callback=_allowed)],
+    changes: Annotated[
+        list[str], typer.Argument(help="Changes with values to choose from: lr=1e-3,3e-3.", callback=_allowed)
+    ],
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Runs at a time.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; default sweeps/RECIPE.")] = None,
+) -> None:
+    """Train every combination of some changes; mean and deviation over seeds. Asked again, it goes on where it was."""
+    from longwave.results import sweep as grids
+
+    folder = out or Path("sweeps") / Path(recipe).stem
+    runs = grids.plan(recipe, changes, folder)
+    outcomes, stopped = grids.sweep(recipe, runs, jobs, _note)
+    task = runs[0].recipe.task
+    print(grids.describe(outcomes, task.metric, task.higher_is_better))
+    _note(f"runs: {folder}   what each said: {folder}/*.log")
+    if stopped or any(outcome.error is not None for outcome in outcomes):
+        raise typer.Exit(128 + stopped if stopped else 1)
 
 
 @app.command(

@@ -5,7 +5,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +54,22 @@ def facts() -> Iterator[str]:
         built = torch.version.cuda
         why = "this torch is built without CUDA" if built is None else f"torch {built} finds no device or driver"
         yield f"cuda: none ({why})"
+
+
+def setting() -> dict[str, Any]:
+    """What a number was measured with: commit (or version), date, machine, python, torch."""
+    root = Path(__file__).parent.parent
+    commit = f"v{importlib.metadata.version('longwave')}"
+    if (root / ".git").exists():  # a checkout of longwave itself
+        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True)
+        commit = git.stdout.decode().strip() or commit
+    return {
+        "commit": commit,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def required(package: str, extra: str) -> Any:

@@ -76,7 +76,10 @@ def digests(run):
 
 
 def numbers(run):
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in read_metrics(run)]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "seconds")}
+        for line in read_metrics(run)
+    ]
 
 
 def wait_for(condition, process, seconds=150):

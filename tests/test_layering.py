@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "longwave"
 # Each imports those to its left. Errors and specs know no tensor's meaning, and tasks stand on them alone: a task needs
 # no model, while a model's score leaves out the targets that a task marks.
 LAYERS = ["errors", "own", "spec", "machine", "tokenizer", "tasks", "ops", "nn", "mixers", "models", "inspection"]
-LAYERS += ["plots", "train", "contract", "recipes", "bench"]
+LAYERS += ["plots", "train", "results", "contract", "recipes", "bench"]
 BESIDE = {"official": "models"}  # imports no more than that floor, and no other package imports it
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem in LAYERS)
 ONLY_IN = {"triton": {"_triton"}, "numba": {"_numba"}, "transformers": {"hf.py", "bench"}, "mambapy": {"bench"}}

@@ -90,8 +90,11 @@ def digests(run):
 
 
 def numbers(run):
-    """Every line of metrics.jsonl without the one number that is not a function of the recipe."""
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in read_metrics(run)]
+    """Every line of metrics.jsonl without the numbers that are no function of the recipe."""
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "seconds")}
+        for line in read_metrics(run)
+    ]
 
 
 # Recipes
@@ -292,7 +295,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     recipe, run = tiny("warmup=2", "log_every=2", "schedule=linear", "final_lr=0"), tmp_path / "run"
     metrics = train(recipe, run)
     assert {path.name for path in run.iterdir() if "tfevents" not in path.name} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "loss.png",
+        "config.yaml", "metrics.jsonl", "checkpoints", "loss.png", "run.json",
     }  # fmt: skip
     assert load_recipe(run / "config.yaml") == recipe
     lines = read_metrics(run)
@@ -303,6 +306,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     assert all(line["gradient_norm"] > 0 and line["tokens_per_second"] > 0 for line in trained)
     held_out = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in held_out] == [4, 8]
+    assert 0 < trained[0]["seconds"] <= held_out[-1].pop("seconds")
     assert held_out[-1] == {"step": 8, **{f"eval_{name}": value for name, value in metrics.items()}}
     assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2))
     (events,) = run.glob("*tfevents*")

@@ -1,14 +1,11 @@
 """Rows of a bench as a table, as JSON lines with their setting, and as plots of time and memory against length."""
 
 import json
-import platform
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from longwave.machine import setting
 
 RESULTS = Path("benchmarks/results")
 COLUMNS = ("op", "against", "L", "mode", "malloc", "threads", "ms", "baseline_ms", "ratio", "target")
@@ -35,19 +32,12 @@ def _width(column: str) -> int:
 
 def save(name: str, rows: list[dict[str, Any]]) -> Path:
     """Append the rows to benchmarks/results/NAME.jsonl with commit, machine and versions."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    setting = {
-        "commit": git.stdout.strip() or None,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
+    about = setting()
     with path.open("a") as stream:
         for row in rows:
-            stream.write(json.dumps({**setting, **row}) + "\n")
+            stream.write(json.dumps({**about, **row}) + "\n")
     return path
 
 

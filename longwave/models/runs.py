@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.yaml"  # of a run: its recipe
+RECORD = "run.json"  # of a run: the command, the commits, the machine, the number of parameters
 TRAINER, MANIFEST = "trainer.json", "manifest.json"
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import math
 import os
 import signal
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from longwave.machine import setting
 from longwave.models.backbone import Branches
-from longwave.models.runs import CONFIG, find, saved_steps, step_of
+from longwave.models.runs import CONFIG, RECORD, find, saved_steps, step_of
 from longwave.nn.module import whole
 from longwave.tasks.base import Errors, Score, fingerprint
 from longwave.tasks.forms import Batch, scored
@@ -147,13 +149,16 @@ def _shard(objective: nn.Module, mesh: Any) -> nn.Module:
     return objective
 
 
-def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) -> dict[str, float]:
+def train(
+    recipe: Recipe, run: str | Path, *, resume: str | Path | None = None, command: str | None = None
+) -> dict[str, float]:
     """Train, in a new run folder or going on in one; a run that was interrupted ends as if it had not been.
 
     Args:
         recipe: what to do.
-        run: folder for config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and loss.png.
+        run: folder for config.yaml, run.json, metrics.jsonl, TensorBoard events, checkpoints/ and loss.png.
         resume: the run, or one of its checkpoints, to go on from; ``run`` then is that run.
+        command: that started it, as run.json is to say it.
     Returns:
         the metrics of the last evaluation.
     Raises:
@@ -168,10 +173,10 @@ def train(recipe: Recipe, run: str | Path, *, resume: str | Path | None = None) 
     recipe.task.prepare()
     check_size(recipe)  # what the model objects to is said before any process is started
     with threads(recipe.threads), Ranks(make_fabric(recipe)) as ranks:
-        return _train(ranks, recipe, run, resume)
+        return _train(ranks, recipe, run, resume, command)
 
 
-def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None) -> dict[str, float]:
+def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None, command: str | None) -> dict[str, float]:
     fabric = ranks.fabric
     checkpoint = fabric.broadcast(ranks.on_main(_open_run, recipe, run, resume))
     torch.manual_seed(recipe.seed)
@@ -186,7 +191,8 @@ def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None) -
     metrics: dict[str, float] = {}
     tokens = 0  # since the last line of the log
     saved = start if checkpoint is not None else -1
-    monitor = ranks.on_main(_start_monitor, recipe, run, start)
+    about = {"command": command, "parameters": sum(p.numel() for p in model.parameters())}
+    monitor = ranks.on_main(_start_monitor, recipe, run, start, about)
 
     parts_left = range(start * recipe.accumulate, recipe.steps * recipe.accumulate)
     numbers = (part * world + fabric.global_rank for part in parts_left)
@@ -268,13 +274,23 @@ def _rehearse(fabric: "Fabric", objective: nn.Module, recipe: Recipe) -> None:
     objective.train()
 
 
-def _start_monitor(recipe: Recipe, run: Path, start: int) -> Monitor:
+def _start_monitor(recipe: Recipe, run: Path, start: int, about: dict[str, Any]) -> Monitor:
     """Only now, when nothing objects, the run has a folder, and in it one for checkpoints: without it they are gone."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, recipe.to_yaml())
+    _write_record(run / RECORD, about)
     if recipe.task.sources:
         write_text(run / DATA, fingerprint(recipe.task.sources) + "\n")
     return Monitor(run, recipe.steps, start, recipe.task.metric)
+
+
+def _write_record(file: Path, about: dict[str, Any]) -> None:
+    """What a run says of itself to tables; one that goes on keeps its first words, and adds the commit."""
+    about |= setting()
+    record = json.loads(file.read_text()) if file.is_file() else {**about, "commits": []}
+    if (commit := about["commit"]) not in record["commits"]:
+        record["commits"].append(commit)
+    write_text(file, json.dumps({key: value for key, value in record.items() if key != "commit"}, indent=2) + "\n")
 
 
 def _save(
@@ -344,13 +360,11 @@ def _open_run(recipe: Recipe, run: Path, resume: str | Path | None) -> Path | No
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is no run: it has no {CONFIG}")
     old = load_recipe(run / CONFIG)
-    before, now = old.model_dump(), recipe.model_dump()
-    for field, value in now.items():
-        if field not in MAY_DIFFER and value != before[field]:
-            raise ValueError(
-                f"{run} was made with another config: {first_difference(field, before[field], value)}; "
-                f"go on with its own config, by --resume {run} alone, without that change"
-            )
+    if change := other_config(old, recipe):
+        raise ValueError(
+            f"{run} was made with another config: {change}; "
+            f"go on with its own config, by --resume {run} alone, without that change"
+        )
     if (run / DATA).is_file() and (run / DATA).read_text().strip() != fingerprint(recipe.task.sources):
         raise ValueError(
             f"the data of {run} are not what they were when it began ({', '.join(recipe.task.sources)}); "
@@ -370,6 +384,13 @@ def _open_run(recipe: Recipe, run: Path, resume: str | Path | None) -> Path | No
     if (step := step_of(checkpoint)) > recipe.steps:
         raise ValueError(f"{checkpoint} is beyond steps = {recipe.steps}; set steps to at least {step}")
     return checkpoint
+
+
+def other_config(old: Recipe, new: Recipe) -> str | None:
+    """The first difference of two recipes for which one cannot go on with what the other has begun."""
+    before, now = old.model_dump(), new.model_dump()
+    differing = (field for field in now if field not in MAY_DIFFER and now[field] != before[field])
+    return next((first_difference(field, before[field], now[field]) for field in differing), None)
 
 
 def first_difference(path: str, old: Any, new: Any) -> str:

@@ -33,6 +33,7 @@ class Monitor:
         self.file = run / METRICS
         kept = [line for line in read_metrics(run) if line["step"] <= start]
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+        self.before, self.begun = kept[-1].get("seconds", 0.0) if kept else 0.0, time.monotonic()
         self.evaluated = {line["step"] for line in kept if "eval_loss" in line}
         self.board = SummaryWriter(str(run), purge_step=start + 1)
         self.start, self.steps = start, steps
@@ -91,6 +92,11 @@ class Monitor:
         self.say(f"step {step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.clock = time.monotonic()  # an evaluation is no training time
 
+    @property
+    def seconds(self) -> float:
+        """That training and its evaluations have taken up to now, over all resumptions."""
+        return self.before + time.monotonic() - self.begun
+
     def say(self, text: str) -> None:
         """A line above the bar; a terminal that is gone stops no run."""
         with contextlib.suppress(OSError):
@@ -99,7 +105,7 @@ class Monitor:
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         try:
             with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": step, **numbers}) + "\n")
+                stream.write(json.dumps({"step": step, **numbers, "seconds": round(self.seconds, 1)}) + "\n")
         except OSError as error:
             raise OSError(f"{self.file} cannot be written: {error.strerror}") from error
         for name, value in numbers.items():

@@ -1,0 +1,1 @@
+"""What runs come to: grids of them, pages and tables of their numbers."""
