@@ -311,7 +311,7 @@ def block(**args) -> dict:
         ("blockfft__learn_H4_N32", {"forward": False}, "forward = False"),
         ("blockfft__learn_H4_N32", {"learn_dft_matrices": False}, "unexpected key"),
         ("mamba_hf__base", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
-        ("mamba_hf__base", {"intermediate_size": 30}, "intermediate_size = 30"),
+        ("mamba_hf__base", {"intermediate_size": 30}, "has shape"),
         ("mamba_hf__base", {"tie_word_embeddings": False, "use_bias": True}, "in_proj.bias"),
         ("rwkv4_hf__base", {"attention_hidden_size": 20}, "'rwkv.blocks.0.attention.time_decay' has shape"),
         ("rwkv4_blinkdl__v4", {"pre_ffn": 1}, "pre_ffn = 1 is not carried over"),

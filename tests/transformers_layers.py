@@ -1,8 +1,10 @@
-"""Layers of Hugging Face transformers, drawn at random and run in float64: cases beside the authors' files."""
+"""Layers and models of Hugging Face transformers, drawn at random, in float64: cases beside the authors' files."""
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,12 +14,12 @@ from torch import Tensor, nn
 
 
 class Drawn(NamedTuple):
-    """A layer of transformers: what official.py's files have of others, made when it is asked for.
+    """A layer or model of transformers: what official.py's files have of others, made when it is asked for.
 
     Attributes:
         stem: for the test's id.
         system: name in longwave.official.
-        config: its options, without defaults.
+        config: its options, without defaults, and L; of a model also its class as "cls".
     """
 
     stem: str
@@ -29,9 +31,10 @@ class Drawn(NamedTuple):
         return _layer(self.stem)
 
     def run(self, x: Tensor, cut: int | None = None) -> Tensor:
-        """Their output (B, L, D); with ``cut`` from a prompt of so many steps and its cache, step by step."""
+        """Their output (B, L, D), of ids logits (B, L, V); with ``cut`` from a prompt of so many steps and its cache,
+        step by step."""
         with in_float64():
-            return RUNS[self.system](self.layer(), x, cut)
+            return RUNS.get(self.system, _run_model)(self.layer(), x, cut)
 
     def case(self) -> Case:
         """Their weights, output and gradients."""
@@ -41,7 +44,7 @@ class Drawn(NamedTuple):
 class _Wide:
     """torch for code that computes in float32 whatever it is given."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -50,12 +53,12 @@ class _Wide:
 @contextlib.contextmanager
 def in_float64():
     """Within it the layers compute in float64 where they say float32."""
-    from transformers.models.qwen3_next import modeling_qwen3_next
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
-    from transformers.models.xlstm import modeling_xlstm
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (modeling_qwen3_next, modeling_xlstm):
+        for name in ("falcon_mamba", "gpt_neox", "lfm2", "llama", "mamba", "mamba2", "qwen3_next", "recurrent_gemma",
+                     "xlstm"):  # fmt: skip
+            module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
             patch.setattr(module, "torch", _Wide())
         patch.setattr(RecurrentGemmaRglru._rnn_scan, "__defaults__", (torch.float64,))
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -127,6 +130,23 @@ def _run_xlstm(layer: Any, x: Tensor, cut: int | None) -> Tensor:
     return torch.cat(ys, dim=1)
 
 
+def _run_model(model: Any, ids: Tensor, cut: int | None) -> Tensor:
+    if cut is None:
+        return model(ids, use_cache=False).logits
+    from transformers import DynamicCache
+
+    name = next(name for name in ("cache_params", "past_key_values") if name in signature(model.forward).parameters)
+    cache, ys, done = DynamicCache(config=model.config) if name == "past_key_values" else None, [], 0
+    if hasattr(model, "_setup_cache"):
+        model._setup_cache(model.config, len(ids), ids.device, torch.float64)
+    for part in _parts(ids, cut):
+        more = {"position_ids": torch.arange(done, done + part.shape[1])[None]} if name == "past_key_values" else {}
+        out = model(part, use_cache=True, **{name: cache}, **more)
+        cache, done = out.get(name, cache), done + part.shape[1]
+        ys.append(out.logits)
+    return torch.cat(ys, dim=1)
+
+
 RUNS: dict[str, Callable[[Any, Tensor, int | None], Tensor]] = {
     "qwen3_next_gated_deltanet": functools.partial(_with_cache, name="cache_params"),
     "recurrent_gemma_block": _run_recurrent_gemma,
@@ -158,30 +178,65 @@ DRAWN = [
         ),
     )
 ]
+SIZES = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": None, "bos_token_id": None}
+SIZES |= {"eos_token_id": None}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS = [
+    Drawn(f"{system}__{cls}", system, {"L": 13, "cls": cls, **SIZES, **options})
+    for system, cls, options in (
+        ("mamba_hf", "Mamba", {"expand": 16, "intermediate_size": 40, "num_hidden_layers": 2}),
+        ("falcon_mamba_hf", "FalconMamba", {"state_size": 5, "mixer_rms_eps": 1e-3, "tie_word_embeddings": False}),
+        ("recurrent_gemma_hf", "RecurrentGemma", {**ATTENTION, "intermediate_size": 80, "attention_window_size": 6}),
+        (
+            "qwen3_next_hf",
+            "Qwen3Next",
+            {**ATTENTION, **GROUPS, "head_dim": 16, "intermediate_size": 40, "num_experts": 0, "attention_bias": True}
+            | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "rms_norm_eps": 1e-3},
+        ),
+        ("lfm2_hf", "Lfm2", {**ATTENTION, "intermediate_size": 96, "block_multiple_of": 8, "full_attn_idxs": [1]}),
+        ("xlstm_hf", "xLSTM", {"hidden_size": 128, "num_heads": 2, "chunk_size": 4, "output_logit_soft_cap": 2.0}),
+    )
+]
+DRAWN += MODELS
+
+
+def _model(options: dict) -> nn.Module:
+    import transformers
+
+    cls = options.pop("cls")
+    return getattr(transformers, f"{cls}ForCausalLM")(getattr(transformers, f"{cls}Config")(**options))
 
 
 @functools.cache
 def _layer(stem: str) -> nn.Module:
     drawn = next(one for one in DRAWN if one.stem == stem)
     with in_float64():
-        layer = LAYERS[drawn.system]({key: value for key, value in drawn.config.items() if key != "L"})
+        layer = LAYERS.get(drawn.system, _model)({key: value for key, value in drawn.config.items() if key != "L"})
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.5, generator=rng)
-    return layer.double()
+    return layer.double().eval()
 
 
 @functools.cache
 def _case(stem: str) -> Case:
     drawn, layer = next(one for one in DRAWN if one.stem == stem), _layer(stem)
-    given = series(2, drawn.config["L"], drawn.config["hidden_size"], dtype=torch.float32)
-    x, (names, parameters) = given.double().requires_grad_(), zip(*layer.named_parameters())
+    names, parameters = zip(*layer.named_parameters())
+    config, L = drawn.config, drawn.config["L"]
+    if "cls" in config:
+        config = {"L": L, **layer.config.to_dict()}  # as transformers writes it
+        given = torch.randint(layer.config.vocab_size, (2, L), generator=torch.Generator().manual_seed(2))
+        inputs, leaves = {"input_ids": given}, {}
+    else:
+        given = series(2, L, config["hidden_size"], dtype=torch.float32)
+        inputs, leaves = {"x": given}, {"grad64.input.x": given.double().requires_grad_()}
     with torch.enable_grad():
-        y = drawn.run(x)
+        y = drawn.run(leaves.get("grad64.input.x", given))
         cotangent = series(*y.shape).flip(1)
-        of_x, *grads = torch.autograd.grad(y, [x, *parameters], cotangent)
+        grads = torch.autograd.grad(y, [*leaves.values(), *parameters], cotangent)
     tensors = {f"state.{key}": t.float() for key, t in layer.state_dict().items()}  # exact, as they were drawn
-    tensors |= {f"grad64.state.{key}": t for key, t in zip(names, grads)} | {"grad64.input.x": of_x}
-    tensors |= {"input.x": given, "output64.y": y.detach(), "output.y": y.detach().float(), "cotangent": cotangent}
-    return Case(drawn.system, drawn.config, tensors)
+    tensors |= dict(zip([*leaves, *(f"grad64.state.{name}" for name in names)], grads))
+    tensors |= {f"input.{name}": t for name, t in inputs.items()}
+    tensors |= {"output64.y": y.detach(), "output.y": y.detach().float(), "cotangent": cotangent}
+    return Case(drawn.system, config, tensors)

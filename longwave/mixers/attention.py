@@ -1,7 +1,9 @@
-"""Causal softmax attention: grouped heads, rotary positions, a window, norms of queries and keys, a short convolution.
+"""Causal softmax attention: grouped heads, rotary positions, a window, norms of queries and keys, a short convolution,
+a gate.
 
 Sources: Vaswani et al. (2017), arXiv:1706.03762, eq. 1; Su et al. (2021), arXiv:2104.09864, eq. 34; grouped heads:
-Ainslie et al. (2023), arXiv:2305.13245; the window: Beltagy et al. (2020), arXiv:2004.05150. Parameter names are those
+Ainslie et al. (2023), arXiv:2305.13245; the window: Beltagy et al. (2020), arXiv:2004.05150; the gate: Qiu et al.
+(2025), arXiv:2505.06708. Parameter names are those
 of flash_attn's MHA, which the H3 and Hyena hybrids use.
 """
 
@@ -24,7 +26,7 @@ class AttentionState(NamedTuple):
 
 
 class Attention(Mixer, name="attention"):
-    """y = W_o softmax(scale q k^T) v, causal.
+    """y = W_o softmax(scale q k^T) v, causal; with a gate y = W_o (sigmoid(W_g x) . softmax(scale q k^T) v).
 
     Args:
         d_model: D.
@@ -38,6 +40,7 @@ class Attention(Mixer, name="attention"):
         out_bias: on the last one; None is as ``bias``.
         d_conv: K, taps of a depthwise convolution on queries, keys and values; 0 for none.
         scale: of the logits; None is P^-0.5.
+        gate: whether there is one.
     Raises:
         ValueError: where heads do not divide d_model and head_dim is None, kv_heads do not divide heads, the window is
             below 1, or positions refuse the width of a head.
@@ -47,7 +50,7 @@ class Attention(Mixer, name="attention"):
         {"heads": 2},
         {"heads": 4, "kv_heads": 2, "positions": None, "bias": False, "window": 5, "qk_norm": "rms"},
         {
-            "heads": 2, "kv_heads": 1, "head_dim": 6, "d_conv": 3, "scale": 0.3, "out_bias": False,
+            "heads": 2, "kv_heads": 1, "head_dim": 6, "d_conv": 3, "scale": 0.3, "out_bias": False, "gate": True,
             "positions": {"kind": "rotary", "dim": 2, "scaling": {"kind": "llama3", "length": 8}},
         },
     )  # fmt: skip
@@ -65,6 +68,7 @@ class Attention(Mixer, name="attention"):
         out_bias: bool | None = None,
         d_conv: int = 0,
         scale: float | None = None,
+        gate: bool = False,
     ):
         super().__init__()
         if heads < 1 or (head_dim is None and d_model % heads):
@@ -85,6 +89,7 @@ class Attention(Mixer, name="attention"):
         self.dwconv_qkv = nn.Conv1d(C, C, d_conv, groups=C) if d_conv else None
         self.q_norm, self.k_norm = (None if qk_norm is None else NORMS.read(qk_norm).build(P) for _ in "qk")
         self.positions = None if positions is None else POSITIONS.read(positions).build(P)
+        self.gate_proj = nn.Linear(d_model, heads * P, bias=bias) if gate else None
         self.out_proj = nn.Linear(heads * P, d_model, bias=bias if out_bias is None else out_bias)
 
     def init_state(self, batch: int) -> AttentionState:
@@ -108,7 +113,7 @@ class Attention(Mixer, name="attention"):
         q, kv = heads.split([H, 2 * J], dim=2)
         if state is None:  # padding is behind all real tokens, which do not see it
             y = attention(q, *kv.chunk(2, dim=2), scale=self.scale, window=self.window)
-            return self.out_proj(y.flatten(2)), None
+            return self._out(x, y), None
         kv = append_time(state.kv, kv)
         past, T, seen = kv.to(q.dtype), kv.shape[1], state.length + L
         if L == 1:
@@ -119,7 +124,12 @@ class Attention(Mixer, name="attention"):
         if padding is not None:
             kv, seen = last_steps(kv, padding, T), seen - padding
         state = AttentionState(self._kept(kv, L), seen, state.short if short is None else short)
-        return self.out_proj(y.flatten(2)), state
+        return self._out(x, y), state
+
+    def _out(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of the input x (B, L, D) and what heads have found, y (B, L, H, P)."""
+        y = y.flatten(2)
+        return self.out_proj(y if self.gate_proj is None else y * self.gate_proj(x).sigmoid())
 
     def _kept(self, kv: Tensor, new: int) -> Tensor:
         """The keys and values that later tokens see; where many came in, in memory of no more than these."""

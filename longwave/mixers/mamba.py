@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Hint, Response, derived, slowest_modes, without_bias
+from longwave.nn import NORMS, AnyNorm, Hint, Response, derived, slowest_modes, without_bias
 from longwave.nn.module import draw_steps, step_range, widened
 from longwave.nn.padding import is_real, padded_short_conv, silence
 from longwave.ops import selective_scan
@@ -32,6 +32,7 @@ class Mamba(Mixer, name="mamba"):
         dt_rank: R, rank of the step size's projection; default ceil(D / 16).
         bias: on the in and out projections.
         conv_bias: on the short convolution.
+        inner_norm: of what the step sizes are made of, of input and of output maps, as FalconMamba and Jamba have it.
         dt_min, dt_max: initial step sizes are log-uniform between them, and no smaller than 1e-4.
     Raises:
         ValueError: for an option below 1, or unless 0 < dt_min <= dt_max.
@@ -39,7 +40,7 @@ class Mamba(Mixer, name="mamba"):
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
-        {"d_state": 4, "d_conv": 2, "expand": 1, "dt_rank": 3, "bias": True, "conv_bias": False},
+        {"d_state": 4, "d_conv": 2, "expand": 1, "dt_rank": 3, "bias": True, "conv_bias": False, "inner_norm": "rms"},
     )
     optim_hints: ClassVar[dict[str, Hint]] = {"A_log": Hint(), "D": Hint(), "dt_proj.bias": Hint()}
 
@@ -52,6 +53,7 @@ class Mamba(Mixer, name="mamba"):
         dt_rank: int | None = None,
         bias: bool = False,
         conv_bias: bool = True,
+        inner_norm: AnyNorm | None = None,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
     ):
@@ -64,6 +66,9 @@ class Mamba(Mixer, name="mamba"):
         self.in_proj = nn.Linear(d_model, 2 * E, bias=bias)
         self.conv1d = nn.Conv1d(E, E, d_conv, groups=E, bias=conv_bias)
         self.x_proj = nn.Linear(E, R + 2 * d_state, bias=False)
+        self.dt_norm, self.B_norm, self.C_norm = (
+            None if inner_norm is None else NORMS.read(inner_norm).build(width) for width in (R, d_state, d_state)
+        )
         self.dt_proj = nn.Linear(R, E)
         self.A_log = nn.Parameter(torch.empty(E, d_state))
         self.D = nn.Parameter(torch.empty(E))
@@ -102,6 +107,8 @@ class Mamba(Mixer, name="mamba"):
         u = silence(u, padding)
         u, past = padded_short_conv(u, conv.weight[:, 0], conv.bias, past, padding, silu=True)
         dt, B, C = self.x_proj(u).split([R, N, N], dim=-1)
+        if self.dt_norm is not None and self.B_norm is not None and self.C_norm is not None:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt = without_bias(self.dt_proj, dt)
         if padding is not None:
             dt = dt.masked_fill(

@@ -88,6 +88,7 @@ class Backbone(nn.Module):
         block: which kind of block.
         positions: a mixer that x passes before the first block, such as
             :class:`longwave.mixers.LearnedPositions`.
+        final_norm: behind the last block; None for one like the others.
     Raises:
         ValueError: where there is no mixer, or their widths differ.
     """
@@ -100,6 +101,7 @@ class Backbone(nn.Module):
         dropout: float = 0.0,
         block: type[Branches] = Block,
         positions: Mixer | None = None,
+        final_norm: nn.Module | None = None,
     ):
         super().__init__()
         widths = {mixer.d_model for mixer in [*mixers, *([] if positions is None else [positions])]}
@@ -108,7 +110,7 @@ class Backbone(nn.Module):
         self.d_model = widths.pop()
         self.positions = positions
         self.layers = nn.ModuleList(block(mixer, norm, channel, dropout) for mixer in mixers)
-        self.norm = norm(self.d_model)
+        self.norm = norm(self.d_model) if final_norm is None else final_norm
 
     @property
     def mixers(self) -> list[Mixer]:

@@ -47,9 +47,18 @@ class LM(nn.Module):
         backbone: the blocks.
         vocab: V, number of token ids.
         tied: the head's weight is the embedding.
+        embedding_scale: what embeddings are multiplied by.
+        soft_cap: c, logits z become c tanh(z / c); None leaves them.
     """
 
-    def __init__(self, backbone: Backbone | Sashimi, vocab: int, tied: bool = True):
+    def __init__(
+        self,
+        backbone: Backbone | Sashimi,
+        vocab: int,
+        tied: bool = True,
+        embedding_scale: float = 1.0,
+        soft_cap: float | None = None,
+    ):
         super().__init__()
         if vocab < 1:
             raise ValueError(f"a language model needs vocab >= 1; got {vocab}")
@@ -59,7 +68,7 @@ class LM(nn.Module):
         self.embedding = nn.Embedding(vocab, backbone.d_model)
         self.backbone = backbone
         self.head = nn.Linear(backbone.d_model, vocab, bias=False)
-        self.tied = tied
+        self.tied, self.embedding_scale, self.soft_cap = tied, embedding_scale, soft_cap
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,10 +96,18 @@ class LM(nn.Module):
             logits: (B, L, V).
             state: after the last token, or None where none came in.
         """
-        x, state = self.backbone(embed(self.embedding, ids), state, mask=mask)
+        x, state = self.backbone(self._embedded(ids), state, mask=mask)
         if last:
             x = x[:, -1:] if mask is None else take_steps(x, last_real(mask)[:, None])
-        return self.head(x), state
+        return self._logits(x), state
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        x = embed(self.embedding, ids)
+        return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.head(x)
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def score(self, ids: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the targets that are not -100, with gradient.
@@ -102,5 +119,5 @@ class LM(nn.Module):
             ids, targets: (B, L) int64.
             mask: (B, L) bool, True = real token.
         """
-        x, _ = self.backbone(embed(self.embedding, ids), mask=mask)
-        return score_tokens(x, targets, self.head, LOGITS_AT_ONCE // self.vocab)
+        x, _ = self.backbone(self._embedded(ids), mask=mask)
+        return score_tokens(x, targets, self._logits, LOGITS_AT_ONCE // self.vocab)

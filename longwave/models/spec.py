@@ -16,7 +16,7 @@ from longwave.models.masked_lm import MaskedLM
 from longwave.models.pooling import Pooling
 from longwave.models.regressor import Forecaster, Regressor
 from longwave.models.sashimi import Level, Sashimi
-from longwave.nn import MLP, NORMS, SwiGLU
+from longwave.nn import GLU, MLP, NORMS, AnyNorm, SwiGLU
 from longwave.spec import Parts, PartSpec, Spec, read_kind
 from longwave.tasks.base import Task
 from longwave.tasks.forms import Future, Label, Pair, Targets, Tokens, Values
@@ -31,7 +31,7 @@ class ChannelSpec(PartSpec):
 
 
 CHANNEL_MIXERS: Parts[nn.Module, ChannelSpec] = Parts(
-    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "mlp": MLP}, of=nn.Module
+    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "glu": GLU, "mlp": MLP}, of=nn.Module
 )
 AnyChannelMixer = Annotated[SerializeAsAny[ChannelSpec], BeforeValidator(CHANNEL_MIXERS.field)]
 
@@ -59,8 +59,9 @@ class BackboneSpec(Spec):
         block: sequential, x + mixer(norm x) and then x + channel(norm x); or parallel, x + mixer(norm x) +
             channel(norm x).
         positions: a mixer that the inputs pass before the first block, such as learned_positions; or null.
-        norm: rms | layer.
+        norm: rms | layer | offset_rms, whose weights are differences from 1.
         norm_eps: its epsilon.
+        final_norm: the one behind the last block; default as the others.
         dropout: probability on both branches of a block, in [0, 1).
     """
 
@@ -74,8 +75,9 @@ class BackboneSpec(Spec):
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("swiglu")
     block: Literal["sequential", "parallel"] = "sequential"
     positions: AnyMixer | None = None
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer", "offset_rms"] = "rms"
     norm_eps: float = Field(1e-5, gt=0)
+    final_norm: AnyNorm | None = None
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @field_validator("layers")
@@ -123,7 +125,7 @@ class BackboneSpec(Spec):
         """The blocks, freshly drawn."""
         positions = None if self.positions is None else self.positions.build(self.d_model)
         parts = self._norm(), self._channel(), self.dropout
-        return Backbone(self._mixers(self.d_model), *parts, BLOCKS[self.block], positions)
+        return Backbone(self._mixers(self.d_model), *parts, BLOCKS[self.block], positions, self._final_norm())
 
     def _mixers(self, d_model: int) -> list[Mixer]:
         assert self.layers is not None
@@ -131,6 +133,9 @@ class BackboneSpec(Spec):
 
     def _norm(self) -> Callable[[int], nn.Module]:
         return partial(NORMS[self.norm], eps=self.norm_eps)
+
+    def _final_norm(self) -> nn.Module:
+        return (self._norm() if self.final_norm is None else self.final_norm.build)(self.d_model)
 
     def _channel(self) -> Callable[[int], nn.Module] | None:
         return None if self.channel is None else self.channel.build
@@ -155,13 +160,20 @@ class LanguageSpec(BackboneSpec):
 
 
 class LMSpec(LanguageSpec):
-    """A language model, see :class:`longwave.models.LM`."""
+    """A language model, see :class:`longwave.models.LM`.
+
+    Fields, besides those of what tells tokens:
+        embedding_scale: what embeddings are multiplied by.
+        soft_cap: the magnitude that logits stay below; null for none.
+    """
 
     kind: Literal["lm"] = "lm"
+    embedding_scale: float = 1.0
+    soft_cap: float | None = Field(None, gt=0)
 
     def build(self) -> LM:
         """The model, freshly drawn."""
-        return LM(self.build_backbone(), self.known("vocab"), self.tied)
+        return LM(self.build_backbone(), self.known("vocab"), self.tied, self.embedding_scale, self.soft_cap)
 
 
 class SashimiSpec(LanguageSpec):
@@ -184,7 +196,7 @@ class SashimiSpec(LanguageSpec):
     block: Literal["sequential"] = "sequential"
     positions: None = None
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("mlp", expand=2.0)
-    norm: Literal["rms", "layer"] = "layer"
+    norm: Literal["rms", "layer", "offset_rms"] = "layer"
     pool: list[Annotated[int, Field(ge=1)]] = Field([4, 4])
     expand: int = Field(2, ge=1)
 
@@ -193,7 +205,7 @@ class SashimiSpec(LanguageSpec):
         norm, channel = self._norm(), self._channel()
         widths = [self.d_model * self.expand**i for i in range(len(self.pool) + 1)]
         levels = [Level([Block(mixer, norm, channel, self.dropout) for mixer in self._mixers(d)]) for d in widths]
-        return Sashimi(levels, self.pool, norm(self.d_model))
+        return Sashimi(levels, self.pool, self._final_norm())
 
     def build(self) -> LM:
         """The model, freshly drawn."""

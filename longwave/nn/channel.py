@@ -48,6 +48,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class GLU(nn.Module):
+    """down(activation(gate x) * up x).  Source: Shazeer (2020), arXiv:2002.05202, eq. 5 and 6; of silu it is SwiGLU.
+
+    Args:
+        d_model: D.
+        expand: hidden width over D, > 0.
+        activation: gelu_tanh, gelu or relu; see :class:`MLP`.
+        bias: on both maps.
+    Raises:
+        ValueError: for another activation, or expand <= 0.
+    """
+
+    def __init__(self, d_model: int, expand: float = 8 / 3, activation: str = "gelu_tanh", bias: bool = False):
+        super().__init__()
+        self.activation = choose("activation", activation, {k: f for k, f in ACTIVATIONS.items() if k != "silu"})
+        hidden = hidden_width(expand, d_model)
+        self.up, self.down = nn.Linear(d_model, 2 * hidden, bias=bias), nn.Linear(hidden, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * value)
+
+
 class MLP(nn.Module):
     """fc2(activation(fc1 x)).
 

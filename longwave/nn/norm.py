@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
+from longwave.nn.module import widened
 from longwave.ops import rms_norm
 from longwave.spec import Parts, PartSpec
 
@@ -25,6 +26,45 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class OffsetRMSNorm(nn.Module):
+    """(1 + weight) x / sqrt(mean x^2 + eps) of the last axis: weights near 1 keep their digits in 16 bits.
+
+    Source: Gemma Team (2024) "Gemma", arXiv:2403.08295, in the authors' code.
+
+    Args:
+        d_model: D.
+        eps: > 0, added to the mean square.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(d_model)), eps
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return rms_norm(x, 1 + widened(self.weight)[0], self.eps)
+
+
+class PlainRMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) of the last axis, without weights.
+
+    Args:
+        d_model: D, which does not matter.
+        eps: > 0, added to the mean square.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -70,6 +110,15 @@ class NormSpec(PartSpec):
 
 
 NORMS: Parts[nn.Module, NormSpec] = Parts(
-    "norm", NormSpec, given=("d_model",), classes={"rms": RMSNorm, "layer": LayerNorm, "scale": ScaleNorm}
+    "norm",
+    NormSpec,
+    given=("d_model",),
+    classes={
+        "rms": RMSNorm,
+        "layer": LayerNorm,
+        "scale": ScaleNorm,
+        "offset_rms": OffsetRMSNorm,
+        "plain_rms": PlainRMSNorm,
+    },
 )
 AnyNorm = Annotated[SerializeAsAny[NormSpec], BeforeValidator(NORMS.field)]

@@ -14,6 +14,7 @@ from longwave.official import (
     dss,
     flexconv,
     gss,
+    hf_hybrids,
     hf_layers,
     hyenadna,
     m2,
@@ -40,7 +41,8 @@ from longwave.spec import explain
 
 _MODULES: Any = [
     s4, s4v3, s4model, safari_h3, safari_hyena, safari_longconv, safari_block_fft, safari_lm, hyenadna, m2, mamba,
-    mega, monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, retnet, transformer, hf_layers, aft,
+    mega, monarch, rwkv4, s5, dss, gss, bigs, ckconv, flexconv, s4nd, sashimi, retnet, transformer, hf_layers,
+    hf_hybrids, aft,
 ]  # fmt: skip
 SYSTEMS: dict[str, System] = {name: system for module in _MODULES for name, system in module.SYSTEMS.items()}
 
@@ -52,19 +54,19 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
 
     Args:
         system: which official module: h3, h3conv, hyena, hyenastandalone, hyenafilter, longconv,
-            longconvkernel, longconvstandalone, blockfft, hyenalm, h3lm (HazyResearch/safari, HazyResearch/H3), hyenadna
-            (HazyResearch/hyena-dna), m2 (HazyResearch/m2), s4, s4d,
-            s4kernel, s4dkernel, s4dmin, s4model (state-spaces/s4),
-            s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf, mamba2_hf, rwkv4_hf, gpt2_hf, gptneox_hf,
-            llama_hf (Hugging Face transformers), mamba_ssm_lm, selective_scan (state-spaces/mamba), rwkv4_blinkdl
-            (BlinkDL/RWKV-LM), mega_ema, mega_layer, mega_nffn, fbmega, fbmegaema (facebookresearch/mega), megaema,
-            megablock (state-spaces/s4), mega_hf (transformers), mega_lucidrains (lucidrains/Mega-pytorch),
-            s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
-            (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc (state-spaces/s4),
-            monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv (dwromero/ckconv), flexconv
-            (rjbruin/flexconv), retnet_torchscale (microsoft/torchscale), retention_naive
-            (fla-org/flash-linear-attention), qwen3_next_gated_deltanet, recurrent_gemma_block, lfm2_short_conv,
-            xlstm_layer (layers of Hugging Face transformers), aft (rish-16/aft-pytorch).
+            longconvkernel, longconvstandalone, blockfft, hyenalm, h3lm (HazyResearch/safari, HazyResearch/H3),
+            hyenadna (HazyResearch/hyena-dna), m2 (HazyResearch/m2), s4, s4d, s4kernel, s4dkernel, s4dmin,
+            s4model (state-spaces/s4), s4v3, gss, liquids4, liquid_s4 (raminmh/liquid-s4), mamba_hf, mamba2_hf,
+            falcon_mamba_hf, rwkv4_hf, gpt2_hf, gptneox_hf, llama_hf, recurrent_gemma_hf, qwen3_next_hf,
+            lfm2_hf, xlstm_hf (Hugging Face transformers), mamba_ssm_lm, selective_scan (state-spaces/mamba),
+            rwkv4_blinkdl (BlinkDL/RWKV-LM), mega_ema, mega_layer, mega_nffn, fbmega, fbmegaema
+            (facebookresearch/mega), megaema, megablock (state-spaces/s4), mega_hf (transformers),
+            mega_lucidrains (lucidrains/Mega-pytorch), s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
+            (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc
+            (state-spaces/s4), monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv
+            (dwromero/ckconv), flexconv (rjbruin/flexconv), retnet_torchscale (microsoft/torchscale),
+            retention_naive (fla-org/flash-linear-attention), qwen3_next_gated_deltanet, recurrent_gemma_block,
+            lfm2_short_conv, xlstm_layer (layers of Hugging Face transformers), aft (rish-16/aft-pytorch).
         config: the official constructor's arguments by name, defaults left out or not; arguments of the run
             (L, rate, batch, ...) may be among them.
         state: the official ``state_dict()``; of Liquid-S4 also its attributes ``kernel.B``, ``C``, ``w``, ``log_dt``,

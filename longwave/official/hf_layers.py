@@ -1,4 +1,4 @@
-"""Layers of models of Hugging Face transformers (5.23): one mixer each, from the config of its whole model."""
+"""Layers of models of Hugging Face transformers (5.23), one mixer each, from the config of its whole model."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -6,17 +6,48 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers import MLSTM, RGLRU, GatedDeltaNet, LFM2Conv
+from longwave.mixers import MixerSpec, mixer
 from longwave.official.blocks import Call, mixed
-from longwave.official.source import Flag, Name, Names, Positive, Size, Source, System, Turn, inside
+from longwave.official.source import (
+    HUGGING_FACE,
+    Flag,
+    Name,
+    Names,
+    Positive,
+    Size,
+    Source,
+    System,
+    Turn,
+    apart,
+    inside,
+)
 
-OF_ANY_MODEL = frozenset({
-    "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
-    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "vocab_size",
-    "intermediate_size", "num_hidden_layers", "num_key_value_heads", "max_position_embeddings", "initializer_range",
-    "use_cache", "tie_word_embeddings", "rope_parameters", "attention_bias", "attention_dropout", "head_dim",
-    "layer_types", "pad_token_id", "bos_token_id", "eos_token_id", "_name_or_path", "model_type", "output_attentions",
-})  # fmt: skip
+OF_ANY_MODEL = HUGGING_FACE | {
+    "vocab_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "attention_bias", "tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor",
+    "layer_types",
+}  # fmt: skip
+
+
+class HFLayer(Source):
+    """A mixer, called as the layer is without a cache."""
+
+    ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL
+    hidden_size: Size
+
+    def mixer(self) -> MixerSpec:
+        """It, as data."""
+        raise NotImplementedError
+
+    def mixer_names(self) -> Names:
+        """Of its tensors."""
+        return [Name("", "")]
+
+    def build(self) -> nn.Module:
+        return Call(self.mixer().build(self.hidden_size), mixed)
+
+    def names(self) -> Names:
+        return inside("", "model.", self.mixer_names())
 
 
 def _grouped(groups: int, sizes: Sequence[int]) -> Turn:
@@ -32,16 +63,11 @@ def _grouped(groups: int, sizes: Sequence[int]) -> Turn:
     return Turn(ours, official)
 
 
-def _apart(sizes: list[int]) -> Turn:
-    """Several maps of one input, which are one of ours."""
-    return Turn(lambda *ts: torch.cat(ts), lambda t: t.split(sizes))
-
-
-class Qwen3NextGatedDeltaNet(Source):
+class Qwen3NextGatedDeltaNet(HFLayer):
     """Qwen3NextGatedDeltaNet."""
 
     ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
-        "num_attention_heads", "decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size",
+        "decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size",
         "num_experts_per_tok", "num_experts", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef",
         "mlp_only_layers",
     }  # fmt: skip
@@ -54,28 +80,27 @@ class Qwen3NextGatedDeltaNet(Source):
     rms_norm_eps: Positive = 1e-6
     hidden_act: Literal["silu", "swish"] = "silu"
 
-    def build(self) -> nn.Module:
-        mixer = GatedDeltaNet(
-            self.hidden_size,
-            self.linear_num_value_heads,
-            self.linear_num_key_heads,
-            self.linear_key_head_dim,
-            self.linear_value_head_dim,
-            self.linear_conv_kernel_dim,
-            self.rms_norm_eps,
+    def mixer(self) -> MixerSpec:
+        return mixer(
+            "gated_deltanet",
+            heads=self.linear_num_value_heads,
+            groups=self.linear_num_key_heads,
+            key_dim=self.linear_key_head_dim,
+            head_dim=self.linear_value_head_dim,
+            d_conv=self.linear_conv_kernel_dim,
+            eps=self.rms_norm_eps,
         )
-        return Call(mixer, mixed)
 
-    def names(self) -> Names:
+    def mixer_names(self) -> Names:
         G, N = self.linear_num_key_heads, self.linear_key_head_dim
         heads = self.linear_num_value_heads // G
         P = heads * self.linear_value_head_dim
         qkvz, ba = "in_proj_qkvz.weight", "in_proj_ba.weight"
         turned = [Name(qkvz, qkvz, _grouped(G, [N, N, P, P])), Name(ba, ba, _grouped(G, [heads, heads]))]
-        return inside("", "model.", [*turned, Name("", "")])
+        return [*turned, Name("", "")]
 
 
-class RecurrentGemmaRecurrentBlock(Source):
+class RecurrentGemmaRecurrentBlock(HFLayer):
     """RecurrentGemmaRecurrentBlock, its RecurrentGemmaRglru inside."""
 
     ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
@@ -88,10 +113,10 @@ class RecurrentGemmaRecurrentBlock(Source):
     conv1d_width: Size = 4
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
 
-    def build(self) -> nn.Module:
-        return Call(RGLRU(self.hidden_size, self.lru_width, self.num_attention_heads, self.conv1d_width), mixed)
+    def mixer(self) -> MixerSpec:
+        return mixer("rg_lru", width=self.lru_width, heads=self.num_attention_heads, d_conv=self.conv1d_width)
 
-    def names(self) -> Names:
+    def mixer_names(self) -> Names:
         heads = self.num_attention_heads
         weights = Turn(lambda i, r: torch.cat([i, r], 2).mT, lambda t: t.mT.chunk(2, 2))
         biases = Turn(lambda i, r: torch.cat([i, r], 1).flatten(), lambda t: t.unflatten(0, (heads, -1)).chunk(2, 1))
@@ -99,28 +124,24 @@ class RecurrentGemmaRecurrentBlock(Source):
             Name((f"rg_lru.input_gate_{what}", f"rg_lru.recurrent_gate_{what}"), f"gates.{what}", turn)
             for what, turn in (("weight", weights), ("bias", biases))
         ]
-        return inside("", "model.", [*gates, Name("rg_lru.recurrent_param", "recurrent_param"), Name("", "")])
+        return [*gates, Name("rg_lru.recurrent_param", "recurrent_param"), Name("", "")]
 
 
-class Lfm2ShortConv(Source):
+class Lfm2ShortConv(HFLayer):
     """Lfm2ShortConv."""
 
     ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
-        "num_attention_heads", "norm_eps", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
-        "full_attn_idxs",
+        "norm_eps", "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim", "full_attn_idxs",
     }  # fmt: skip
     hidden_size: Size = 2560
     conv_L_cache: Size = 3
     conv_bias: Flag = False
 
-    def build(self) -> nn.Module:
-        return Call(LFM2Conv(self.hidden_size, self.conv_L_cache, self.conv_bias), mixed)
-
-    def names(self) -> Names:
-        return [Name("", "model.")]
+    def mixer(self) -> MixerSpec:
+        return mixer("lfm2_conv", d_conv=self.conv_L_cache, bias=self.conv_bias)
 
 
-class XLSTMLayer(Source):
+class XLSTMLayer(HFLayer):
     """xLSTMLayer."""
 
     ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL | {
@@ -143,12 +164,20 @@ class XLSTMLayer(Source):
         """Of all queries, and of all values."""
         return int(self.hidden_size * self.qk_dim_factor), int(self.hidden_size * self.v_dim_factor)
 
-    def build(self) -> nn.Module:
-        bias, cap = self.use_bias, self.gate_soft_cap
-        mixer = MLSTM(self.hidden_size, self.num_heads, *self.widths(), bias, cap, self.norm_eps, self.eps)
-        return Call(mixer, mixed)
+    def mixer(self) -> MixerSpec:
+        qk, v = self.widths()
+        return mixer(
+            "mlstm",
+            heads=self.num_heads,
+            key_width=qk,
+            value_width=v,
+            bias=self.use_bias,
+            gate_cap=self.gate_soft_cap,
+            norm_eps=self.norm_eps,
+            eps=self.eps,
+        )
 
-    def names(self) -> Names:
+    def mixer_names(self) -> Names:
         (qk, v), table = self.widths(), []
         if self.weight_mode == "single":
             parts = {
@@ -156,11 +185,11 @@ class XLSTMLayer(Source):
                 "ifgate_preact": {"igate_preact": self.num_heads, "fgate_preact": self.num_heads},
             }
             table = [
-                Name(tuple(f"{name}.{what}" for name in sizes), f"{ours}.{what}", _apart(list(sizes.values())))
+                Name(tuple(f"{name}.{what}" for name in sizes), f"{ours}.{what}", apart(*sizes.values()))
                 for ours, sizes in parts.items()
                 for what in ("weight", "bias")
             ]
-        return inside("", "model.", [*table, Name("", "")])
+        return [*table, Name("", "")]
 
 
 SYSTEMS = {

@@ -1,7 +1,7 @@
 """Mamba and Mamba-2: the language models of github.com/state-spaces/mamba and of transformers, and the scan."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from longwave.official.source import (
     Name,
     Names,
     Positive,
+    Shapes,
     Size,
     Source,
     System,
@@ -46,6 +47,7 @@ Limits = Annotated[
 ]
 Rank = Size | Literal["auto"]
 NO_LIMITS = (0.0, None)
+NEOX = "GPT-NeoX's (EleutherAI/gpt-neox-20b)"
 SWAPPED = Turn(lambda w: w.roll(len(w) // 2, 0), lambda w: w)  # [value | gate] as [gate | value]
 
 
@@ -64,7 +66,7 @@ class Mamba1(Source):
     conv_bias: Flag = True
     bias: Flag = False
 
-    def mixer(self) -> MixerSpec:
+    def mixer(self, inner_norm: Any = None) -> MixerSpec:
         """Its mixer as data, whose tensors have the official names."""
         return mixer(
             "mamba",
@@ -74,6 +76,7 @@ class Mamba1(Source):
             dt_rank=None if self.dt_rank == "auto" else self.dt_rank,
             bias=self.bias,
             conv_bias=self.conv_bias,
+            inner_norm=inner_norm,
         )
 
 
@@ -180,6 +183,7 @@ class MambaLMHeadModel(ModelSource):
 
     ignored = frozenset({"residual_in_fp32", "fused_add_norm", "initializer_cfg", "device", "dtype"})
     optional = True
+    tokenizer = NEOX
     d_model: Size = 2560
     d_intermediate: Count = 0
     n_layer: Size = 64
@@ -217,6 +221,17 @@ class MambaLMHeadModel(ModelSource):
     def names(self) -> Names:
         return _lm_names("backbone.embedding", self.n_layer, self.tie_embeddings)
 
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        if "backbone.embedding.weight" not in shapes or "backbone.norm_f.weight" not in shapes:
+            return None
+        if "d_model" not in config:
+            raise ValueError(
+                "a model of state-spaces/mamba is told by its config.json: put it beside the weights, "
+                "with d_model, n_layer, vocab_size and ssm_cfg"
+            )
+        return config
+
 
 class HuggingFaceMamba(ModelSource):
     """What both language models of transformers have in common."""
@@ -225,6 +240,7 @@ class HuggingFaceMamba(ModelSource):
         *("residual_in_fp32", "rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor")
     }
     optional = True
+    tokenizer = NEOX
     hidden_size: Size
     num_hidden_layers: Size
     vocab_size: Size
@@ -260,6 +276,7 @@ class HuggingFaceMamba(ModelSource):
 class MambaForCausalLM(HuggingFaceMamba):
     """MambaForCausalLM of transformers."""
 
+    hf_type = "mamba"
     ignored = HuggingFaceMamba.ignored | {
         *("time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan"),
         *("d_model", "d_inner", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple"),
@@ -272,26 +289,37 @@ class MambaForCausalLM(HuggingFaceMamba):
     time_step_rank: Rank = "auto"
 
     def mixer(self) -> MixerSpec:
-        E = int(self.expand * self.hidden_size)
-        if self.intermediate_size not in (None, E):
-            raise ValueError(
-                f"intermediate_size = {self.intermediate_size} is not carried over; the official model has "
-                f"expand * hidden_size = {E} whatever it says"
-            )
+        return self.layer().mixer()
+
+    def layer(self) -> Mamba1:
+        """The options of its layers."""
+        E = self.intermediate_size
         return Mamba1(
             d_model=self.hidden_size,
             d_state=self.state_size,
             d_conv=self.conv_kernel,
-            expand=self.expand,
+            expand=self.expand if E is None else E / self.hidden_size,
             dt_rank=self.time_step_rank,
             conv_bias=self.use_conv_bias,
             bias=self.use_bias,
-        ).mixer()
+        )
+
+
+class FalconMambaForCausalLM(MambaForCausalLM):
+    """FalconMambaForCausalLM of transformers, whose step sizes, input and output maps are normed, without weights."""
+
+    hf_type = "falcon_mamba"
+    tokenizer = "Falcon's (tiiuae/falcon-mamba-7b)"
+    mixer_rms_eps: Positive = 1e-6
+
+    def mixer(self) -> MixerSpec:
+        return self.layer().mixer(inner_norm={"kind": "plain_rms", "eps": self.mixer_rms_eps})
 
 
 class Mamba2ForCausalLM(HuggingFaceMamba):
     """Mamba2ForCausalLM of transformers."""
 
+    hf_type = "mamba2"
     ignored = HuggingFaceMamba.ignored | {"time_step_rank", "chunk_size", "norm_before_gate"}
     vocab_size: Size = 32768
     hidden_size: Size = 4096
@@ -379,6 +407,7 @@ def _time_second(x: Tensor, A: Tensor, length: int) -> Tensor:
 SYSTEMS = {
     "mamba_hf": System(MambaForCausalLM),
     "mamba2_hf": System(Mamba2ForCausalLM),
+    "falcon_mamba_hf": System(FalconMambaForCausalLM),
     "mamba_ssm_lm": System(MambaLMHeadModel),
     "selective_scan": System(SelectiveScan),
 }

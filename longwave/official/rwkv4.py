@@ -6,14 +6,16 @@ them (``rescale_every``, against overflow in float16): the same function but for
 the one that was trained. Its one-token step of a batch mixes up the rows; ours does not.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from longwave.mixers import mixer
 from longwave.models.spec import LMSpec
-from longwave.official.blocks import Call, ModelSource, logits
+from longwave.nn import NORMS
+from longwave.official.blocks import ModelSource
 from longwave.official.source import (
     HUGGING_FACE,
     Alias,
@@ -22,26 +24,32 @@ from longwave.official.source import (
     Name,
     Names,
     Positive,
+    Shapes,
     Size,
-    Source,
     System,
     Turn,
     inside,
 )
 
+LAST_EPS = 1e-5
 BLINKDL = {"embedding": "emb.", "norm": "ln0.", "rwkv4": "att.", "rwkv4_channel": "ffn.", "k": "k", "v": "v", "r": "r"}
 HF = {"embedding": "embeddings.", "norm": "pre_ln.", "rwkv4": "attention.", "rwkv4_channel": "feed_forward."}
 HF |= {"k": "key", "v": "value", "r": "receptance"}
 
 
+PILE = "GPT-NeoX's (EleutherAI/gpt-neox-20b), as 20B_tokenizer.json; RWKV-4 World's own (RWKV/rwkv-4-world-169m)"
+
+
 def language_model(vocab: int, layers: int, width: int, A: int | None, hidden: int | None, eps: float) -> LMSpec:
-    """Two of our blocks a block of theirs; None, or 0, is D of A and 4 D of the channel mix."""
+    """Two of our blocks a block of theirs; None, or 0, is D of A and 4 D of the channel mix. The last norm has its own
+    epsilon whatever the option says."""
     pattern = [
         mixer("rwkv4", expand=(A or width) / width),
         mixer("rwkv4_channel", expand=(hidden or 4 * width) / width),
     ]
     sizes: dict[str, Any] = {"vocab": vocab, "d_model": width, "layers": 2 * layers, "tied": False}
-    return LMSpec(pattern=pattern, channel=None, norm="layer", norm_eps=eps, **sizes)
+    last = None if eps == LAST_EPS else NORMS.make("layer", eps=LAST_EPS)
+    return LMSpec(pattern=pattern, channel=None, norm="layer", norm_eps=eps, final_norm=last, **sizes)
 
 
 def table(layers: int, eps: float, prefix: str, words: dict[str, str]) -> Names:
@@ -77,6 +85,7 @@ class BlinkDL(ModelSource):
     """GPT of RWKV-v4 and RWKV of RWKV-v4neo."""
 
     ignored = frozenset({"ctx_len", "tiny_att_layer"})
+    tokenizer = PILE
     vocab_size: Size = 50277
     n_layer: Size
     n_embd: Size
@@ -94,10 +103,21 @@ class BlinkDL(ModelSource):
     def names(self) -> Names:
         return inside("", "model.", table(self.n_layer, 1e-5, "", BLINKDL))
 
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        if len(shapes.get("blocks.0.att.time_first", ())) != 1 or "blocks.0.att.ln_x.weight" in shapes:
+            return None  # RWKV-5 has heads
+        vocab, width = shapes["emb.weight"]
+        layers = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+        widths = {"dim_att": shapes["blocks.0.att.key.weight"][0], "dim_ffn": shapes["blocks.0.ffn.key.weight"][0]}
+        return {"vocab_size": vocab, "n_embd": width, "n_layer": layers, **widths}
 
-class RwkvForCausalLM(Source):
+
+class RwkvForCausalLM(ModelSource):
     """RwkvForCausalLM of transformers."""
 
+    hf_type = "rwkv"
+    tokenizer = PILE
     ignored = HUGGING_FACE | {"context_length", "max_position_embeddings", "rescale_every"}
     optional = True
     vocab_size: Size = 50277
@@ -108,12 +128,10 @@ class RwkvForCausalLM(Source):
     layer_norm_epsilon: Positive = 1e-5
     tie_word_embeddings: Flag = False
 
-    def build(self) -> nn.Module:
+    def spec(self) -> LMSpec:
         sizes = (self.vocab_size, self.num_hidden_layers, self.hidden_size)
         widths = (self.attention_hidden_size, self.intermediate_size)
-        model = language_model(*sizes, *widths, self.layer_norm_epsilon).build()
-        model.backbone.norm = nn.LayerNorm(self.hidden_size)  # with its own epsilon whatever the option says
-        return Call(model, logits)
+        return language_model(*sizes, *widths, self.layer_norm_epsilon)
 
     def names(self) -> Names:
         head = Alias("head.weight", "rwkv.embeddings.weight")  # without the norm that ours has

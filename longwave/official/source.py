@@ -20,12 +20,22 @@ from longwave.spec import Spec, explain
 
 RUN = frozenset({"L", "batch", "length", "prefill"})  # how an official run was made, not what the module is
 
-HUGGING_FACE = frozenset(  # what any config of transformers may say and no function depends on
-    {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache"}
-    | {"id2label", "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions"}
-    | {"chunk_size_feed_forward", "is_encoder_decoder", "initializer_range"}
-    | {"pad_token_id", "bos_token_id", "eos_token_id"}
-)
+# What any config of transformers may say and no function of a causal model depends on.
+HUGGING_FACE = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
+    "attention_dropout", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "label2id", "length_penalty", "max_length", "max_position_embeddings", "min_length", "model_type",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
+    "use_bfloat16", "use_cache",
+})  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
 State = dict[str, Tensor]
@@ -69,6 +79,11 @@ FIRST = Turn(lambda t: t[0], lambda t: t[None])  # without an axis of 1 in front
 CONSTANT = Turn(lambda t: t.detach(), _itself)  # of running statistics there is no gradient
 COLUMN = Turn(lambda t: t[:, 0], lambda t: t[:, None])  # without an axis of 1 behind the first
 TAP = Turn(lambda t: t.flatten(1) if t.ndim > 1 else t, lambda t: t[..., None] if t.ndim > 1 else t)  # a 1-tap map
+
+
+def apart(*sizes: int) -> Turn:
+    """Several maps of one input, of so many rows each, which are one of ours."""
+    return Turn(lambda *ts: torch.cat(ts), lambda t: t.split(sizes))
 
 
 def flat(features: int) -> Turn:

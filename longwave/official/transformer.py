@@ -1,9 +1,9 @@
 """Transformers of Hugging Face transformers: GPT-2, GPT-NeoX (Pythia), Llama, as ordinary language models."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from longwave.errors import nearest, shown
@@ -22,6 +22,8 @@ from longwave.official.source import (
     State,
     System,
     Turn,
+    apart,
+    inside,
     mapping,
     numbered,
 )
@@ -37,10 +39,7 @@ NUMBERS = r"\.(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$|\.rotar
 class Pretrained(ModelSource):
     """What the models have in common."""
 
-    ignored = HUGGING_FACE | {
-        "is_decoder", "gradient_checkpointing", "attn_implementation", "_attn_implementation", "pretraining_tp",
-        "classifier_dropout", "attention_dropout", "hidden_dropout", "task_specific_params",
-    }  # fmt: skip
+    ignored = HUGGING_FACE
     optional = True
 
     def build(self) -> nn.Module:
@@ -62,9 +61,46 @@ def heads_width(width: int, heads: int) -> int:
     return width // heads
 
 
+def attention_names(prefix: str, heads: int, kv_heads: int, width: int, out: str = "o_proj.") -> Names:
+    """Of attention with a map each for queries, keys and values."""
+    packed = apart(heads * width, kv_heads * width, kv_heads * width)
+    return [
+        Name(tuple(f"{prefix}{part}_proj." for part in "qkv"), "mixer.Wqkv.", packed),
+        Name(f"{prefix}{out}", "mixer.out_proj."),
+    ]
+
+
+def glu_names(gate: str, up: str, down: str, hidden: int) -> Names:
+    """Of a gated channel mixer."""
+    return [Name((gate, up), "channel.up.", apart(hidden, hidden)), Name(down, "channel.down.")]
+
+
+def decoder_names(
+    blocks: Sequence[Names],
+    tied: bool,
+    embedding: str = "model.embed_tokens.",
+    layers: str = "model.layers.{}.",
+    last: str = "model.norm.",
+) -> Names:
+    """Of a language model, from the names in its blocks and what stands before them."""
+    return [
+        *([Alias("lm_head.weight", f"{embedding}weight")] if tied else []),
+        Name(embedding, "model.embedding."),
+        Name("lm_head.", "model.head."),
+        *(
+            name
+            for i, block in enumerate(blocks)
+            for name in inside(layers.format(i), f"model.backbone.layers.{i}.", block)
+        ),
+        Name(last, "model.backbone.norm."),
+    ]
+
+
 class GPT2(Pretrained):
     """GPT2LMHeadModel, and GPT2Model's checkpoints, whose keys have no ``transformer.``"""
 
+    hf_type = "gpt2"
+    tokenizer = "GPT-2's (openai-community/gpt2)"
     ignored = Pretrained.ignored | {
         "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type", "summary_use_proj", "summary_activation",
         "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn", "n_ctx",
@@ -125,7 +161,8 @@ class GPT2(Pretrained):
 class GPTNeoX(Pretrained):
     """GPTNeoXForCausalLM, with older names of its options and of its head too."""
 
-    ignored = Pretrained.ignored | {"max_position_embeddings"}
+    hf_type = "gpt_neox"
+    tokenizer = "GPT-NeoX's (EleutherAI/gpt-neox-20b)"
     vocab_size: Size = 50432
     hidden_size: Size = 6144
     num_hidden_layers: Size = 44
@@ -188,7 +225,8 @@ class GPTNeoX(Pretrained):
 class Llama(Pretrained):
     """LlamaForCausalLM, with older names of its options too."""
 
-    ignored = Pretrained.ignored | {"max_position_embeddings"}
+    hf_type = "llama"
+    tokenizer = "Llama's, of its generation (such as meta-llama/Llama-3.2-1B)"
     vocab_size: Size = 32000
     hidden_size: Size = 4096
     intermediate_size: Size = 11008
@@ -225,25 +263,13 @@ class Llama(Pretrained):
         )
 
     def names(self) -> Names:
-        H, J, P = self.sizes()
-        packed = Turn(lambda *t: torch.cat(t), lambda t: t.split([H * P, J * P, J * P]))
-        gated = Turn(lambda *t: torch.cat(t), lambda t: t.chunk(2))
         block: Names = [
             Name("input_layernorm.", "norm1."),
-            Name(tuple(f"self_attn.{part}_proj." for part in "qkv"), "mixer.Wqkv.", packed),
-            Name("self_attn.o_proj.", "mixer.out_proj."),
+            *attention_names("self_attn.", *self.sizes()),
             Name("post_attention_layernorm.", "norm2."),
-            Name(("mlp.gate_proj.", "mlp.up_proj."), "channel.up.", gated),
-            Name("mlp.down_proj.", "channel.down."),
+            *glu_names("mlp.gate_proj.", "mlp.up_proj.", "mlp.down_proj.", self.intermediate_size),
         ]
-        words = "model.embed_tokens.weight"
-        return [
-            *([Alias("lm_head.weight", words)] if self.tie_word_embeddings else []),
-            Name(words, "model.embedding.weight"),
-            Name("lm_head.weight", "model.head.weight"),
-            *numbered(self.num_hidden_layers, "model.layers.{}.", "model.backbone.layers.{}.", block),
-            Name("model.norm.", "model.backbone.norm."),
-        ]
+        return decoder_names([block] * self.num_hidden_layers, self.tie_word_embeddings)
 
 
 ROPE = {  # kinds of scaling, and the option here of each option there
