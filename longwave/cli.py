@@ -1,6 +1,5 @@
 """The command line: a thin layer, as each command imports what it needs only when it is called."""
 
-import codecs
 import logging
 import os
 import re
@@ -46,6 +45,10 @@ def _allowed(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+Words = Annotated[
+    str | None,
+    typer.Option(help="What made the model's token ids, where its folder does not say: as of longwave tokenize."),
+]
 Changes = Annotated[
     list[str] | None, typer.Argument(help="Changes such as lr=3e-3 or task.length=1024.", callback=_allowed)
 ]
@@ -192,6 +195,7 @@ def eval(
     run: Trained,
     changes: Changes = None,
     weights: Weights = None,
+    tokenizer: Words = None,
 ) -> None:
     """Evaluate a trained model on the held-out data of its task, or on a changed one; on one device by default.
 
@@ -201,7 +205,7 @@ def eval(
     from longwave.train.loop import Objective, make_fabric, threads
     from longwave.train.memory import keep_freed_memory
     from longwave.train.ranks import Ranks
-    from longwave.train.runs import load_run
+    from longwave.train.runs import check_tokenizer, load_run, tokenizer_of
 
     recipe, model = load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
     if recipe is None:
@@ -210,6 +214,8 @@ def eval(
             "'task={kind: text, files: [my.txt]}'"
         )
     recipe.task.prepare()
+    if changes:
+        check_tokenizer(run, tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer), recipe.task)
     if recipe.keep_memory:
         keep_freed_memory()
     with threads(recipe.threads), Ranks(make_fabric(recipe)) as ranks:
@@ -235,29 +241,35 @@ def eval(
 def generate(
     run: Trained,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from; default standard input.")] = None,
-    max_new: Annotated[int, typer.Option(help="Most bytes to write.")] = 400,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable byte each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable bytes.")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw among the fewest bytes whose probabilities reach p.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Draw among bytes at least this share as probable as the first.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, bytes that were seen become rarer.")] = 1.0,
+    max_new: Annotated[int, typer.Option(help="Most tokens to write.")] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw among the fewest tokens whose probabilities reach p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw among tokens at least this share as probable as the first.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens that were seen become rarer.")] = 1.0,
     stop: Annotated[str | None, typer.Option(help="End after this text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws, to have the same text again.")] = None,
     from_state: Annotated[Path | None, typer.Option(help="Go on behind the text of a saved state.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state at the end, to go on from it.")] = None,
     weights: Weights = None,
+    tokenizer: Words = None,
     out: Annotated[Path | None, typer.Option(help="Of a model of sound: the file to write, such as x.wav.")] = None,
     seconds: Annotated[float, typer.Option(help="Of sound, how long.")] = 1.0,
 ) -> None:
-    """Stream text from a trained byte-level model, through its recurrent state; or write sound from one of sound."""
+    """Stream text from a trained model, through its recurrent state; or write sound from one of sound.
+
+    Text is until the end of a document, which models of corpora have; names of special tokens in the prompt stand for
+    these.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from longwave import models
     from longwave.inspection import describe_states
     from longwave.models.generate import PREFILL_CHUNK
-    from longwave.tasks import AudioTokens, Text
-    from longwave.train.runs import load_run
+    from longwave.tasks import AudioTokens
+    from longwave.tokenizer import FILE, Decoder
+    from longwave.train.runs import load_run, tokenizer_of
 
     recipe, model = load_run(run, [], weights)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
@@ -265,42 +277,53 @@ def generate(
         return _generate_sound(recipe.task, model, out, seconds, options)
     if out is not None:
         raise ValueError(f"--out {out} is for models of sound; text goes to standard output")
-    if recipe is not None and not isinstance(recipe.task, Text):
-        raise ValueError(f"{run} was trained on {recipe.task.kind}; generate works on byte-level text models")
-    if not isinstance(model, models.LM) or model.vocab != 256:
-        raise ValueError(f"{run} tells no bytes: generate works on language models of vocab = 256")
+    if not isinstance(model, models.LM):
+        raise ValueError(f"{run} is a {type(model).__name__}, which tells no text; generate works on language models")
+    words = tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer)
+    if words is None:
+        on = "" if recipe is None else f", and was trained on {recipe.task.kind}"
+        raise ValueError(f"{run} has no {FILE}{on}: say what its {model.vocab:,} ids stand for by --tokenizer: "
+                         "bytes, dna, a tokenizer.json or a folder with one")  # fmt: skip
+    words.check_fits(model.vocab, str(run))
     if prompt is None and from_state is None and sys.stdin.isatty():
         _note("type the text to go on from, then Enter and Ctrl-D")
     behind = from_state is not None and (prompt is None and sys.stdin.isatty())
     text = b"" if behind else sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
-    if not text and from_state is None:
+    prompt_ids = words.prompt(text, begins=from_state is None)
+    if not prompt_ids and from_state is None:
         raise ValueError("the prompt is empty: give --prompt TEXT or text on standard input")
     if stop == "":
         raise ValueError("--stop is empty: give a text to end after, or leave it out")
-    options |= {"repetition_penalty": repetition_penalty, "stop": [list(stop.encode())] if stop else []}
+    options |= {"repetition_penalty": repetition_penalty, "stop": [] if words.end is None else [words.end]}
     if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):
         raise ValueError(f"--save-state {save_state} is no file that can be written: its folder must exist")
     if from_state is not None:
         options["state"], _ = models.load_state(from_state, model)
-    decoder, written, start = codecs.getincrementaldecoder("utf-8")("replace"), 0, time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True, disable=len(text) <= PREFILL_CHUNK) as bar:
-        reading = bar.add_task("reading the prompt", total=len(text))
+    token, written, start = None, 0, time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True, disable=len(prompt_ids) <= PREFILL_CHUNK) as bar:
+        reading = bar.add_task("reading the prompt", total=len(prompt_ids))
         options["progress"] = lambda done, total: bar.update(reading, completed=done, total=total)
-        tokens = models.stream(model, [list(text)], max_new, **options)
+        tokens = models.stream(model, [prompt_ids], max_new, **options)
         first = list(islice(tokens, 1))  # what it objects to comes before anything is printed
     begin = tokens.state
     if prompt is not None:
         print(text.decode("utf-8", "replace"), end="", flush=True)
-    for (byte,) in chain(first, tokens):
-        assert byte is not None
+    behind_ids = options["state"].last[0].tolist() if from_state is not None else []
+    decoder = Decoder(words, behind_ids + prompt_ids, stop)
+    for (token,) in chain(first, tokens):
+        assert token is not None
         written += 1
-        print(decoder.decode(bytes([byte])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        print(decoder.push(token), end="", flush=True)
+        if decoder.stopped:
+            tokens.close()
+            break
+    print(decoder.rest())
     if save_state is not None:
         models.save_state(save_state, tokens.held, model)
         _note(f"state: {save_state}; go on with {_again()} generate {run} --from-state {save_state}")
     took = time.monotonic() - start
-    _note(f"\n{written} bytes in {took:.1f} s, {written / max(took, 1e-9):,.0f} a second")
+    ended = ", to the end of the document" if token is not None and token == words.end else ""
+    _note(f"\n{written} tokens in {took:.1f} s, {written / max(took, 1e-9):,.0f} a second{ended}")
     if begin is not None and written > 1:
         _note(describe_states(model.backbone.mixers, begin.layers, tokens.state.layers))
     _note(f"run: {run}")
@@ -623,10 +646,10 @@ def doctor() -> None:
 
 def _tokenizer(name: str) -> "Tokenizer":
     """By its name, or of a file, a run, a model or a folder."""
-    from longwave import models
     from longwave.tokenizer import FILE, find
+    from longwave.train.runs import tokenizer_of
 
-    found = models.tokenizer(name) if Path(name).is_dir() else find(name)
+    found = tokenizer_of(Path(name)) if Path(name).is_dir() else find(name)
     if found is None:
         raise ValueError(f"{name} has no {FILE}; name one that has it")
     return found
@@ -659,6 +682,7 @@ def _note_own_text() -> None:
 
 def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
     """The end of a training: how good it is, where it lies, what to do next."""
+    from longwave.models import LMSpec, SashimiSpec
     from longwave.tasks import Text
 
     _note("\nheld out: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items()))
@@ -668,11 +692,13 @@ def _report(recipe: "Recipe", run: Path, metrics: dict[str, float]) -> None:
         for name, bits in sorted(rows.items(), key=lambda row: row[1]):
             _note(f"  {name:36}{bits:.3f}")
     _note(f"run: {run}   loss plot: {run / 'loss.png'}")
-    named, text = shlex.quote(str(run)), isinstance(recipe.task, Text)
-    then = f'generate {named} --prompt "The " --max-new 400' if text else f"eval {named}"
+    named, words = shlex.quote(str(run)), recipe.task.tokenizer
+    text = words is not None and isinstance(recipe.model, LMSpec | SashimiSpec)
+    prompt = "The " if words is None or words.letters is None else words.letters[:4]
+    then = f'generate {named} --prompt "{prompt}" --max-new 400' if text else f"eval {named}"
     _note(f"next: {_again()} {then}")
     _note(f"to train it on: {_again()} train --resume {named} steps={2 * recipe.steps}")
-    if text:
+    if isinstance(recipe.task, Text):
         _note_own_text()
 
 

@@ -160,9 +160,13 @@ class Decoder:
 
     Args:
         behind: the ids before the first one, whose text was said.
+        stop: a text that ends it.
+    Attributes:
+        stopped: whether it came; then no more is said.
     """
 
-    def __init__(self, tokenizer: Tokenizer, behind: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, behind: Sequence[int] = (), stop: str | None = None):
+        self.stop, self.stopped, self._tail = stop, False, ""
         self.tokenizer, self._silent = tokenizer, set(tokenizer.special.values())
         self._ids = [i for i in behind[-_BEHIND:] if i not in self._silent]
         self._said, self._known = tokenizer.decode(self._ids), len(self._ids)
@@ -184,7 +188,17 @@ class Decoder:
         if new:  # what was said says how the next begins: with a space, or without
             self._ids = self._ids[self._known :]
             self._said, self._known = self.tokenizer.decode(self._ids), len(self._ids)
-        return new
+        return new if self.stop is None else self._until(self.stop, new)
+
+    def _until(self, stop: str, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._tail + new
+        place = text.find(stop)
+        self.stopped = place >= 0
+        said = text[len(self._tail) : place + len(stop)] if self.stopped else new
+        self._tail = text[max(0, len(text) - len(stop) + 1) :]
+        return said
 
 
 class _Plain:

@@ -1,12 +1,14 @@
 """One torch thread a worker, and memory that is not conveniently zero."""
 
 import contextlib
+import io
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from longwave import own
+from longwave import cli, own
 from longwave.mixers import MIXERS
 from longwave.nn import FILTERS
 from longwave.tasks import TASKS
@@ -30,6 +32,23 @@ def _own_classes_stay_in_their_test():
     for table, names in zip(tables, before):
         table.clear()
         table.update(names)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """``call("show", "demo")`` in this process -> (exit code, stdout, stderr)."""
+
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["longwave", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The command line as a user meets it: what it prints, what it exits with, and that no kill costs a run."""
 
 import fcntl
-import io
 import json
 import os
 import pty
@@ -18,7 +17,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longwave import cli
 from longwave.mixers import MIXERS
 from longwave.models import LMSpec, load, save
 from longwave.models.runs import find, saved_steps
@@ -41,23 +39,6 @@ TINY = {
 }
 FOREVER = "steps=1000000"
 LONGWAVE = [sys.executable, "-m", "longwave.cli"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """``call("show", "demo")`` in this process -> (exit code, stdout, stderr)."""
-
-    def run(*arguments, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["longwave", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
-        monkeypatch.setenv("COLUMNS", "120")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +250,7 @@ def test_generate_goes_on_from_the_prompt(call, trained):
     code, out, err = call("generate", trained[1], "--prompt", "Emma ", "--max-new", 12, "--seed", 3)
     assert code == 0
     assert out.startswith("Emma ")
-    assert "12 bytes in" in err
+    assert "12 tokens in" in err
     assert re.search(r"recurrent state of 1 layers \(s4d\): .* did not grow", err)
     before, after = re.search(
         r"cache of 1 layers \(attention\): ([\d,]+) bytes after the prompt, ([\d,]+)", err
@@ -451,7 +432,7 @@ def test_distill_writes_a_model_and_says_how_near_it_is(call, tmp_path):
     assert "laughing_hyena" in out
     code, _, err = call("generate", tmp_path / "new", "--prompt", "a")
     assert code == 2
-    assert "new tells no bytes: generate works on language models of vocab = 256" in err
+    assert "new has no tokenizer.json: say what its 7 ids stand for by --tokenizer: bytes, dna, a tokenizer" in err
     code, _, err = call(*command)
     assert code == 2
     assert "is there already; name another --out" in err
@@ -479,7 +460,7 @@ def test_generate_wants_a_text_model(call, trained, tmp_path):
     train(load_recipe(trained[0], [task, "steps=1", "eval_batch=4"]), tmp_path / "run")
     code, _, err = call("generate", tmp_path / "run", "--prompt", "a")
     assert code == 2
-    assert "was trained on associative_recall; generate works on byte-level text models" in err
+    assert "run has no tokenizer.json, and was trained on associative_recall: say what its 10 ids stand for" in err
 
 
 def test_debug_shows_the_traceback(call):

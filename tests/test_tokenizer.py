@@ -1,14 +1,20 @@
 """Tokenizers: what they make of any text, that others read their files alike, and that a model's folder has its own."""
 
 import json
+import math
 import random
+import re
+import shutil
 
 import pytest
 import tokenizers
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from longwave import models, tokenizer
 from longwave.models import LMSpec
+from longwave.tasks import corpus
+from longwave.tasks.text import BOOKS
 from longwave.tokenizer import END, LETTERS, MASK, Decoder, Tokenizer, characters, dna, find, learn, plain_bytes
 
 TEXTS = [
@@ -241,3 +247,201 @@ def test_what_is_wrong_is_named(message, tmp_path):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
         REFUSED[message](tmp_path)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+# A model of subwords from text to text
+
+
+TINY = "d_model: 16, pattern: [s4d, {kind: attention, heads: 2}]"
+SHORT = ["steps=3", "batch=2", "eval_every=10", "checkpoint_every=2", "accelerator=cpu", "keep_memory=false"]
+
+
+@pytest.fixture(scope="module")
+def novel(tmp_path_factory):
+    """A corpus of 400 ids of the first pages of a novel, and a run on it."""
+    from longwave.train import load_recipe, train
+
+    folder = tmp_path_factory.mktemp("novel")
+    text = next(BOOKS.glob("*.txt")).read_text()[:20000]
+    for number in range(10):
+        (folder / "in").mkdir(exist_ok=True)
+        (folder / f"in/{number}.txt").write_text(text[2000 * number : 2000 * (number + 1)])
+    corpus.tokenize([str(folder / "in")], folder / "corpus", 400)
+    task = f"task={{kind: tokens, folders: [{folder / 'corpus'}], length: 32, held_out: documents, share: 0.2}}"
+    train(load_recipe("demo", [task, f"model={{kind: lm, {TINY}}}", *SHORT]), folder / "run")
+    return folder
+
+
+def test_a_run_has_the_tokenizer_of_its_corpus(novel, call, tmp_path):
+    made = find(novel / "corpus")
+    for step in (2, 3):
+        folder = novel / f"run/checkpoints/step-{step:08d}"
+        assert find(folder).text == made.text
+        assert "tokenizer.json" in json.loads((folder / "manifest.json").read_text())
+    shutil.copytree(novel / "run", tmp_path / "run")
+    code, _, err = call("train", "--resume", tmp_path / "run", "steps=5")
+    assert code == 0, err
+    assert re.search(r"next: longwave generate .*run --prompt \"The \" --max-new 400", err)
+    assert models.tokenizer(tmp_path / "run").text == made.text
+    file = tmp_path / "run/checkpoints/step-00000005/tokenizer.json"
+    file.write_text(file.read_text().replace("0", "1"))
+    code, _, err = call("generate", file.parent, "--prompt", "a")
+    assert code == 2
+    assert "tokenizer.json is corrupt: its SHA-256 differs from the manifest" in err
+
+
+def test_generation_through_subwords(novel, call, tmp_path):
+    run, made = tmp_path / "run", find(novel / "corpus")
+    shutil.copytree(novel / "run", run)  # where there is no corpus
+    model, _ = models.load(run)
+    prompt = "Emma Woodhouse, naïve"
+    ids = made.prompt(prompt.encode())
+    assert len(ids) < len(prompt)
+    (new,) = models.generate(model, [ids], 60, temperature=0.8, seed=1, stop=[made.end])
+    assert len(new) == 60
+    write = ("generate", run, "--prompt", prompt, "--seed", 1, "--max-new")
+    code, out, err = call(*write, 60)
+    assert code == 0, err
+    assert out == prompt + made.decode(new) + "\n"
+    assert "60 tokens in" in err
+    said = made.decode(new)
+    stop = next(said[i : i + 3] for i in range(20, len(said)) if said[i : i + 3].isascii())
+    code, out, err = call(*write, 60, "--stop", stop, "--save-state", tmp_path / "state")
+    assert out == prompt + said[: said.index(stop) + 3] + "\n"
+    written = int(re.search(r"(\d+) tokens in", err)[1])
+    assert made.decode(new[: written - 1]) in said[: said.index(stop) + 2]
+    code, out, _ = call(
+        "generate", run, "--from-state", tmp_path / "state", "--prompt", "", "--temperature", 0, "--max-new", 9
+    )
+    (rest,) = models.generate(model, [ids + new[:written]], 9)
+    assert out == made.decode(rest) + "\n"
+    (last,) = models.generate(model, [[*ids, made.end]], 5)
+    code, out, _ = call("generate", run, "--prompt", prompt + END, "--temperature", 0, "--max-new", 5)
+    assert out == f"{prompt}{END}{made.decode(last)}\n"  # the name of the end is the end
+
+
+def test_generation_ends_with_the_document(novel, call, tmp_path):
+    model, spec = models.load(novel / "run")
+    made = find(novel / "corpus")
+    with torch.no_grad():  # what follows is the end, whatever there was
+        model.embedding.weight.zero_()
+        model.embedding.weight[made.end] = 1
+    models.save(tmp_path / "a", model, spec, made)
+    state = model.init_state(1)
+    bias = model(torch.tensor([[5]]), state)[0][0, -1]
+    if bias.argmax() != made.end:
+        model.embedding.weight.data.neg_()
+        models.save(tmp_path / "a", model, spec, made)
+    code, out, err = call("generate", tmp_path / "a", "--prompt", "Emma", "--temperature", 0)
+    assert (code, out) == (0, "Emma\n")
+    assert "1 tokens in" in err
+    assert "to the end of the document" in err
+
+
+def test_a_model_of_subwords_is_evaluated_on_text_that_it_tokenizes(novel, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = next(BOOKS.glob("*.txt")).read_text()[20000:26000] + "é🙂"
+    (tmp_path / "my.txt").write_text(text)
+    run = novel / "run"
+    code, _, err = call("eval", run, "task={kind: text, files: [my.txt], length: 32}")
+    assert code == 2
+    assert f"{run} was trained on BPE of 400 ids, and the task text has bytes of 256 ids" in err
+    command, task = re.search(r"; longwave (.*), and '(.*)'$", err.strip()).groups()
+    assert call(*command.split())[0] == 0
+    code, out, err = call("eval", run, task.replace("]}", "], length: 32, share: 0.5}"))
+    assert code == 0, err
+    got = {name: float(value) for name, value in (line.rsplit("  ", 1) for line in out.splitlines())}
+    assert got["perplexity"] == pytest.approx(math.exp(got["loss"]), rel=1e-4)
+    made = find(run / "checkpoints/step-00000003")
+    (ids,) = made.encode([text])
+    size = len(text.encode()) / (len(ids) + 1)  # with the end
+    assert got["bits per byte"] == pytest.approx(got["loss"] / math.log(2) / size, rel=1e-4)
+    corpus.tokenize(["my.txt"], tmp_path / "other", 300)
+    code, _, err = call("eval", run, "task={kind: tokens, folders: [other]}", "task.length=8")
+    assert code == 2
+    assert "BPE of 400 ids, and the task tokens has BPE of 300 ids; evaluate it on a task that has those" in err
+
+
+def test_a_model_of_bytes_with_an_end_reads_text(call, tmp_path, monkeypatch):
+    """A corpus of bytes and the task `text` have the same ids."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("some text, ever again. " * 30)
+    assert call("tokenize", "my.txt", "--out", "corpus")[0] == 0
+    task = "task={kind: tokens, folders: [corpus], length: 8}"
+    code, _, err = call("train", "demo", task, f"model={{kind: lm, {TINY}}}", *SHORT, "--out", "run")
+    assert code == 0, err
+    assert models.tokenizer("run").text == plain_bytes(END).text
+    code, out, err = call("eval", "run", "task={kind: text, files: [my.txt], length: 8}")
+    assert code == 0, err
+    assert "bits per byte" in out
+    code, out, _ = call("generate", "run", "--max-new", 3, stdin=b"some \xff")
+    assert code == 0
+
+
+def test_bases_are_generated(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    some = random.Random(0)
+    (tmp_path / "a.fa").write_text(">one\n" + "".join(some.choice("ACGT") for _ in range(500)) + "\n")
+    task = "task={kind: dna, files: [a.fa], length: 16}"
+    code, _, err = call("train", "demo", task, f"model={{kind: lm, {TINY}}}", *SHORT, "--out", "run")
+    assert code == 0, err
+    assert 'longwave generate run --prompt "ACGT" --max-new 400' in err
+    code, out, err = call("generate", "run", "--max-new", 20, stdin=b"acgtn\nuu\n")
+    assert code == 0, err
+    assert re.fullmatch("[ACGTN]{20}\n", out)
+    code, _, err = call("generate", "run", "--prompt", "ACZT")
+    assert code == 2
+    assert "'Z' at byte 3 is none of the characters A C G T N" in err
+    code, _, err = call("generate", "run", stdin=b" \n")
+    assert code == 2
+    assert "the prompt is empty" in err
+    code, _, err = call("eval", "run", "task={kind: text, files: [a.fa], length: 8}")
+    assert code == 2
+    assert "model.vocab = 5 does not fit: the task has 256 token ids" in err
+
+
+def test_a_model_without_a_tokenizer_is_given_one(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = LMSpec(vocab=320, d_model=8, pattern=[{"kind": "hyena", "max_len": 64, "width": 4, "emb_dim": 3}])
+    models.save("a", spec.build(), spec)
+    code, _, err = call("generate", "a", "--prompt", "Emma")
+    assert code == 2
+    assert "a has no tokenizer.json: say what its 320 ids stand for by --tokenizer: bytes, dna, a tokenizer.json" in err
+    code, _, err = call("eval", "a", "task={kind: text, length: 8, share: 0.001}")
+    assert code == 2
+    assert "a has no tokenizer.json, and the task text has ids of bytes of 256 ids: say what made the ids of the" in err
+    for made in (plain_bytes(), OTHER["byte pairs"]):
+        (tmp_path / "words.json").write_text(made.text)
+        code, out, err = call("generate", "a", "--prompt", "Emma", "--max-new", 4, "--tokenizer", "words.json")
+        assert code == 0, err
+        assert out.startswith("Emma")
+    assert call("eval", "a", "task={kind: text, length: 8, share: 0.001}", "--tokenizer", "bytes")[0] == 0
+    models.save("b", *models.load("a"), OTHER["byte pairs"])
+    assert call("distill", "b", "--order", "4", "--out", "c")[0] == 0
+    assert models.tokenizer("c").text == OTHER["byte pairs"].text
+    assert call("distill", "a", "--order", "4", "--out", "d")[0] == 0
+    assert models.tokenizer("d") is None
+    code, _, err = call("tokenize", "words.json", "--out", "corpus", "--tokenizer", "a")
+    assert code == 2
+    assert "a has no tokenizer.json; name one that has it" in err
+    small = LMSpec(vocab=16, d_model=8, pattern=["s4d"])
+    models.save("small", small.build(), small)
+    code, _, err = call("generate", "small", "--prompt", "a", "--tokenizer", "bytes")
+    assert code == 2
+    assert "the tokenizer has 256 ids and small knows 16; give the one it was trained with" in err
+    code, _, err = call("generate", "b", stdin=b"\xff")
+    assert code == 2
+    assert "the text is not UTF-8: invalid start byte at byte 0; only models of bytes take that" in err
+
+
+def test_a_run_from_before_there_were_such_files(novel, call, tmp_path):
+    """What its task says."""
+    shutil.copytree(novel / "run", tmp_path / "run")
+    for folder in (tmp_path / "run/checkpoints").iterdir():
+        (folder / "tokenizer.json").unlink()
+        about = json.loads((folder / "manifest.json").read_text())
+        del about["tokenizer.json"]
+        (folder / "manifest.json").write_text(json.dumps(about))
+    assert models.tokenizer(tmp_path / "run") is None
+    write = "--prompt", "Emma ", "--max-new", 9, "--seed", 0
+    assert call("generate", tmp_path / "run", *write)[:2] == call("generate", novel / "run", *write)[:2]

@@ -63,9 +63,12 @@ def verify(folder: Path) -> None:
             raise ValueError(_broken(file, "is corrupt: its SHA-256 differs from the manifest"))
 
 
-def find(path: Path) -> Path:
-    """The checkpoint to take: the folder itself, or the latest of a run; checked against its manifest.
+def find(path: Path, check: bool = True) -> Path:
+    """The checkpoint to take: the folder itself, or the latest of a run.
 
+    Args:
+        path: of either.
+        check: against its manifest, which takes the time to read all of it.
     Raises:
         ValueError: where there is none, or it is broken.
     """
@@ -80,28 +83,29 @@ def find(path: Path) -> Path:
         if not steps:
             raise ValueError(f"run {path} has no checkpoint yet")
         folder = path / "checkpoints" / name_of(steps[-1])
-    verify(folder)
+    if check:
+        verify(folder)
     return folder
 
 
-def find_best(path: Path) -> Path:
+def find_best(path: Path, check: bool = True) -> Path:
     """As :func:`find`, but of a run the best checkpoint."""
-    latest = find(path)
+    latest = find(path, check)
     best = trainer_of(latest)["best"]
     if latest == path or best is None or not (folder := latest.with_name(name_of(best["step"]))).is_dir():
         return latest
-    return find(folder)
+    return find(folder, check)
 
 
-def model_at(path: Path) -> Path:
+def model_at(path: Path, check: bool = True) -> Path:
     """The folder of the model that a path stands for: of a run its best checkpoint, else the path itself.
 
     Raises:
         ValueError: where a run has no checkpoint, or files differ from their manifest.
     """
     if is_checkpoint(path) or (path / CONFIG).is_file():
-        return find_best(path)
-    if (path / MANIFEST).is_file():  # a checkpoint under another name
+        return find_best(path, check)
+    if check and (path / MANIFEST).is_file():  # a checkpoint under another name
         verify(path)
     return path
 

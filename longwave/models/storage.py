@@ -195,9 +195,9 @@ def tokenizer(path: str | Path) -> Tokenizer | None:
     Returns:
         None where it is not known; bytes for a model of 256 ids without the file, as once there was none.
     Raises:
-        ValueError: where the file is none, has more ids than the model, or differs from the checkpoint's manifest.
+        ValueError: where the file is none, or has more ids than the model.
     """
-    folder = model_at(Path(path))
+    folder = model_at(Path(path), check=False)
     config = folder / CONFIG
     about = json.loads(config.read_bytes()) if config.is_file() else {}
     if about.get("vocab") == 256 and not (folder / TOKENIZER).is_file():

@@ -1,12 +1,15 @@
 """A finished or unfinished run, as evaluation, generation and inspection take it."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from longwave.models import load
-from longwave.models.runs import CONFIG, run_of
+from longwave.models import load, tokenizer
+from longwave.models.runs import CONFIG, model_at, run_of
 from longwave.models.storage import CONFIG as MODEL
 from longwave.nn import set_rate
+from longwave.tasks import Task, Text
+from longwave.tokenizer import FILE, Tokenizer
 from longwave.train.config import Recipe, load_recipe, make_recipe
 from longwave.train.loop import first_difference
 
@@ -40,3 +43,35 @@ def load_run(path: Path, changes: list[str], weights: str | None = None) -> tupl
         if trained is not None and heard is not None and trained != heard:
             set_rate(model, trained / heard)
     return recipe, model
+
+
+def tokenizer_of(path: Path) -> Tokenizer | None:
+    """What made the ids of a model, see :func:`longwave.models.tokenizer`; of a run without the file, its task's."""
+    config = run_of(path) / CONFIG
+    if config.is_file() and not (model_at(path, check=False) / FILE).is_file():
+        return load_recipe(config).task.tokenizer
+    return tokenizer(path)
+
+
+def check_tokenizer(path: Path, own: Tokenizer | None, task: Task) -> None:
+    """Refuse a task whose ids mean something else than those that a model was trained on.
+
+    Args:
+        path: of the model.
+        own: what made its ids, None where it is not known.
+        task: prepared.
+    Raises:
+        ValueError: with what to do.
+    """
+    asked = task.tokenizer
+    if asked is None or (own is not None and asked.agrees(own)):
+        return
+    if own is None:
+        raise ValueError(f"{path} has no {FILE}, and the task {task.kind} has ids of {asked}: say what made the ids of "
+                         "the model by --tokenizer")  # fmt: skip
+    how = "evaluate it on a task that has those"
+    if isinstance(task, Text):
+        files = shlex.join(task.sources) or "FILES"
+        corpus = f"longwave tokenize {files} --out corpus --tokenizer {shlex.quote(str(path))}"
+        how = f"{corpus}, and 'task={{kind: tokens, folders: [corpus]}}'"
+    raise ValueError(f"{path} was trained on {own}, and the task {task.kind} has {asked}; {how}")
