@@ -109,6 +109,7 @@ def main() -> None:
     "- `longwave train demo`\n\n"
     "- `longwave train demo task.files=[my.txt] steps=2000 --out runs/mine`\n\n"
     "- `longwave train demo devices=2 strategy=fsdp2`\n\n"
+    "- `longwave train demo --dry-run`\n\n"
     "- `longwave train --resume runs/mine`"
 )
 def train(
@@ -118,6 +119,7 @@ def train(
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run, or one of its checkpoints, to go on from.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs: memory, time, steps.")] = False,
 ) -> None:
     """Train a model by a recipe; Ctrl-C saves, and --resume goes on exactly."""
     from longwave.models.runs import CONFIG, run_of
@@ -141,6 +143,12 @@ def train(
             raise ValueError("name a recipe (longwave list shows them) or a run by --resume")
         loaded = load_recipe(source, every)
         run = out or Path("runs") / Path(source).stem
+    if dry_run:
+        from longwave.train.cost import cost, describe, measure
+
+        known = cost(loaded)
+        print(describe(loaded, known, measure(loaded, known)))
+        return
     go_on = f"{_again()} train --resume {shlex.quote(str(run))}"
     if loaded.keep_memory:
         keep_freed_memory()

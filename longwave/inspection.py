@@ -178,13 +178,13 @@ def describe(layers: list[Layer]) -> str:
     return "\n".join(rows)
 
 
-def state_growth(layer: Mixer) -> tuple[int, int, int]:
-    """Bytes of state after one token, growth a token, and bytes after 1M tokens, of a layer on the meta device."""
+def state_growth(layer: Mixer, tokens: int = 1_000_000) -> tuple[int, int, int]:
+    """Bytes of state after one token, growth a token, and bytes after ``tokens``, of a layer on the meta device."""
     x = torch.zeros(1, 1, layer.d_model, device="meta")
     _, one = layer(x, layer.init_state(1))
     _, two = layer(x, one)
     growth = state_bytes(two) - state_bytes(one)
-    most = 999_999 if layer.window is None else min(999_999, max(0, layer.window - 2))  # tokens for which it grows
+    most = tokens - 1 if layer.window is None else min(tokens - 1, max(0, layer.window - 2))  # for which it grows
     return state_bytes(one), growth, state_bytes(one) + growth * most
 
 

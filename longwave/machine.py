@@ -33,7 +33,9 @@ def require_memory(count: int, what: str, instead: str) -> None:
 
 
 def gigabytes(count: int) -> str:
-    """A number of bytes in words, such as 1.6 GB."""
+    """A number of bytes in words, such as 1.6 GB or 3.1 MB."""
+    if count < 1e8:
+        return f"{count / 1e6:,.1f} MB"
     return f"{count / 1e9:,.1f} GB" if count < 1e15 else f"{count / 1e9:.1e} GB"
 
 

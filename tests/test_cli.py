@@ -83,6 +83,14 @@ def test_start_up_is_quick():
     assert run.stdout.strip().splitlines()[-1] == "[]", run.stderr
 
 
+def test_a_dry_run_says_what_it_costs_and_leaves_nothing(call, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("train", trained[0], "--dry-run")
+    assert code == 0
+    assert re.search(r"parameters +[\d,]+\n.*attention [\d.]+%.*activations +[\d.]+ MB.*time +about", out, re.S)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_names_the_commands(call, arguments):
     code, out, _ = call(*arguments)
