@@ -71,4 +71,4 @@ class ButterflyConv(WholeMixer, name="butterfly_conv"):
         y = monarch_conv(
             x, self.kernel(max_len), self.sizes, transform_u=self.block_fft_u, transform_k=self.block_fft_k, skip=self.D
         )
-        return self.output_linear(y)
+        return OutputGLU.around(self.output_linear, y)

@@ -7,7 +7,7 @@ for the layer; by default its filter is one of few free modes, Massaroli et al. 
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, SerializeAsAny
-from torch import Tensor, nn
+from torch import Tensor
 
 from longwave.mixers.conv_layer import ConvLayer
 from longwave.mixers.states import Growing
@@ -18,12 +18,12 @@ from longwave.spec import Parts, PartSpec
 class OutputSpec(PartSpec):
     """A map behind a convolution as data."""
 
-    def build(self, d_in: int, d_out: int) -> nn.Module:
+    def build(self, d_in: int, d_out: int) -> OutputLinear | OutputGLU:
         """The module, freshly drawn."""
         return self._built(d_in, d_out)
 
 
-OUTPUTS: Parts[nn.Module, OutputSpec] = Parts(
+OUTPUTS: Parts[OutputLinear | OutputGLU, OutputSpec] = Parts(
     "output map", OutputSpec, given=("d_in", "d_out"), classes={"glu": OutputGLU, "linear": OutputLinear}
 )
 AnyOutput = Annotated[SerializeAsAny[OutputSpec], BeforeValidator(OUTPUTS.field)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Filter, init_conv_state, long_conv
+from longwave.nn import Filter, OutputGLU, OutputLinear, init_conv_state, long_conv
 
 
 class ConvLayer(Mixer):
@@ -23,9 +23,10 @@ class ConvLayer(Mixer):
 
     State: Any
 
-    def __init__(self, d_model: int, kernel: Filter, output_linear: nn.Module):
+    def __init__(self, d_model: int, kernel: Filter, output_linear: OutputLinear | OutputGLU):
         super().__init__()
         self.d_model, self.kernel, self.output_linear = d_model, kernel, output_linear
+        self.around = output_linear.around
         self.D = nn.Parameter(torch.empty(kernel.channels))
         self.reset_parameters()
 
@@ -40,4 +41,4 @@ class ConvLayer(Mixer):
         copies = self.kernel.channels // self.d_model
         u = x if copies == 1 else x.repeat(1, 1, copies)
         y, past = long_conv(u, self.kernel, None if state is None else state[0], padding, skip=self.D)
-        return self.output_linear(y), None if state is None else self.State(past)
+        return self.around(self.output_linear, y), None if state is None else self.State(past)

@@ -147,7 +147,7 @@ class LiquidS4(Mixer, name="liquid_s4"):
             power = _times(power, system.b)
             more, h = self.liquid(v, system._replace(b=power), h, padding)
             y = y + more
-        y = self.output_linear(y.to(x.dtype))
+        y = OutputGLU.around(self.output_linear, y.to(x.dtype))
         if state is None or h is None:
             return y, None
         return y, LiquidS4State(h, last_steps(known, padding, self.degree - 1).to(state.past.dtype, copy=True))

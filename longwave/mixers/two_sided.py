@@ -42,4 +42,5 @@ class TwoSided(WholeMixer, name="two_sided"):
         self.D.normal_()
 
     def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        return self.output_linear(two_sided_conv(x, self.kernel, self.kernel_ahead, skip=self.D))
+        y = two_sided_conv(x, self.kernel, self.kernel_ahead, skip=self.D)
+        return OutputGLU.around(self.output_linear, y)

@@ -95,6 +95,9 @@ class MLP(nn.Module):
 class OutputLinear(nn.Linear):
     """W gelu(x): what follows the convolution in DSS.
 
+    ``OutputLinear.around(linear, x)`` is the whole; the module is the map alone, so that another may stand in its place
+    (of weights in fewer bits, or with an adapter).
+
     Args:
         d_in: width of x.
         d_out: width of the result.
@@ -105,15 +108,14 @@ class OutputLinear(nn.Linear):
 
     @staticmethod
     def around(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What is done before the linear map and after it."""
+        """linear(gelu(x)) of what stands in the place of this."""
         return linear(F.gelu(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.around(super().forward, x)
 
 
 class OutputGLU(nn.Linear):
     """a * sigmoid(b),  [a | b] = W gelu(x): what follows the convolution in the blocks of S4 and its kin.
+
+    ``OutputGLU.around(linear, x)`` is the whole; see :class:`OutputLinear`.
 
     Source: Gu et al. (2021), arXiv:2111.00396, with the gated linear unit of the authors' code.
 
@@ -127,8 +129,5 @@ class OutputGLU(nn.Linear):
 
     @staticmethod
     def around(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What is done before the linear map and after it."""
+        """a * sigmoid(b) with [a | b] = linear(gelu(x)) of what stands in the place of this."""
         return F.glu(linear(F.gelu(x)), dim=-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.around(super().forward, x)

@@ -108,4 +108,4 @@ class S4ND(nn.Module):
         Raises:
             ValueError: for another number of axes, another D, or where a filter is not defined at a length.
         """
-        return self.output_linear(self.kernel(x, self.D))
+        return OutputGLU.around(self.output_linear, self.kernel(x, self.D))

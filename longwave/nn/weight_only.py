@@ -1,6 +1,5 @@
 """Linear maps that keep their weights in 8 or 16 bits, for inference: a token costs the bytes of weights it reads."""
 
-from collections.abc import Callable
 from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.errors import choose
+from longwave.nn.channel import OutputGLU, OutputLinear
 from longwave.ops import weight_only_linear
 from longwave.ops.weight_only_linear import packed
 
@@ -21,7 +21,7 @@ class WeightOnlyLinear(nn.Module):
     See :func:`longwave.ops.weight_only_linear`. Gradients reach its input, not its weights: it refuses training mode.
 
     Args:
-        linear: nn.Linear, or a kind of it with ``around``, what it does before and after the product.
+        linear: an nn.Linear.
         form: "int8", with a scale for every row of weights, or "bf16".
         group: with int8, how many weights of a row share a scale; None for all of a row.
 
@@ -38,7 +38,6 @@ class WeightOnlyLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.form, self.group = form, group
-        self.around: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = getattr(linear, "around", None)
         weight, scale = self._stored(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
@@ -61,12 +60,8 @@ class WeightOnlyLinear(nn.Module):
         """W x, without the bias."""
         return weight_only_linear(x, self.weight, None, self.scale)
 
-    def affine(self, x: Tensor) -> Tensor:
-        """W x + bias."""
-        return weight_only_linear(x, self.weight, self.bias, self.scale)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.affine(x) if self.around is None else self.around(self.affine, x)
+        return weight_only_linear(x, self.weight, self.bias, self.scale)
 
     def train(self, mode: bool = True) -> "WeightOnlyLinear":
         """Raises ValueError for training mode."""
@@ -114,12 +109,14 @@ def weight_only(model: nn.Module, form: str, *, group: int | None = None) -> nn.
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "around"))
+    return type(module) in (nn.Linear, OutputLinear, OutputGLU)
 
 
 def without_bias(linear: nn.Linear | WeightOnlyLinear, x: Tensor) -> Tensor:
-    """W x of a Linear or what stands in its place."""
-    return linear.product(x) if isinstance(linear, WeightOnlyLinear) else F.linear(x, linear.weight)
+    """W x of a Linear or what stands in its place, such as one with an adapter."""
+    if isinstance(linear, WeightOnlyLinear):
+        return linear.product(x)
+    return F.linear(x, linear.weight) if type(linear) is nn.Linear else linear(x) - linear.bias
 
 
 def like_output(linear: nn.Linear | WeightOnlyLinear) -> Tensor:

@@ -60,10 +60,10 @@ class PositionalFeatures(StaysWide):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        bands = (self.size - 1) // 2
-        t = torch.linspace(0, 1, self.max_len, dtype=torch.float64)[:, None]
-        w = 2 * math.pi * torch.arange(self.max_len, dtype=torch.float64)[:, None] / self.max_len
-        f = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)
+        bands, device = (self.size - 1) // 2, self.z.device
+        t = torch.linspace(0, 1, self.max_len, dtype=torch.float64, device=device)[:, None]
+        w = 2 * math.pi * torch.arange(self.max_len, dtype=torch.float64, device=device)[:, None] / self.max_len
+        f = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64, device=device)
         self.t.copy_(t)
         self.z.copy_(torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], dim=1))
 
