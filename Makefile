@@ -22,6 +22,7 @@ LESSER := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswel
 
 test: setup
 	$(BIN)/python -m pytest -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_triton.py
 	[ "$$(uname -m)" != x86_64 ] || $(LESSER) $(BIN)/python -m pytest -n auto -k "bfloat16 or autocast or numba"
 
 lint: setup

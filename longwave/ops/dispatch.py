@@ -189,7 +189,10 @@ class Op:
             named = forced()
             name = "reference" if transform() == "derivative" else named if named in self.backends else name
         if name == "auto":
-            return next(backend for backend in self.backends.values() if backend.why_not(*inputs) is None), device
+            backends = [
+                b for n, b in self.backends.items() if (n, device.type) != ("triton", "cpu")
+            ]  # interpreted there
+            return next(backend for backend in backends if backend.why_not(*inputs) is None), device
         if name not in self.backends:
             raise ValueError(f"{self.__name__} has no backend {name!r}; it has {', '.join(self.backends)}")
         if reason := self.backends[name].why_not(*inputs):
