@@ -1,7 +1,6 @@
-"""Rewrites tables of mixers.md, learning.md and README.md, and draws filters: ``python docs/generate.py [table]``."""
+"""Rewrites all tables, also those of ``longwave table``, and draws filters: ``python docs/generate.py [table]``."""
 
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,12 +15,11 @@ from longwave.mixers import MIXERS, Mixer, state_bytes
 from longwave.nn import S4ND, S4DFilter
 from longwave.ops import Op
 from longwave.plots import draw_figure, draw_sample
+from longwave.results.table import derived
 from longwave.tasks import TASKS
 
 DOCS = Path(__file__).parent
-PAGE, TASK_PAGE, LEARNING = DOCS / "mixers.md", DOCS / "tasks.md", DOCS / "learning.md"
-README, RESULTS = DOCS.parent / "README.md", DOCS.parent / "benchmarks/results/learning.jsonl"
-TOKENS = DOCS.parent / "benchmarks/results/generate.jsonl"
+PAGE, TASK_PAGE = DOCS / "mixers.md", DOCS / "tasks.md"
 START, END = "<!-- table: python docs/generate.py -->", "<!-- end of table -->"
 WIDTH = 64
 SAMPLES = {  # short enough to be read
@@ -134,24 +132,6 @@ def table(page: str) -> str:
     return "\n".join(rows)
 
 
-def token_tables(lines: str) -> str:
-    """What a token costs, from the newest of the rows that ``longwave bench generate --save`` has written."""
-    found = {(row["op"], row["mode"], row["L"], row["threads"]): row for row in map(json.loads, lines.splitlines())}
-    short = {op: row for (op, mode, L, _), row in found.items() if (mode, L) == ("a token", 16)}
-    rows = ["| four layers of width 128, a token | behind 16 tokens | behind 1,000 | aimed for |", "|---|---|---|---|"]
-    for op, row in sorted(short.items(), key=lambda item: item[1]["ms"]):
-        long = found[op, "a token", 1000, row["threads"]]
-        rows.append(f"| `{op}` | {row['ms']:.2f} ms | {long['ms']:.2f} ms | {row['target']} |")
-    head = "| Mamba-130M | threads | a token | of `transformers` | times as fast | aimed for | beside |"
-    rows += ["", head, "|---|---|---|---|---|---|---|"]
-    for (op, mode, _, threads), row in found.items():
-        if "against" in row:
-            cells = [f"{op.split()[-1]}, {mode}", threads, f"{row['ms']:.1f} ms", f"{row['baseline_ms']:.1f} ms"]
-            cells += [f"{row['ratio']:.2f}x", f"{row['target']}x", row.get("note") or ""]
-            rows.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(rows)
-
-
 def task_sections() -> str:
     """A section of every task: its docstring's first line and source, and a picture where it needs no files."""
     parts = []
@@ -177,22 +157,6 @@ def draw_tasks() -> None:
             Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
 
 
-def learning_table(lines: str) -> str:
-    """What every mixer reaches, from the rows that benchmarks/learning.py has written."""
-    found: dict[str, dict[str, dict]] = {}
-    for row in map(json.loads, lines.splitlines()):
-        found.setdefault(row["mixer"], {})[row["recipe"]] = row
-    recipes = ("recall", "induction", "selective_copying")
-    rows = [f"| mixer | {' | '.join(recipes)} | minutes | argument |", "|---|---|---|---|---|---|"]
-    best = sorted(found.items(), key=lambda item: (-sum(row["accuracy"] for row in item[1].values()), item[0]))
-    for name, reached in best:
-        cells = [f"{reached[recipe]['accuracy']:.1%}" if recipe in reached else "-" for recipe in recipes]
-        minutes = " + ".join(f"{reached[recipe]['minutes']:.1f}" for recipe in recipes if recipe in reached)
-        change = next(iter(reached.values()))["change"]
-        rows.append(f"| `{name}` | {' | '.join(cells)} | {minutes} | `'{change}'` |")
-    return "\n".join(rows)
-
-
 def rewritten(page: str, text: str) -> str:
     """The page with new tables."""
     before, _, rest = page.partition(START)
@@ -215,9 +179,9 @@ if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["table"]):
         sys.exit("usage: python docs/generate.py [table]")
     PAGE.write_text(rewritten(PAGE.read_text(), table(PAGE.read_text())))
-    README.write_text(rewritten(README.read_text(), token_tables(TOKENS.read_text())))
     TASK_PAGE.write_text(rewritten(TASK_PAGE.read_text(), task_sections()))
-    LEARNING.write_text(rewritten(LEARNING.read_text(), learning_table(RESULTS.read_text())))
+    for page, _, text in derived(DOCS.parent):
+        page.write_text(text)
     if not sys.argv[1:]:
         draw_all()
         draw_tasks()

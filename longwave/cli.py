@@ -194,6 +194,37 @@ def sweep(
 
 
 @app.command(
+    epilog="Examples:\n\n- `longwave table runs/demo sweeps/recall/*/`\n\n"
+    "- `longwave table runs/demo --save docs/results.jsonl`\n\n- `longwave table --check`"
+)
+def table(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Runs; those of a sweep's seeds are one row.")] = None,
+    save: Annotated[Path | None, typer.Option(help="A file of JSON lines to put the rows in.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Derive all tables of README.md and docs anew.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="The same, and write what differs.")] = False,
+) -> None:
+    """Runs as rows of Markdown: command, commit, minutes, parameters, metric, paper; or pages against their rows."""
+    from longwave.results import table as tables
+
+    if check or write:
+        differ = [(page, made) for page, text, made in tables.derived(Path()) if made != text]
+        for page, made in differ if write else []:
+            page.write_text(made)
+        if differ and not write:
+            raise ValueError(
+                f"{', '.join(str(p) for p, _ in differ)}: not the tables of their rows; longwave table --write"
+            )
+        _note(f"{len(differ)} pages written" if write else "all tables are those of their rows")
+        return
+    if not runs:
+        raise ValueError("name runs, or --check to derive the tables of README.md and docs anew")
+    rows = [tables.row(run) for run in runs if not run.is_file()]
+    print(tables.markdown(rows))
+    if save is not None:
+        tables.save(rows, save)
+
+
+@app.command(
     epilog="Examples:\n\n"
     "- `longwave eval runs/demo`\n\n"
     "- `longwave eval runs/induction_mamba task.eval_length=16384 eval_batch=1`\n\n"

@@ -67,6 +67,7 @@ class Recipe(Spec):
         eval_batch: rows an evaluation batch; default batch.
         keep: how many of the latest checkpoints stay, besides the best.
         seed: of the weights, the batches and dropout.
+        paper: the number that was published for it, and where; for tables.
     """
 
     task: AnyTask
@@ -95,6 +96,7 @@ class Recipe(Spec):
     eval_batch: int | None = Field(None, ge=1, le=2**20)
     keep: int = Field(2, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
+    paper: str | None = None
 
     @field_validator("model")
     @classmethod

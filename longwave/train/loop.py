@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # takes long to import, and only training needs it
 
 DATA = "data.sha256"  # in a run: of what its task reads
 MAY_DIFFER = {
-    "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep",
+    "steps", "eval_every", "checkpoint_every", "log_every", "eval_batch", "keep", "paper",
     "threads", "workers", "keep_memory", "accelerator", "devices", "nodes", "strategy", "accumulate",
 }  # fmt: skip
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
