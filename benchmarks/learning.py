@@ -1,6 +1,6 @@
 """Trains causal mixers, all or those that are named, by the recipes recall, induction and selective_copying.
 
-Results that are missing are added to benchmarks/results/learning.jsonl, of which `longwave table --write` makes a table.
+Results that are missing are added to benchmarks/results/learning.jsonl, and `longwave table --write` shows them.
 """
 
 import json
