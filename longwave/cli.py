@@ -253,7 +253,7 @@ def eval(
             "'task={kind: text, files: [my.txt]}'"
         )
     recipe.task.prepare()
-    if changes:
+    if changes or tokenizer is not None:
         check_tokenizer(run, tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer), recipe.task)
     if recipe.keep_memory:
         keep_freed_memory()

@@ -118,16 +118,27 @@ def test_corpora_are_drawn_by_their_weights(folders):
     assert 0.68 < drawn < 0.82
 
 
-def test_bits_per_byte_counts_bytes(folders, tmp_path):
+def test_bits_per_byte_counts_the_bytes_of_what_is_held_out(tmp_path):
     from longwave.tasks import Score
 
-    as_lines(tmp_path / "in")
+    texts = [text if i % 3 else 9 * "日本語" for i, text in enumerate(TEXTS)]  # which have more bytes a token, or fewer
+    as_lines(tmp_path / "in", texts)
     corpus.tokenize([str(tmp_path / "in")], tmp_path / "out", 300)
     files = corpus.TokenFiles(tmp_path / "out")
-    task = TokenizedText(folders=[str(tmp_path / "out")], length=8)
-    named = task.metrics(Score(10 * np.log(2.0), 3, 10))
-    assert named["bits_per_byte"] == pytest.approx(len(files) / sum(len(text.encode()) for text in TEXTS))
+    lengths, score = np.diff(files.ends, prepend=0), Score(10 * np.log(2.0), 3, 10)
+    task = TokenizedText(folders=[str(tmp_path / "out")], length=8, held_out="documents", share=0.2)
+    part = task._corpora[0][2].stretches
+    out = np.array([any(a <= end - 1 < b for a, b in zip(part.starts, part.stops)) for end in files.ends])
+    named = task.metrics(score)
+    assert named["bits_per_byte"] == pytest.approx(lengths[out].sum() / files.bytes[out].sum())
+    assert abs(named["bits_per_byte"] / (lengths.sum() / files.bytes.sum()) - 1) > 0.01
     assert named["perplexity"] == pytest.approx(2)
+    tail = TokenizedText(folders=[str(tmp_path / "out")], length=8, share=1 - (files.ends[29] + 1.5) / len(files))
+    count = len(tail._corpora[0][2].stretches)
+    within = count - lengths[30:].sum()
+    assert -3 < within < 0
+    expected = files.bytes[30:].sum() + within / lengths[30] * files.bytes[30]
+    assert tail.metrics(score)["bits_per_byte"] == pytest.approx(count / expected)
 
 
 def test_tokenizing_goes_on_where_it_stopped(tmp_path, monkeypatch):

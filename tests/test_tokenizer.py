@@ -445,3 +445,18 @@ def test_a_run_from_before_there_were_such_files(novel, call, tmp_path):
     assert models.tokenizer(tmp_path / "run") is None
     write = "--prompt", "Emma ", "--max-new", 9, "--seed", 0
     assert call("generate", tmp_path / "run", *write)[:2] == call("generate", novel / "run", *write)[:2]
+
+
+def test_a_task_whose_tokenizer_does_not_fit_is_named_before_it_is_trained_on(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "from longwave.tasks import InductionHeads\nfrom longwave.tokenizer import plain_bytes\n\n\n"
+        "class Own(InductionHeads):\n    tokenizer = property(lambda self: plain_bytes())\n"
+    )
+    words = "the tokenizer has 256 ids and the {} knows"
+    code, _, err = call("train", "demo", "task=own.py:Own", f"model={{kind: lm, {TINY}}}", *SHORT, "--out", "run")
+    assert code == 2
+    assert words.format("model") in err
+    code, out, _ = call("check", "own.py:Own")
+    assert code == 1
+    assert words.format("task") in out

@@ -59,6 +59,8 @@ def disturb() -> None:
 @CONTRACT.clause
 def batches_have_the_forms_it_says(task: Task) -> None:
     """Shapes, dtypes and ranges of inputs, targets and masks; one target at least is scored; none is too long."""
+    if task.tokenizer is not None:
+        task.tokenizer.check_fits(task.inputs.below, "the task")
     for batch in (task.train_batch(ROWS, 1, 2), task.train_batch(1, 0, 0), *seen(task, 7)):
         rows, length = len(batch.inputs), batch.inputs.shape[2 if isinstance(task.inputs, Pair) else 1]
         for name, tensor, form in (("inputs", batch.inputs, task.inputs), ("targets", batch.targets, task.targets)):

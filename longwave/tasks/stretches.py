@@ -36,6 +36,11 @@ class Stretches:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    @property
+    def stops(self) -> np.ndarray:
+        """Of each in the source."""
+        return self.starts + np.diff(self.ends, prepend=0)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy of what lies from start up to stop; 0 <= start <= stop <= len."""
         number, found = int(self.ends.searchsorted(start, side="right")), []

@@ -81,8 +81,9 @@ class TokenizedText(Task, name="tokens"):
                     raise ValueError(f"{name} has no window in its {part} part; give more text, or another share")
             found.append((corpus, train, held))
         for name, (corpus, _, _) in zip(self.folders, found):
-            if corpus.tokenizer.text != found[0][0].tokenizer.text:
-                both = f"{self.folders[0]}: {found[0][0].tokenizer}, {name}: {corpus.tokenizer}"
+            first = found[0][0]
+            if not corpus.tokenizer.agrees(first.tokenizer) or (corpus.vocab, corpus.end) != (first.vocab, first.end):
+                both = f"{self.folders[0]}: {first.tokenizer}, {name}: {corpus.tokenizer}"
                 raise ValueError(f"corpora must be of one tokenizer, and these are of others ({both})")
         return found
 
@@ -122,8 +123,12 @@ class TokenizedText(Task, name="tokens"):
         return next_token(held[number])
 
     def metrics(self, score: Score | Errors) -> dict[str, float]:
-        """Loss in nats a token, perplexity, accuracy, and bits a byte by the bytes that a token of the corpora has."""
+        """Loss in nats a token, perplexity, accuracy, and bits a byte by the bytes of a token in what is held out;
+        where a document is held out in part, by those of one in the document."""
         named: dict[str, Any] = super().metrics(score)
-        size = sum(corpus.bytes.sum() for corpus, _, _ in self._corpora) / sum(len(c) for c, _, _ in self._corpora)
+        held = [(corpus, windows.stretches) for corpus, _, windows in self._corpora]
+        size = sum(corpus.bytes_in(part.starts, part.stops) for corpus, part in held) / sum(
+            len(part) for _, part in held
+        )
         loss = named["loss"]
         return {**named, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / float(size)}

@@ -12,10 +12,13 @@ def check_size(recipe: Recipe) -> None:
 
     Raises:
         ValueError: where the weights with what training keeps beside them, or one row of the longest sequences with
-            what every layer keeps of it, exceed this machine's memory; or what the model objects to.
+            what every layer keeps of it, exceed this machine's memory; or what the model objects to; or its task's
+            tokenizer has more ids than the model.
     """
     spec, elsewhere = recipe.model, recipe.accelerator != "cpu" and torch.cuda.is_available()
     on_meta(spec, copies=1 if elsewhere or recipe.strategy == "fsdp2" else 4)
+    if recipe.task.tokenizer is not None:
+        recipe.task.tokenizer.check_fits(getattr(spec, "vocab", None), "the model")
     if not elsewhere:
         assert spec.layers is not None
         require_memory(
