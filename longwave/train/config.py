@@ -43,7 +43,8 @@ class Recipe(Spec):
 
     Fields:
         task: what is learned.
-        model: what learns it; sizes that it leaves open, such as ``vocab``, are the task's.
+        model: what learns it; sizes that it leaves open, such as ``vocab``, are the task's. In YAML and in changes also
+            ``{preset: NAME, ...}``, the size of a published model with what is said besides.
         steps: optimiser steps.
         batch: rows a step, over all processes and accumulated parts.
         accumulate: parts a step's rows are run in, to save memory.
@@ -156,8 +157,10 @@ def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = ()) -
 
 def make_recipe(tree: dict, changes: Sequence[str]) -> Recipe:
     """The recipe that a tree of fields with changes is. Raises: see :func:`load_recipe`."""
+    _resolve(tree)
     for change in changes:
         set_field(tree, change)
+        _resolve(tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -198,7 +201,7 @@ def set_field(tree: dict, change: str) -> None:
     """Put a ``key=value`` change into a tree of dicts and lists, the value read as YAML.
 
     Another ``kind`` of a part, such as model.pattern.0.kind=mamba, starts with its own defaults; one of the model or
-    the task keeps the fields that it has too.
+    the task keeps the fields that it has too. ``model.preset=NAME`` is a model of its own: it keeps none.
 
     Raises:
         ValueError: for a path that leads nowhere, or text that is not YAML.
@@ -225,11 +228,27 @@ def set_field(tree: dict, change: str) -> None:
             if key == "kind" and node.get("kind") != value:
                 for other in node.keys() - _fields_of(".".join(parents), value):
                     del node[other]
+            if path == "model.preset":
+                node.clear()
             node[key] = value
             return
         child = node[key] if isinstance(node, list) else node.get(key, {})
         node[key] = {"kind": child} if isinstance(child, str) else child
         node = node[key]
+
+
+def _resolve(tree: dict) -> None:
+    """Puts the model that ``{preset: NAME, ...}`` stands for in its place, with what is said besides."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return
+    from longwave.official.presets import preset  # takes long to import
+
+    own = {key: value for key, value in model.items() if key != "preset"}
+    fields = preset(model["preset"]).spec().model_dump()
+    if own.get("kind", fields["kind"]) != fields["kind"]:
+        fields = {key: value for key, value in fields.items() if key in _fields_of("model", own["kind"])}
+    tree["model"] = fields | own
 
 
 def _fields_of(where: str, kind: Any) -> set[str]:

@@ -45,6 +45,7 @@ def overview() -> str:
     for title, table in TABLES.items():
         lines += [f"{title}:", *(f"  {name:20}  {about(cls)}" for name, cls in sorted(table.items()))]
     lines += ["recipes:", *(f"  {name:20}  {line}" for name, line in recipe_names().items())]
+    lines += ["presets: sizes of published models, for model.preset=NAME; longwave list presets shows them"]
     return "\n".join([*lines, "longwave list NAME shows the options of a name, longwave list recipe a recipe's fields"])
 
 
@@ -64,6 +65,8 @@ def look_up(name: str) -> str:
     """
     if ":" in name:
         table_of(name, OWN)
+    if name == "presets":
+        return presets()
     found = [
         _page(f"{title[:-1]} {name}: {about(table[name])}", spec_of(table, name))
         for title, table in TABLES.items()
@@ -73,10 +76,41 @@ def look_up(name: str) -> str:
         found.append(_page("the fields of a recipe", Recipe))
     if name in recipe_names():
         found.append(f"recipe {name}: {recipe_names()[name]}\nlongwave show {name} shows all of it")
+    if not found and (published := _published(name)):
+        return published
     if not found:
         names = sorted({"recipe", *recipe_names(), *chain.from_iterable(TABLES.values())})
         raise ValueError(unknown("part", name, names))
     return "\n\n".join(found)
+
+
+def presets() -> str:
+    """The published models whose sizes are known, a line each."""
+    from longwave.official.presets import PRESETS  # takes long to import
+
+    return "\n".join(
+        [f"  {name:20}{known.parameters:>16,} parameters  {known.hub}" for name, known in PRESETS.items()]
+        + ["longwave train RECIPE model.preset=NAME starts from scratch at that size"]
+    )
+
+
+def _published(name: str) -> str | None:
+    """What there is to say of a preset, or None for another name."""
+    from longwave.official.presets import PRESETS
+
+    if (known := PRESETS.get(name)) is None:
+        return None
+    source, told = known.official(), "published" if known.published else "by the authors' shapes"
+    options = ", ".join(f"{key} = {value}" for key, value in known.options.items())
+    lines = [
+        f"preset {name}: {known.parameters:,} parameters, {told}",
+        f"  weights    {known.hub}, on the Hugging Face Hub",
+        f"  source     {type(source).__name__}({options})",
+        *([f"  tokenizer  {source.tokenizer}"] if source.tokenizer else []),
+        "  model:",
+        *("    " + line for line in yaml.safe_dump(known.spec().model_dump(), sort_keys=False).splitlines()),
+    ]
+    return "\n".join(lines)
 
 
 def spec_of(table: Mapping[str, Any], name: str) -> type[Spec]:
