@@ -178,7 +178,7 @@ def _together(values: list[Any], dtype: torch.dtype, padding: int | None) -> Ten
             raise ValueError(
                 f"ids and classes are whole numbers; got {tensor.dtype}: convert them, or say another form"
             )
-    tensors = [tensor.to(dtype) for tensor in tensors]
+    tensors = [tensor.to(dtype).contiguous() for tensor in tensors]
     if alike:
         return tensors[0]
     return torch.stack(tensors) if padding is None else pad_sequence(tensors, batch_first=True, padding_value=padding)
