@@ -10,11 +10,20 @@ import torch
 from PIL import Image
 
 from longwave.contract.tasks import CONTRACT
-from longwave.models import ClassifierSpec, ForecasterSpec, LMSpec, MaskedLMSpec, PairClassifierSpec, RegressorSpec
+from longwave.models import (
+    AutoencoderSpec,
+    ClassifierSpec,
+    ForecasterSpec,
+    LMSpec,
+    MaskedLMSpec,
+    PairClassifierSpec,
+    RegressorSpec,
+)
 from longwave.plots import draw_sample
 from longwave.tasks import (
     IGNORE,
     Batch,
+    Compression,
     Errors,
     Future,
     Images,
@@ -223,6 +232,7 @@ OPEN = {"d_model": 4, "pattern": ["s4d"]}
         (ForecasterSpec(**OPEN), Next(), {"features": 1, "steps": 3, "width": 1}),
         (PairClassifierSpec(**OPEN), Alike(), {"vocab": 3, "classes": 2}),
         (LMSpec(**OPEN, vocab=300), Text(), {"vocab": 300}),
+        (AutoencoderSpec(**OPEN), Compression(), {"vocab": 16}),
     ],
 )
 def test_a_model_takes_open_sizes_from_its_task(spec, task, sizes):
@@ -257,6 +267,7 @@ def test_a_model_takes_open_sizes_from_its_task(spec, task, sizes):
             "model.features = 3 does not fit: the task has 2 features a step",
         ),
         (ForecasterSpec(**OPEN, steps=4), Next(), "model.steps = 4 does not fit: the task has 3 steps"),
+        (LMSpec(**OPEN), Compression(), "asks for its tokens from one vector; take the model autoencoder"),
         (RegressorSpec(**OPEN), Next(), "asks for real numbers at the last steps; take the model forecaster"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from longwave.contract.tasks import CONTRACT
+from longwave.models import LMSpec
 from longwave.tasks import (
     DNA,
     IGNORE,
@@ -304,6 +305,29 @@ def test_bases_are_read_from_both_strands(tmp_path):
     assert all(map(any, strands))
     inputs = [dna.LETTERS[i] for number in range(task.eval_rows) for i in task.eval_row(number).inputs]
     assert "".join(inputs) == held[:-1]
+
+
+@pytest.mark.parametrize("name", ["x.fa", "x.fa.gz"])
+def test_a_window_has_a_million_bases(name, tmp_path):
+    (record,) = fasta(tmp_path / name, 1_300_000)
+    task = DNA(files=[str(tmp_path / name)], length=1_000_000, tail=0.2, both_strands=False)
+    task.prepare()
+    row = task.train_row(3, 10**9)
+    text = np.frombuffer(dna.LETTERS.encode(), np.uint8)[row.inputs].tobytes().decode()
+    assert (len(text), task.longest, len(row.targets)) == (10**6, 10**6, 10**6)
+    assert text in record[:1_040_000]
+    assert task.eval_rows == 1
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_on_a_million_bases(tmp_path):
+    fasta(tmp_path / "x.fa", 1_300_000)
+    task = DNA(files=[str(tmp_path / "x.fa")], length=1_000_000, tail=0.2)
+    model = LMSpec(d_model=4, pattern=["s4d"], layers=1, channel=None).serving(task).build()
+    score = model.score(*task.train_batch(1, 0, 0))
+    (score.loss / score.total).backward()
+    assert (score.loss / score.total).item() == pytest.approx(np.log(4), abs=1.0)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_genome_is_the_same_plain_and_packed(tmp_path):

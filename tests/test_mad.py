@@ -8,6 +8,7 @@ import pytest
 from longwave.tasks import (
     IGNORE,
     TASKS,
+    Compression,
     Copying,
     FuzzyRecall,
     InContextRecall,
@@ -149,6 +150,16 @@ def test_copying(kind):
         if kind is SpreadCopying:
             assert places[-1] == 24
     assert as_expected(before, [1] * 4) if kind is SpreadCopying else not before.any()
+
+
+def test_compression():
+    task, counts = Compression(vocab_size=7, length=12), np.zeros((11, 6))
+    for (inputs, targets), _ in both(task, 500):
+        assert inputs == targets
+        assert len(inputs) == 12
+        assert inputs[-1] == 6
+        counts[np.arange(11), inputs[:-1]] += 1
+    assert as_expected(counts.ravel(), np.ones(66))
 
 
 @pytest.mark.parametrize(

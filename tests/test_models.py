@@ -8,6 +8,7 @@ import torch
 from longwave.mixers import MIXERS, Mixer, mixer
 from longwave.models import (
     LM,
+    AutoencoderSpec,
     Backbone,
     Classifier,
     ClassifierSpec,
@@ -26,8 +27,8 @@ from longwave.models.size import on_meta
 HYBRID = ["s4d", {"kind": "attention", "heads": 2}, {"kind": "hyena", "max_len": 64, "width": 8}, "mamba", "h3", "lstm"]
 
 
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+def close(ours, theirs, tolerance=1e-8):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def hybrid(**options):
@@ -223,6 +224,53 @@ def test_a_pair_is_two_sequences_through_one_backbone():
     for row, (a, b) in zip(y, (alone[:2], alone[2:])):
         close(row[None], model.out(torch.relu(model.hidden(torch.cat([a, b, a - b, a * b], dim=-1)))))
     assert model.score(x, torch.tensor([2, -100]), mask).total == 1
+
+
+BASES = {"d_model": 8, "vocab": 5, "complement": [3, 2, 1, 0, 4]}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
+@pytest.mark.parametrize("pattern", [["mamba", {"kind": "attention", "heads": 2}], ["two_sided"]])
+def test_both_strands_of_dna_are_told_the_same(pattern, pooling):
+    torch.manual_seed(0)
+    spec = ClassifierSpec(**BASES, pattern=pattern, pooling=pooling, classes=3)
+    model, alone = spec.build().double(), spec.model_copy(update={"complement": None}).build().double()
+    alone.load_state_dict(model.state_dict(), strict=False)
+    x, lengths = torch.randint(0, 5, (4, 40)), torch.tensor([40, 31, 2, 17])
+    mask = torch.arange(40) < lengths[:, None]
+    other = torch.zeros_like(x)
+    for row, length in enumerate(lengths):
+        other[row, :length] = torch.tensor(BASES["complement"])[x[row, :length].flip(0)]
+    close(model(x, mask=mask), model(other, mask=mask), 1e-10)
+    assert (alone(x, mask=mask) - alone(other, mask=mask)).abs().max() > 1e-3
+    halves = alone.pooled(x, mask), alone.pooled(other, mask)
+    close(model(x, mask=mask), model.head(sum(halves) / 2), 1e-10)
+    with pytest.raises(ValueError, match=r"ids lie in 0..4|token ids"):
+        model(torch.full((1, 4), 5))
+
+
+@pytest.mark.parametrize("complement", [[3, 2, 1, 0], [1, 2, 3, 4, 0], [0, 0, 1, 2, 3], [3, 2, 1, 0, 5]])
+def test_a_complement_gives_back_each_id(complement):
+    with pytest.raises(ValueError, match=r"a complement has an id for each of vocab = 5, .* again; got \[.*\]"):
+        ClassifierSpec(**BASES | {"complement": complement}, pattern=["s4d"], classes=3).build()
+    with pytest.raises(ValueError, match="a complement has an id for each of vocab = None"):
+        RegressorSpec(d_model=4, features=2, complement=[1, 0], pattern=["s4d"], width=1).build()
+
+
+def test_an_autoencoder_tells_all_tokens_from_one_vector():
+    torch.manual_seed(0)
+    model, x = AutoencoderSpec(d_model=8, pattern=["s4d"], vocab=7).build().double(), torch.randint(0, 7, (3, 9))
+    y = model.backbone(model.encoder(x))[0][:, -1]
+    pair = torch.arange(9, dtype=torch.float64)[:, None] * 10_000 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    where = torch.stack([pair.sin(), pair.cos()], -1).flatten(1)
+    close(model(x), model.head(y[:, None] + where), 1e-10)
+    mask = torch.arange(9) < torch.tensor([9, 4, 7])[:, None]
+    for row, on, logits in zip(x, mask, model(x, mask=mask)):
+        close(logits[on], model(row[on][None])[0], 1e-10)
+    targets = torch.where(mask, x, -100)
+    score = model.score(x, targets, mask)
+    close(score.loss, torch.nn.functional.cross_entropy(model(x, mask=mask)[mask], x[mask], reduction="sum"), 1e-10)
+    assert score.total == 20
 
 
 @pytest.mark.parametrize("spec", [RegressorSpec(**REAL, width=3), ForecasterSpec(**REAL, steps=4, width=3)])

@@ -265,6 +265,14 @@ def test_long_sequences_are_quick(kind):
     assert 1 <= (batch.targets != IGNORE).sum() <= 16
 
 
+@pytest.mark.parametrize("vocab_size", [10, 20, 30, 40])
+def test_recall_of_the_hyena_paper_is_legal_at_131k(vocab_size):
+    task = AssociativeRecall(vocab_size=vocab_size, length=2**17, eval_examples=2)
+    task.prepare()
+    assert all(legal(task, 2**17, *row, False) for row in rows_of(task.train_batch(2, 0, 0)))
+    assert all(legal(task, 2**17, *row, True) for row in rows_of(task.eval_batch(2, 0)))
+
+
 @pytest.fixture
 def files(tmp_path):
     """Writes files of the given contents and returns their names."""

@@ -1,5 +1,6 @@
 """Backbones, the heads over them, generation and storage."""
 
+from longwave.models.autoencoder import Autoencoder
 from longwave.models.backbone import Backbone, BackboneState, Block, ParallelBlock
 from longwave.models.classifier import Classifier, PairClassifier
 from longwave.models.distill import Distilled, distill
@@ -10,6 +11,7 @@ from longwave.models.regressor import Forecaster, Regressor
 from longwave.models.sashimi import Level, Sashimi, SashimiState
 from longwave.models.spec import (
     MODEL_SPEC,
+    AutoencoderSpec,
     ClassifierSpec,
     ForecasterSpec,
     LMSpec,
@@ -25,6 +27,8 @@ from longwave.models.storage import load, save, tokenizer, weights
 __all__ = [
     "LM",
     "MODEL_SPEC",
+    "Autoencoder",
+    "AutoencoderSpec",
     "Backbone",
     "BackboneState",
     "Block",

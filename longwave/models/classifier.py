@@ -1,30 +1,28 @@
 """Classifiers of whole sequences: one label a row, of one sequence or of two."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from longwave.models.backbone import Backbone
-from longwave.models.pooling import Pooling, check_pooling, encode, make_encoder, mask_of, pool
+from longwave.models.pooling import Pooled, Pooling, mask_of
 from longwave.models.sashimi import Sashimi
 from longwave.models.score import score_logits
 from longwave.tasks.base import Score
 from longwave.tasks.forms import scored
 
 
-class Classifier(nn.Module):
+class Classifier(Pooled):
     """encoder -> backbone -> pool over time -> head.
 
     Args:
         backbone: the blocks.
         classes: number of labels.
-        vocab: token ids (B, L) are embedded; None means real inputs (B, L, features) go through a linear map.
-        features: width of real inputs, where vocab is None.
-        pooling: mean over the real tokens, the last of them, or the first.
+        vocab, features, pooling, complement: see :class:`longwave.models.pooling.Pooled`.
         head: makes what comes then, of D and classes.
     Raises:
-        ValueError: for an unknown pooling, or unless exactly one of vocab and features is given.
+        ValueError: as there.
     """
 
     def __init__(
@@ -35,12 +33,10 @@ class Classifier(nn.Module):
         vocab: int | None = None,
         features: int | None = None,
         pooling: Pooling = "mean",
+        complement: Sequence[int] | None = None,
         head: Callable[[int, int], nn.Module] = nn.Linear,
     ):
-        super().__init__()
-        check_pooling(pooling)
-        self.encoder = make_encoder("a classifier", backbone.d_model, vocab, features)
-        self.backbone, self.pooling = backbone, pooling
+        super().__init__("a classifier", backbone, vocab, features, pooling, complement)
         self.head = head(backbone.d_model, classes)
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -59,14 +55,14 @@ class Classifier(nn.Module):
             if mask is not None:
                 raise ValueError("give either lengths or mask, not both")
             mask = mask_of(lengths, x.shape[1])
-        return self.head(pool(encode(self.encoder, self.backbone, x, mask), mask, self.pooling))
+        return self.head(self.pooled(x, mask))
 
     def score(self, x: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the labels targets (B,) that are not -100, with gradient."""
         return _score(self(x, mask=mask), targets)
 
 
-class PairClassifier(nn.Module):
+class PairClassifier(Pooled):
     """Two sequences, each through the same encoder, backbone and pooling, to (B, D) each; then one label of both:
 
         head(a, b) = out(relu(hidden [a, b, a - b, a * b]))
@@ -75,7 +71,7 @@ class PairClassifier(nn.Module):
     its authors' code.
 
     Args:
-        backbone, classes, vocab, features, pooling: see :class:`Classifier`.
+        backbone, classes, vocab, features, pooling, complement: see :class:`Classifier`.
     Raises:
         ValueError: as there.
     """
@@ -88,12 +84,10 @@ class PairClassifier(nn.Module):
         vocab: int | None = None,
         features: int | None = None,
         pooling: Pooling = "mean",
+        complement: Sequence[int] | None = None,
     ):
-        super().__init__()
-        check_pooling(pooling)
+        super().__init__("a pair classifier", backbone, vocab, features, pooling, complement)
         D = backbone.d_model
-        self.encoder = make_encoder("a pair classifier", D, vocab, features)
-        self.backbone, self.pooling = backbone, pooling
         self.hidden, self.out = nn.Linear(4 * D, D), nn.Linear(D, classes)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -106,8 +100,7 @@ class PairClassifier(nn.Module):
             logits: (B, classes).
         """
         mask = None if mask is None else mask.flatten(0, 1)
-        y = pool(encode(self.encoder, self.backbone, x.flatten(0, 1), mask), mask, self.pooling)  # (2 B, D)
-        a, b = y.unflatten(0, (-1, 2)).unbind(1)
+        a, b = self.pooled(x.flatten(0, 1), mask).unflatten(0, (-1, 2)).unbind(1)
         return self.out(torch.relu(self.hidden(torch.cat([a, b, a - b, a * b], dim=-1))))
 
     def score(self, x: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:

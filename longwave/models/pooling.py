@@ -1,5 +1,6 @@
 """What heads of whole sequences share: ids or real numbers in, one vector a row out."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -35,11 +36,6 @@ def encode(encoder: nn.Module, backbone: Backbone | Sashimi, x: Tensor, mask: Te
     return backbone(u, mask=mask)[0]
 
 
-def check_pooling(pooling: str) -> None:
-    """Raises ValueError for one that there is not."""
-    choose("pooling", pooling, dict.fromkeys(get_args(Pooling)))
-
-
 def pool(y: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
     """y (B, L, D) -> (B, D): the mean over the real steps, the last of them, or the first."""
     if mask is None:
@@ -49,6 +45,59 @@ def pool(y: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
         return (y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).to(y.dtype)
     place = last_real(mask) if pooling == "last" else mask.int().argmax(1)
     return take_steps(y, place[:, None])[:, 0]
+
+
+class Pooled(nn.Module):
+    """What makes one vector of a sequence: encoder -> backbone -> pool over time. Heads are over it.
+
+    With ``complement`` the vector is the mean of those of a sequence and of its reverse complement, so a head tells the
+    same of both strands of DNA. Source: Zhou, Shrikumar & Kundaje (2022) "Towards a better understanding of
+    reverse-complement equivariance for deep learning models in genomics", PMLR 165: conjoined models.
+
+    Args:
+        what: it is, in an error.
+        backbone: the blocks.
+        vocab: token ids (B, L) are embedded; None means real inputs (B, L, features) go through a linear map.
+        features: width of real inputs, where vocab is None.
+        pooling: mean over the real tokens, the last of them, or the first.
+        complement: what each id is on the other strand, such as [3, 2, 1, 0, 4] of A C G T N; None reads one strand.
+    Raises:
+        ValueError: for an unknown pooling, a complement that does not give back each id, or unless exactly one of vocab
+            and features is given.
+    """
+
+    complement: Tensor | None
+
+    def __init__(
+        self,
+        what: str,
+        backbone: Backbone | Sashimi,
+        vocab: int | None,
+        features: int | None,
+        pooling: Pooling,
+        complement: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        choose("pooling", pooling, dict.fromkeys(get_args(Pooling)))
+        self.encoder = make_encoder(what, backbone.d_model, vocab, features)
+        self.backbone, self.pooling = backbone, pooling
+        ids = range(vocab or 0)
+        if complement is not None and (
+            sorted(complement) != [*ids] or any(complement[complement[i]] != i for i in ids) or not vocab
+        ):
+            raise ValueError(
+                f"a complement has an id for each of vocab = {vocab}, and that one's is the first again; "
+                f"got {list(complement)}"
+            )
+        self.register_buffer("complement", None if complement is None else torch.tensor(complement))
+
+    def pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, L) int64 ids or (B, L, features), mask (B, L), True = real, at least one a row, or None -> (B, D)."""
+        if self.complement is None:
+            return pool(encode(self.encoder, self.backbone, x, mask), mask, self.pooling)
+        other = self.complement[x.clamp(0, len(self.complement) - 1)].flip(1)  # ids out of range are refused as x
+        x, mask = torch.cat([x, other]), None if mask is None else torch.cat([mask, mask.flip(1)])
+        return pool(encode(self.encoder, self.backbone, x, mask), mask, self.pooling).unflatten(0, (2, -1)).mean(0)
 
 
 def mask_of(lengths: Tensor, length: int) -> Tensor:

@@ -1,25 +1,27 @@
 """Real numbers out: a few for a whole sequence, or some at each of its last steps."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from longwave.mixers.base import as_mask
 from longwave.models.backbone import Backbone
-from longwave.models.pooling import Pooling, check_pooling, encode, make_encoder, pool
+from longwave.models.pooling import Pooled, Pooling, encode, make_encoder
 from longwave.models.sashimi import Sashimi
 from longwave.models.score import score_values
 from longwave.nn.padding import last_steps, real_first, take_steps
 from longwave.tasks.base import Errors
 
 
-class Regressor(nn.Module):
+class Regressor(Pooled):
     """encoder -> backbone -> pool over time -> head.
 
     Args:
         backbone: the blocks.
         width: how many numbers are told of a row.
-        vocab, features, pooling: see :class:`longwave.models.Classifier`.
+        vocab, features, pooling, complement: see :class:`longwave.models.pooling.Pooled`.
     Raises:
-        ValueError: for an unknown pooling, or unless exactly one of vocab and features is given.
+        ValueError: as there.
     """
 
     def __init__(
@@ -30,15 +32,14 @@ class Regressor(nn.Module):
         vocab: int | None = None,
         features: int | None = None,
         pooling: Pooling = "mean",
+        complement: Sequence[int] | None = None,
     ):
-        super().__init__()
-        check_pooling(pooling)
-        self.encoder = make_encoder("a regressor", backbone.d_model, vocab, features)
-        self.backbone, self.pooling, self.head = backbone, pooling, nn.Linear(backbone.d_model, width)
+        super().__init__("a regressor", backbone, vocab, features, pooling, complement)
+        self.head = nn.Linear(backbone.d_model, width)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """x (B, L) int64 ids or (B, L, features), mask (B, L), True = real, at least one a row -> (B, width)."""
-        return self.head(pool(encode(self.encoder, self.backbone, x, mask), mask, self.pooling))
+        return self.head(self.pooled(x, mask))
 
     def score(self, x: Tensor, targets: Tensor, mask: Tensor | None = None) -> Errors:
         """Errors summed over the targets (B, width) that are not NaN; the squared ones with gradient."""

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, Valida
 from torch import nn
 
 from longwave.mixers import MIXERS, AnyMixer, Mixer
+from longwave.models.autoencoder import Autoencoder
 from longwave.models.backbone import Backbone, Block, Branches, ParallelBlock
 from longwave.models.classifier import Classifier, PairClassifier
 from longwave.models.heads import HEADS, AnyHead
@@ -19,7 +20,7 @@ from longwave.models.sashimi import Level, Sashimi
 from longwave.nn import GLU, MLP, NORMS, AnyNorm, SwiGLU
 from longwave.spec import Parts, PartSpec, Spec, read_kind
 from longwave.tasks.base import Task
-from longwave.tasks.forms import Future, Label, Pair, Targets, Tokens, Values
+from longwave.tasks.forms import Future, Label, Pair, Recovered, Targets, Tokens, Values
 
 
 class ChannelSpec(PartSpec):
@@ -254,12 +255,15 @@ class PooledSpec(EncodedSpec):
 
     Fields, besides those of what takes ids or real numbers:
         pooling: mean over the real tokens, the last of them, or the first.
+        complement: of DNA, what each id is on the other strand, [3, 2, 1, 0, 4] of A C G T N: both strands are read,
+            and what is told of them is the same; or null.
     """
 
     pooling: Pooling = "mean"
+    complement: list[int] | None = None
 
     def _options(self) -> dict[str, Any]:
-        return {"vocab": self.vocab, "features": self.features, "pooling": self.pooling}
+        return {name: getattr(self, name) for name in ("vocab", "features", "pooling", "complement")}
 
 
 class ClassifierSpec(PooledSpec):
@@ -331,7 +335,34 @@ class ForecasterSpec(EncodedSpec):
         return Forecaster(self.build_backbone(), steps, width, vocab=self.vocab, features=self.features)
 
 
-AnyModel = LMSpec | MaskedLMSpec | SashimiSpec | ClassifierSpec | PairClassifierSpec | RegressorSpec | ForecasterSpec
+class AutoencoderSpec(BackboneSpec):
+    """An auto-encoder of tokens, see :class:`longwave.models.Autoencoder`.
+
+    Fields, besides those of a stack:
+        vocab: V, how many token ids there are; in a recipe default the task's.
+        pooling: the last of the real tokens, their mean, or the first.
+    """
+
+    tells = Recovered
+    kind: Literal["autoencoder"] = "autoencoder"
+    vocab: int | None = Field(None, ge=1)
+    pooling: Pooling = "last"
+
+    def build(self) -> Autoencoder:
+        """The model, freshly drawn."""
+        return Autoencoder(self.build_backbone(), self.known("vocab"), self.pooling, self._norm())
+
+
+AnyModel = (
+    LMSpec
+    | MaskedLMSpec
+    | SashimiSpec
+    | ClassifierSpec
+    | PairClassifierSpec
+    | RegressorSpec
+    | ForecasterSpec
+    | AutoencoderSpec
+)
 MODELS: dict[str, type[AnyModel]] = {spec.model_fields["kind"].default: spec for spec in get_args(AnyModel)}
 ModelSpec = Annotated[AnyModel, BeforeValidator(partial(read_kind, "model", MODELS, MODELS.__getitem__))]
 MODEL_SPEC: TypeAdapter[AnyModel] = TypeAdapter(ModelSpec)

@@ -4,10 +4,11 @@ from longwave.tasks.audio import Audio, AudioTokens
 from longwave.tasks.base import EVAL, TASKS, TRAIN, Errors, Score, Task, random_stream
 from longwave.tasks.dna import DNA, DNALabels, Species
 from longwave.tasks.documents import DocumentPairs, Documents
-from longwave.tasks.forms import IGNORE, Batch, Future, Label, Pair, Row, Signal, Tokens, Values
+from longwave.tasks.forms import IGNORE, Batch, Future, Label, Pair, Recovered, Row, Signal, Tokens, Values
 from longwave.tasks.images import Images
 from longwave.tasks.lra import ListOps, Pathfinder
 from longwave.tasks.mad import (
+    Compression,
     Copying,
     FuzzyRecall,
     InContextRecall,
@@ -31,6 +32,7 @@ __all__ = [
     "Audio",
     "AudioTokens",
     "Batch",
+    "Compression",
     "Copying",
     "Corpus",
     "DNALabels",
@@ -50,6 +52,7 @@ __all__ = [
     "MultiQueryRecall",
     "Pair",
     "Pathfinder",
+    "Recovered",
     "Row",
     "Score",
     "SelectiveCopying",

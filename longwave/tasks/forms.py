@@ -32,6 +32,13 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Recovered(Tokens):
+    """The ids of the inputs as targets, to be told from one vector a row: (B, L) int64."""
+
+    words: ClassVar[str] = "its tokens from one vector"
+
+
+@dataclass(frozen=True)
 class Signal:
     """Real numbers at every step: (B, L, features) float32."""
 

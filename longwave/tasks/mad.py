@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from longwave.tasks.base import HIDE, random_stream
-from longwave.tasks.forms import IGNORE, Row, Tokens
+from longwave.tasks.forms import IGNORE, Recovered, Row, Tokens
 from longwave.tasks.synthetic import Synthetic
 
 Pairs = Annotated[int, Field(ge=1)]
@@ -264,6 +264,44 @@ class Memorization(_Noisy, name="memorization"):
         targets = np.stack([np.full(pairs, IGNORE), values[chosen]], axis=1)
         inputs[noise], targets[noise] = self._noise(random, (int(noise.sum()), 2)), IGNORE
         return Row(inputs.ravel(), targets.ravel())
+
+
+class Compression(Synthetic, name="compression"):
+    """Random tokens and a last one: tell all of them from what a model makes of the last.
+
+    Source: as of :class:`InContextRecall`; the last token id ends every sequence, and is asked for as the others are.
+
+    With vocab_size 6 and length 5,
+
+        inputs   3 0 4 4 5
+        targets  3 0 4 4 5
+    """
+
+    vocab_size: int = Field(16, ge=2)
+    """Token ids, that of the end among them."""
+    length: int = Field(32, ge=2)
+    """Tokens in a sequence with its end."""
+
+    examples = ({}, {"vocab_size": 4, "length": 7, "eval_length": 12})
+
+    @property
+    def inputs(self) -> Tokens:
+        """All that there are."""
+        return Tokens(self.vocab_size)
+
+    @property
+    def targets(self) -> Recovered:
+        """The same."""
+        return Recovered(self.vocab_size)
+
+    @property
+    def _least_length(self) -> int:
+        return 2
+
+    def _draw(self, random: np.random.Generator, rows: int, length: int) -> Row:
+        ids = random.integers(self.vocab_size - 1, size=(rows, length))
+        ids[:, -1] = self.vocab_size - 1
+        return Row(ids, ids.copy())
 
 
 class _Copy(_ByRow):
