@@ -12,7 +12,6 @@ from PIL import Image
 
 from longwave.inspection import drawn, inspect_layer
 from longwave.mixers import MIXERS, Mixer, state_bytes
-from longwave.nn import S4ND, S4DFilter
 from longwave.ops import Op
 from longwave.plots import draw_figure, draw_sample
 from longwave.results.table import derived
@@ -32,7 +31,8 @@ SAMPLES = {  # short enough to be read
     "fuzzy_recall": {"length": 60},
     "multi_query_recall": {"length": 32, "vocab_size": 100, "pairs": [4]},
 }
-OPTIONS = {"bidirectional": {"inner": "s4d"}}  # what has no default, but for max_len = 1024
+PICTURES = ("images", "pathfinder")  # of which more are drawn
+OPTIONS = {"bidirectional": {"inner": "s4d"}, "s4nd": {"shape": [32]}}  # what has no default, but for max_len = 1024
 HEAD = f"""\
 | mixer | file | lines | source | ops used | state at D = {WIDTH}, after 1 and 1,000 steps | official weights |
 |---|---|---|---|---|---|---|"""
@@ -153,7 +153,7 @@ def draw_tasks() -> None:
         if cls.examples:
             task, file = cls(**SAMPLES.get(name, {})), DOCS / "tasks" / f"{name}.png"
             task.prepare()
-            draw_sample(task, file, rows=6 if task.grid else 3)
+            draw_sample(task, file, rows=6 if name in PICTURES else 3)
             Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
 
 
@@ -164,12 +164,9 @@ def rewritten(page: str, text: str) -> str:
 
 
 def draw_all() -> None:
-    """A picture of every mixer that has filters, and of S4ND."""
-    layers: dict[str, torch.nn.Module] = {name: example(name) for name in sorted(MIXERS)}
-    torch.manual_seed(0)
-    layers["s4nd"] = S4ND(WIDTH, [S4DFilter(2 * WIDTH), S4DFilter(2 * WIDTH)])
-    for name, module in layers.items():
-        layer, file = inspect_layer(module), DOCS / "filters" / f"{name}.png"
+    """A picture of every mixer that has filters."""
+    for name in sorted(MIXERS):
+        layer, file = inspect_layer(example(name)), DOCS / "filters" / f"{name}.png"
         if layer.banks:
             draw_figure({layer.name: layer}, file, f"{name} at the start", dpi=80)
             Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)

@@ -419,10 +419,14 @@ def data(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="Threads.")] = 1,
 ) -> None:
-    """Draw a task's examples once, into a folder that training reads (task.folder=DIR); goes on where it stopped."""
+    """Draw a task's examples once, into a folder that training reads (task.folder=DIR); goes on where it stopped.
+
+    Beside them lies sample.png, some of them to look at.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
+    from longwave.plots import draw_sample
     from longwave.tasks.lra import Drawn
     from longwave.train.config import read_task
 
@@ -434,7 +438,11 @@ def data(
     with Progress(console=Console(stderr=True)) as bar:
         shown = bar.add_task(f"drawing {task}", total=sum(counts.values()))
         drawn.write(out, counts, jobs, lambda rows: bar.advance(shown, rows))
-    _note(f"{sum(counts.values()):,} examples; train with task.kind={task} task.folder={out}")
+    picture, half = out / "sample.png", out / "sample.half.png"
+    if not picture.exists():
+        draw_sample(drawn.model_copy(update={"folder": str(out)}), half, rows=min(24, count))
+        half.replace(picture)
+    _note(f"{sum(counts.values()):,} examples, some in {picture}; train with task.kind={task} task.folder={out}")
 
 
 @app.command(

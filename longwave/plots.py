@@ -164,14 +164,17 @@ def draw_sample(task: Task, file: Path, rows: int = 6) -> None:
     if file.suffix not in FORMATS:
         raise ValueError(f"{file}: a picture ends in {', '.join(FORMATS)}")
     batch = task.train_batch(rows, 0, 0)
-    columns = min(rows, 6) if task.grid else 1
-    high = 2.2 if task.grid else 1.2 if batch.inputs.is_floating_point() else 0.65
+    pictures = [task.image(inputs) for inputs in batch.inputs]
+    seen = pictures[0] is not None
+    columns = min(rows, 6) if seen else 1
+    high = 2.2 if seen else 1.2 if batch.inputs.is_floating_point() else 0.65
     figure = Figure(figsize=(10, high * math.ceil(rows / columns) + 0.4), layout="constrained")
     figure.suptitle(f"{task.kind}: {task.inputs} → {task.targets}", fontsize=10)
     for row, axis in enumerate(figure.subplots(math.ceil(rows / columns), columns, squeeze=False).flat):
-        if task.grid is not None:
-            height, width = task.grid
-            picture = batch.inputs[row].reshape(height, width, -1)
+        if row >= rows:
+            axis.axis("off")
+            continue
+        if (picture := pictures[row]) is not None:
             picture = picture if picture.shape[2] == 3 else picture.mean(2, keepdim=True)
             low, top = picture.min(), picture.max()
             axis.imshow(((picture - low) / (top - low).clamp(min=1e-9)).squeeze(-1).numpy(), cmap="gray")

@@ -255,6 +255,8 @@ def test_pixels_are_read_in_every_order(made, tmp_path):
     assert np.array_equal(x["patches"][4], picture[2:4, 2:4].ravel())
     assert sorted(x["permuted"].ravel()) == sorted(picture.ravel())
     assert not np.array_equal(x["permuted"], x["pixels"])
+    for order in ("pixels", "rows", "patches"):
+        assert np.array_equal(rows[order].image(torch.from_numpy(x[order]))[..., 0], picture)
     every = np.concatenate([rows["pixels"].row(item).inputs for item in rows["pixels"]._sets.train])
     assert abs(every.mean()) < 1e-5
     assert abs(every.std() - 1) < 1e-5

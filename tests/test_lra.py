@@ -1,11 +1,14 @@
 """ListOps and Pathfinder: drawn as the authors' programs draw them, and kept in files."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from longwave import cli
 from longwave.tasks import ListOps, Pathfinder, shards
 from longwave.tasks._numba import listops, pathfinder
 from longwave.tasks.base import random_stream
@@ -271,3 +274,16 @@ def test_folders_of_others_are_refused(tmp_path, short):
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "longwave_shards": 9}))
     with pytest.raises(ValueError, match="has format 9 and this longwave reads 1"):
         task.prepare()
+
+
+def test_examples_to_look_at_lie_beside_the_shards(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["longwave", "data", "pathfinder", "--count", "30", "--out", str(tmp_path / "out")]
+    )
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+    with Image.open(tmp_path / "out/sample.png") as picture:
+        assert picture.width == 1000
+    assert not list(tmp_path.glob("out/*half*"))

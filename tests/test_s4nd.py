@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from official import error, series
 from torch import Tensor
 
+from longwave.mixers import S4NDMixer, mixer
 from longwave.nn import S4ND, DPLRFilter, FreeFilter, S4DFilter, SeparableConv, Truncated, reset, set_rate
 from longwave.official import SYSTEMS, from_official
 
@@ -253,3 +254,16 @@ def test_bad_input_is_named():
         SeparableConv([])
     with pytest.raises(ValueError, match="at least one product; got ranks = 0"):
         SeparableConv([S4DFilter(8, 4)], ranks=0)
+
+
+@pytest.mark.parametrize("shape", [[5], [3, 4]])
+def test_as_a_mixer_it_reads_line_by_line(shape):
+    torch.manual_seed(0)
+    layer = mixer("s4nd", shape=shape, filter={"kind": "s4d", "d_state": 8}).build(4).double()
+    x = series(2, 4, *shape, 4)
+    assert error(layer(x.flatten(1, -2))[0], layer.inner(x).flatten(1, -2)) < 1e-12
+    cut = x.flatten(1, -2)[:, :-2]  # as silence at the end of the last line
+    silent = torch.cat([cut, torch.zeros(2, 2, 4, dtype=x.dtype)], dim=1).view_as(x)
+    assert error(layer(cut)[0], layer.inner(silent).flatten(1, -2)[:, :-2]) < 1e-12
+    with pytest.raises(ValueError, match=r"s4nd needs the steps along each axis but the first.*got \[\]"):
+        S4NDMixer(4, [])

@@ -28,6 +28,7 @@ from longwave.mixers.rg_lru import RGLRU
 from longwave.mixers.rwkv4 import RWKV4, RWKV4Channel
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
+from longwave.mixers.s4nd import S4NDMixer
 from longwave.mixers.s5 import S5, S5TwoSided
 from longwave.mixers.states import Growing, join, select
 from longwave.mixers.two_sided import TwoSided
@@ -74,6 +75,7 @@ __all__ = [
     "MixerSpec",
     "RWKV4Channel",
     "RetNet",
+    "S4NDMixer",
     "S5TwoSided",
     "SinusoidalPositions",
     "State",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 from pydantic import ConfigDict, field_validator
+from torch import Tensor
 
 from longwave.own import Table
 from longwave.spec import Spec
@@ -205,9 +206,8 @@ class Task(Spec):
         """What token ids stand for, where a person reads them; None shows numbers."""
         return None
 
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Height and width, where the steps of a row are the pixels of a picture, line by line."""
+    def image(self, inputs: Tensor) -> Tensor | None:
+        """The picture (H, W, channels) that the inputs of a row are, to be looked at; None where they are none."""
         return None
 
     def prepare(self) -> None:

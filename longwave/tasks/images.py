@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
+from torch import Tensor
 
 from longwave.tasks.base import EVAL, opened, random_stream
 from longwave.tasks.forms import Inputs, Row, Signal
@@ -187,11 +188,13 @@ class Images(Labelled, name="images"):
         pixels = source.reshape(*source.shape[:2], -1)
         return (pixels @ GREY)[..., None] if self.grey and pixels.shape[2] == 3 else pixels
 
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Of a picture whose pixels stand in their order."""
-        height, width = self.picture(self._sets.train[0]).shape[:2]
-        return (height, width) if self.order in ("pixels", "rows") else None
+    def image(self, inputs: Tensor) -> Tensor:
+        """The picture of the steps, in which permuted pixels stay where they are read."""
+        height, width, channels = self.picture(self._sets.train[0]).shape
+        if self.order == "patches":
+            p = self.patch
+            inputs = inputs.view(height // p, width // p, p, p, channels).swapaxes(1, 2)
+        return inputs.reshape(height, width, channels)
 
     def row(self, item: tuple[np.ndarray | Path, int]) -> Row:
         """Its steps and its class."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from longwave.tasks import shards
 from longwave.tasks.base import EVAL, TEST, TRAIN, Task, opened, random_stream, shuffled
@@ -183,10 +184,9 @@ class Pathfinder(Drawn, name="pathfinder"):
         """Grey."""
         return Signal(1)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Of a picture."""
-        return self.size, self.size
+    def image(self, inputs: Tensor) -> Tensor:
+        """Its pixels."""
+        return inputs.view(self.size, self.size, 1)
 
     @property
     def targets(self) -> Label:
