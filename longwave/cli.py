@@ -408,6 +408,39 @@ def distill(
     _note(f"model: {out}; eval, inspect and generate take it as they take a run")
 
 
+@app.command(
+    "import",
+    epilog="Examples:\n\n- `longwave import downloads/mamba-130m --to mamba-130m`\n\n"
+    "- `longwave import RWKV-4-Pile-169M.pth --from rwkv4_blinkdl --to rwkv`\n\n"
+    "- `longwave import state-spaces/mamba-130m-hf --to mamba-130m`",
+)
+def import_(
+    path: Annotated[str, typer.Argument(help="Weights, a folder with them and config.json, or OWNER/NAME on the Hub.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="Official options that no file says, key=value.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder for the model.")] = ...,  # type: ignore[assignment]
+    format: Annotated[
+        str | None, typer.Option("--from", help="Whose model it is, such as mamba_hf; default what its files say.")
+    ] = None,
+) -> None:
+    """Make a published checkpoint an ordinary model: eval, generate, inspect and train take it."""
+    from longwave.models import load
+    from longwave.official.importing import check, import_model
+    from longwave.train.config import set_field
+
+    if to.exists():
+        raise ValueError(f"{to} is there already; name another folder by --to")
+    options: dict[str, Any] = {}
+    for change in changes or []:
+        set_field(options, change)
+    made = import_model(path, to, format, **options)
+    print(f"format      {made.format}\nkeys        {made.keys:,}, all used")
+    for line in check(*load(to)):
+        print(line)
+    if made.tokenizer is not None:
+        print(f"tokenizer   not beside the weights; the model was trained with {made.tokenizer}")
+    _note(f"model: {to}; eval, generate, inspect and train take it as they take a run")
+
+
 @app.command(epilog="Examples:\n\n- `longwave data pathfinder size=128 --count 20000 --out pathx --jobs 2`")
 def data(
     task: Annotated[str, typer.Argument(help="A task that draws its examples: listops or pathfinder.")],

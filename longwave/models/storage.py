@@ -58,9 +58,13 @@ def save(folder: str | Path, model: nn.Module, spec: ModelSpec, tokenizer: Token
         if isinstance(module, WeightOnlyLinear):
             raise ValueError(f"weights kept in {module.form} are not saved: save the float model, "
                              f"and load it with weights={module.form!r}")  # fmt: skip
-    folder = Path(folder)
+    save_tensors(Path(folder), weights(model), spec, tokenizer)
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], spec: ModelSpec, tokenizer: Tokenizer | None = None) -> None:
+    """:func:`save` of tensors by the names that :func:`weights` gives them."""
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, weights(model), spec, tokenizer, suffix=".part")
+    write(folder, tensors, spec, tokenizer, suffix=".part")
     for name in (WEIGHTS, CONFIG, *([] if tokenizer is None else [TOKENIZER])):
         os.replace(folder / (name + ".part"), folder / name)
 

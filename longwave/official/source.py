@@ -269,9 +269,10 @@ class Source(Spec):
     def tensors(self) -> Shapes:
         """The official names and shapes that the options ask for."""
         with torch.device("meta"):
-            return self._tensors(self.build())
+            return self.shapes(self.build())
 
-    def _tensors(self, module: nn.Module) -> Shapes:
+    def shapes(self, module: nn.Module) -> Shapes:
+        """The same, of what ``build`` made."""
         ours = {key: torch.empty_like(t, device="meta") for key, t in module.state_dict().items()}
         shapes: Shapes = {}
         for theirs, mine, turn in layout(self.names(), ours):
@@ -332,14 +333,16 @@ class Source(Spec):
             if key in state and not torch.equal(state[key], state[first]):
                 raise ValueError(f"{key!r} and {first!r} name one tensor, but the state has two different ones")
 
+    def dtype(self, state: State) -> torch.dtype:
+        """The widest of the weights."""
+        return functools.reduce(torch.promote_types, (state[key].dtype for key in state.keys() - self.extra().keys()))
+
     def load(self, state: State) -> nn.Module:
         """Our module with the official weights, in their dtype (the widest of them) and on their device."""
         module, state = self.build(), self.rename(state)
-        self.check(state, self._tensors(module))
+        self.check(state, self.shapes(module))
         if state:
-            extra = self.extra()
-            dtype = functools.reduce(torch.promote_types, (state[key].dtype for key in state if key not in extra))
-            module.to(device=next(iter(state.values())).device, dtype=dtype)
+            module.to(device=next(iter(state.values())).device, dtype=self.dtype(state))
         with torch.no_grad():
             module.load_state_dict(dict(self.converted(state, module)), strict=False)
         return module
