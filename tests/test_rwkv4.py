@@ -90,3 +90,16 @@ def test_bad_options_are_named(name):
             mixer(name, depth=depth).build(8)
     with pytest.raises(ValueError, match=r"expand > 0.*; got expand = 0"):
         mixer(name, expand=0.0).build(8)
+
+
+@torch.no_grad()
+def test_a_file_without_a_config_is_told_by_its_shapes():
+    case = golden("rwkv4_blinkdl__v4")
+    (source,) = SYSTEMS["rwkv4_blinkdl"].sources
+    state = case.state(torch.float32)
+    shapes = {key: tuple(t.shape) for key, t in state.items()}
+    options = source.found({}, shapes)
+    ids = case.inputs(torch.float32)["input_ids"]
+    assert torch.equal(from_official("rwkv4_blinkdl", options, state)(ids), case.module(torch.float32)(ids))
+    assert source.found({}, {**shapes, "blocks.0.att.ln_x.weight": (4,)}) is None  # a later RWKV
+    assert source.found({}, {"emb.weight": (3, 4)}) is None

@@ -56,10 +56,10 @@ def in_float64():
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("falcon_mamba", "gpt_neox", "lfm2", "llama", "mamba", "mamba2", "qwen3_next", "recurrent_gemma",
-                     "xlstm"):  # fmt: skip
-            module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-            patch.setattr(module, "torch", _Wide())
+        names = "falcon_mamba gpt_neox gpt2 lfm2 llama mamba mamba2 qwen3_next recurrent_gemma rwkv xlstm".split()
+        files = [f"models.{name}.modeling_{name}" for name in names]
+        for file in (*files, "modeling_rope_utils"):
+            patch.setattr(importlib.import_module(f"transformers.{file}"), "torch", _Wide())
         patch.setattr(RecurrentGemmaRglru._rnn_scan, "__defaults__", (torch.float64,))
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
@@ -180,12 +180,23 @@ DRAWN = [
 ]
 SIZES = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": None, "bos_token_id": None}
 SIZES |= {"eos_token_id": None}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = [
     Drawn(f"{system}__{cls}", system, {"L": 13, "cls": cls, **SIZES, **options})
     for system, cls, options in (
         ("mamba_hf", "Mamba", {"expand": 16, "intermediate_size": 40, "num_hidden_layers": 2}),
+        ("mamba2_hf", "Mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 4, "chunk_size": 4}),
         ("falcon_mamba_hf", "FalconMamba", {"state_size": 5, "mixer_rms_eps": 1e-3, "tie_word_embeddings": False}),
+        ("rwkv4_hf", "Rwkv", {"layer_norm_epsilon": 1e-3, "attention_hidden_size": 40}),
+        ("gpt2_hf", "GPT2LMHead", {"n_positions": 32, "n_head": 4, "scale_attn_by_inverse_layer_idx": True}),
+        ("gptneox_hf", "GPTNeoX", {"num_attention_heads": 4, "intermediate_size": 40, "attention_bias": False}),
+        (
+            "llama_hf",
+            "Llama",
+            {"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 40, "head_dim": 8}
+            | {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16}},
+        ),
         ("recurrent_gemma_hf", "RecurrentGemma", {**ATTENTION, "intermediate_size": 80, "attention_window_size": 6}),
         (
             "qwen3_next_hf",
@@ -204,7 +215,8 @@ def _model(options: dict) -> nn.Module:
     import transformers
 
     cls = options.pop("cls")
-    return getattr(transformers, f"{cls}ForCausalLM")(getattr(transformers, f"{cls}Config")(**options))
+    model = f"{cls}Model" if cls.endswith("LMHead") else f"{cls}ForCausalLM"
+    return getattr(transformers, model)(getattr(transformers, f"{cls.removesuffix('LMHead')}Config")(**options))
 
 
 @functools.cache
