@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from derived import DERIVED
 from official import GOLDEN, Case, convolved, drawn, error, golden, load, named, series
 from torch import Tensor
 from transformers_layers import DRAWN
@@ -25,7 +26,7 @@ SOFTMAX_IN_FLOAT32 = {"fbmega__softmax_causal_step_L18", "fbmega__softmax_simple
 LANES = torch.backends.cpu.get_cpu_capability()
 TIME_FIRST = {"fbmega", "fbmegaema", "mega_ema", "mega_layer", "mega_nffn"}  # x (L, B, D)
 
-cases = pytest.mark.parametrize("path", [*GOLDEN, *DRAWN], ids=lambda path: path.stem)
+cases = pytest.mark.parametrize("path", [*GOLDEN, *DRAWN, *DERIVED], ids=lambda path: path.stem)
 
 
 @cases
@@ -351,7 +352,7 @@ def test_options_that_are_not_carried_over_are_named(path, change, word):
 ONE_OF_EACH = list(
     {(case.system, case.config.get("cls")): path for path in reversed(GOLDEN) for case in [load(path)]}.values()
 )
-ONE_OF_EACH += {drawn.system: drawn for drawn in DRAWN}.values()
+ONE_OF_EACH += {drawn.system: drawn for drawn in [*DRAWN, *DERIVED]}.values()
 one_of_each = pytest.mark.parametrize("path", ONE_OF_EACH, ids=lambda path: path.stem)
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from derived import DERIVED
 from official import drawn, error, golden, series
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -13,7 +14,7 @@ from longwave.mixers import mixer, state_bytes
 from longwave.models import LM, Block, Level, Sashimi, SashimiSpec, generate, load, save
 from longwave.models.sashimi import Pool
 from longwave.nn import MLP, mu_law_decode, mu_law_encode, reset, set_rate
-from longwave.official import from_official
+from longwave.official import SYSTEMS, from_official
 from longwave.train.config import load_recipe
 
 B, L, D = 2, 29, 4  # L is prime
@@ -525,6 +526,46 @@ def test_an_official_backbone_makes_a_language_model():
         for token in new:
             assert model(torch.tensor([prompt]))[0][0, -1].argmax() == token
             prompt.append(token)
+
+
+def in_version_3(state):
+    names = {"inv_dt": "log_dt", "A_real": "inv_w_real", "A_imag": "w_imag", "l_kernel": "L"}
+    old = {}
+    for key, t in state.items():
+        before, kernel, name = key.rpartition(".layer.layer.kernel.")
+        t = -t if name == "A_imag" else t[:, 0] if name == "inv_dt" else t
+        key = f"{before}.layer.kernel.kernel.{names.get(name, name)}" if kernel else key
+        old[key.replace(".layer.layer.D", ".layer.D")] = t
+    return old
+
+
+@pytest.mark.parametrize("derived", DERIVED, ids=lambda derived: derived.stem)
+@torch.no_grad()
+def test_a_published_checkpoint_is_an_ordinary_model(derived, tmp_path):
+    """It is told by its shapes, in both versions, and is saved, loaded and streamed."""
+    case = derived.case()
+    state, ids = case.state(torch.float64), case.tensors["input.input_ids"]
+    (source,) = SYSTEMS["sashimi_lm"].sources
+    shapes = [{key: tuple(t.shape) for key, t in names.items()} for names in (state, in_version_3(state))]
+    found, older = (source.found({}, names) for names in shapes)
+    config = {key: value for key, value in case.config.items() if key not in ("L", "dt_transform")}
+    assert config.items() <= found.items()
+    assert older == {**found, "dt_transform": "exp"}
+    with pytest.raises(ValueError, match=r"^sashimi_lm: the option 'dt_transform' is missing, which the tensors"):
+        from_official("sashimi_lm", found, state)
+    told = {**found, "dt_transform": case.config["dt_transform"]}
+    module = from_official("sashimi_lm", told, in_version_3(state))
+    assert error(module(ids), case.tensors["output64.y"]) < 1e-9
+    save(tmp_path / "model", module.model, source.read(told).spec())
+    model, _ = load(tmp_path / "model")
+    held, parts = model.init_state(2), []
+    for part in ids.split([7, 1, 1, 16], dim=1):
+        y, held = model(part, held)
+        parts.append(y)
+    assert error(torch.cat(parts, dim=1), case.tensors["output64.y"]) < 1e-9
+    row = generate(model, ids, 2, temperature=0)[0]
+    assert row[0] == case.tensors["output64.y"][0, -1].argmax()
+    assert source.found({}, {key: shape for key, shape in shapes[0].items() if "encoder" not in key}) is None
 
 
 @pytest.mark.parametrize("levels", [2, 255, 256, 65536])

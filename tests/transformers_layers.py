@@ -56,7 +56,8 @@ def in_float64():
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
 
     with pytest.MonkeyPatch.context() as patch:
-        names = "falcon_mamba gpt_neox gpt2 lfm2 llama mamba mamba2 qwen3_next recurrent_gemma rwkv xlstm".split()
+        names = ["falcon_mamba", "gpt_neox", "gpt2", "lfm2", "llama", "mamba", "mamba2", "qwen3_next"]
+        names += ["recurrent_gemma", "rwkv", "xlstm"]
         files = [f"models.{name}.modeling_{name}" for name in names]
         for file in (*files, "modeling_rope_utils"):
             patch.setattr(importlib.import_module(f"transformers.{file}"), "torch", _Wide())

@@ -48,6 +48,7 @@ class LM(nn.Module):
         vocab: V, number of token ids.
         tied: the head's weight is the embedding.
         embedding_scale: what embeddings are multiplied by.
+        head_bias: whether the map to logits has one.
         soft_cap: c, logits z become c tanh(z / c); None leaves them.
     """
 
@@ -57,6 +58,7 @@ class LM(nn.Module):
         vocab: int,
         tied: bool = True,
         embedding_scale: float = 1.0,
+        head_bias: bool = False,
         soft_cap: float | None = None,
     ):
         super().__init__()
@@ -67,12 +69,14 @@ class LM(nn.Module):
             raise ValueError(f"a language model predicts the next token, but {ahead[0]} sees it; use causal mixers")
         self.embedding = nn.Embedding(vocab, backbone.d_model)
         self.backbone = backbone
-        self.head = nn.Linear(backbone.d_model, vocab, bias=False)
+        self.head = nn.Linear(backbone.d_model, vocab, bias=head_bias)
         self.tied, self.embedding_scale, self.soft_cap = tied, embedding_scale, soft_cap
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         draw_tokens(self.embedding, self.head, self.tied)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
 
     @property
     def vocab(self) -> int:

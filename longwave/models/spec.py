@@ -36,6 +36,7 @@ CHANNEL_MIXERS: Parts[nn.Module, ChannelSpec] = Parts(
 )
 AnyChannelMixer = Annotated[SerializeAsAny[ChannelSpec], BeforeValidator(CHANNEL_MIXERS.field)]
 
+Norm = Literal["rms", "layer", "offset_rms", "scalar_layer"]
 SIZES = {  # what a model may leave open: a task has them by the same names
     "vocab": "token ids",
     "features": "features a step",
@@ -60,7 +61,7 @@ class BackboneSpec(Spec):
         block: sequential, x + mixer(norm x) and then x + channel(norm x); or parallel, x + mixer(norm x) +
             channel(norm x).
         positions: a mixer that the inputs pass before the first block, such as learned_positions; or null.
-        norm: rms | layer | offset_rms, whose weights are differences from 1.
+        norm: rms | layer | offset_rms, whose weights are differences from 1 | scalar_layer, with one weight for all.
         norm_eps: its epsilon.
         final_norm: the one behind the last block; default as the others.
         dropout: probability on both branches of a block, in [0, 1).
@@ -76,7 +77,7 @@ class BackboneSpec(Spec):
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("swiglu")
     block: Literal["sequential", "parallel"] = "sequential"
     positions: AnyMixer | None = None
-    norm: Literal["rms", "layer", "offset_rms"] = "rms"
+    norm: Norm = "rms"
     norm_eps: float = Field(1e-5, gt=0)
     final_norm: AnyNorm | None = None
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -160,24 +161,32 @@ class LanguageSpec(BackboneSpec):
         return super().serves(task) and isinstance(task.inputs, Tokens)
 
 
-class LMSpec(LanguageSpec):
-    """A language model, see :class:`longwave.models.LM`.
+class NextTokenSpec(LanguageSpec):
+    """What tells the next token, see :class:`longwave.models.LM`.
 
     Fields, besides those of what tells tokens:
         embedding_scale: what embeddings are multiplied by.
+        head_bias: whether the map to logits has one.
         soft_cap: the magnitude that logits stay below; null for none.
     """
 
-    kind: Literal["lm"] = "lm"
     embedding_scale: float = 1.0
+    head_bias: bool = False
     soft_cap: float | None = Field(None, gt=0)
 
     def build(self) -> LM:
         """The model, freshly drawn."""
-        return LM(self.build_backbone(), self.known("vocab"), self.tied, self.embedding_scale, self.soft_cap)
+        head = {name: getattr(self, name) for name in ("tied", "embedding_scale", "head_bias", "soft_cap")}
+        return LM(self.build_backbone(), self.known("vocab"), **head)
 
 
-class SashimiSpec(LanguageSpec):
+class LMSpec(NextTokenSpec):
+    """A language model of blocks, see :class:`longwave.models.LM`."""
+
+    kind: Literal["lm"] = "lm"
+
+
+class SashimiSpec(NextTokenSpec):
     """A language model over :class:`longwave.models.Sashimi`, by default the paper's with S4D in the place of S4.
 
     Audio becomes its tokens by :func:`longwave.tasks.mu_law_encode`.
@@ -197,7 +206,7 @@ class SashimiSpec(LanguageSpec):
     block: Literal["sequential"] = "sequential"
     positions: None = None
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("mlp", expand=2.0)
-    norm: Literal["rms", "layer", "offset_rms"] = "layer"
+    norm: Norm = "layer"
     pool: list[Annotated[int, Field(ge=1)]] = Field([4, 4])
     expand: int = Field(2, ge=1)
 
@@ -207,10 +216,6 @@ class SashimiSpec(LanguageSpec):
         widths = [self.d_model * self.expand**i for i in range(len(self.pool) + 1)]
         levels = [Level([Block(mixer, norm, channel, self.dropout) for mixer in self._mixers(d)]) for d in widths]
         return Sashimi(levels, self.pool, self._final_norm())
-
-    def build(self) -> LM:
-        """The model, freshly drawn."""
-        return LM(self.build_backbone(), self.known("vocab"), self.tied)
 
 
 class MaskedLMSpec(LanguageSpec):

@@ -79,6 +79,35 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(d_model, eps)
 
 
+NO_EPS = 1e-30  # of a norm without an epsilon: constants become zeros rather than NaN
+
+
+class ScalarLayerNorm(nn.Module):
+    """s (x - mean(x) + m) / sqrt(variance(x) + eps) of the last axis, with one s and one m for all features.
+
+    Source: TransposedLN of github.com/state-spaces/s4, which has no eps.
+
+    Args:
+        d_model: D, which does not matter.
+        eps: > 0, added to the variance.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.m, self.s, self.eps = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1)), eps
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.m.zero_()
+        self.s.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        wide, m, s = widened(x, self.m, self.s)
+        variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+        return (s * (wide - mean + m) * (variance + self.eps).rsqrt()).to(x.dtype)
+
+
 class ScaleNorm(nn.Module):
     """scalar x / sqrt(mean x^2 + eps) of the last axis, with one scalar for all features.
 
@@ -117,6 +146,7 @@ NORMS: Parts[nn.Module, NormSpec] = Parts(
         "rms": RMSNorm,
         "layer": LayerNorm,
         "scale": ScaleNorm,
+        "scalar_layer": ScalarLayerNorm,
         "offset_rms": OffsetRMSNorm,
         "plain_rms": PlainRMSNorm,
     },

@@ -62,7 +62,7 @@ def from_official(system: str, config: Mapping[str, Any], state: dict[str, Tenso
             rwkv4_blinkdl (BlinkDL/RWKV-LM), mega_ema, mega_layer, mega_nffn, fbmega, fbmegaema
             (facebookresearch/mega), megaema, megablock (state-spaces/s4), mega_hf (transformers),
             mega_lucidrains (lucidrains/Mega-pytorch), s5 (lindermanlab/S5), dss (ag1988/dss), gss_lucidrains
-            (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc
+            (lucidrains/gated-state-spaces-pytorch), bigs (jxiw/BiGS), s4nd, sashimi, sashimisrc, sashimi_lm
             (state-spaces/s4), monarch (HazyResearch/fly), butterfly (HazyResearch/butterfly), ckconv
             (dwromero/ckconv), flexconv (rjbruin/flexconv), retnet_torchscale (microsoft/torchscale),
             retention_naive (fla-org/flash-linear-attention), qwen3_next_gated_deltanet, recurrent_gemma_block,

@@ -199,18 +199,6 @@ class BatchNorm(nn.Module):
         return y.movedim(1, self.axis)
 
 
-class ScalarNorm(nn.Module):
-    """(s / sd(x)) (x - mean(x) + m) over the features, without an epsilon: TransposedLN with its default, scalar."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.m, self.s = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        sd, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
-        return self.s / sd * (x - mean + self.m)
-
-
 class FeedForward(Mixer):
     """fc2(act(fc1 x)), a mixer that mixes nothing: the authors' blocks have one layer each.
 

@@ -3,10 +3,11 @@
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from longwave.mixers import S4D, Mixer
+from longwave.mixers import S4D, Mixer, MixerSpec, mixer
 from longwave.official.blocks import (
     ACTIVATIONS,
     ELEMENTWISE,
@@ -18,9 +19,29 @@ from longwave.official.blocks import (
     mixed_transposed,
     output_linear,
 )
-from longwave.official.s4_kernel import KERNEL, Kernel, KernelParts, StateSpaceConv, kernel_alone
-from longwave.official.source import Flag, Name, Names, One, Size, Source, System, Turn, inside
+from longwave.official.s4_kernel import (
+    KERNEL,
+    TRANSFORMS,
+    Kernel,
+    KernelParts,
+    StateSpaceConv,
+    kernel_alone,
+    untruncated,
+)
+from longwave.official.source import FIRST, Flag, Name, Names, One, Size, Source, System, Turn, inside
 
+PLAIN = {  # options of a block that is our mixer
+    "channels": 1,
+    "activation": "gelu",
+    "mult_act": None,
+    "bidirectional": False,
+    "is_real": False,
+    "dt_tie": True,
+    "dt_fast": False,
+    "imag_transform": "none",
+    "bandlimit": None,
+    "rate": 1.0,
+}
 Named = Literal["dplr", "nplr", "s4", "diag", "s4d", None]
 NamedDiagonal = Literal["diag", "s4d", None]
 
@@ -90,6 +111,50 @@ class Block(BlockParts, Kernel):
     def names(self) -> Names:
         kernel = inside("layer.kernel.", "conv.filter.", KERNEL)
         return [Name("layer.D", "D"), *kernel, Name("output_linear.", "out.2.")]
+
+    def ours(self) -> MixerSpec:
+        """Our mixer of the same function, for sequences up to l_max.
+
+        Raises:
+            ValueError: for an option that it does not have.
+        """
+        last = "final_act" if self.postact is None else "postact"
+        for name, value in {**PLAIN, last: "glu"}.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is not carried over into a model; longwave has {value!r}"
+                )
+        if self.low_rank:
+            return mixer("s4", d_state=self.d_state, rank=self.rank, systems=self.n_ssm)
+        return mixer("s4d", d_state=self.d_state, systems=self.n_ssm, discretization=self.disc)
+
+    def our_names(self) -> Names:
+        """Of :meth:`ours`."""
+        theirs, kernel = ["A_real", "A_imag", "B", "C", "inv_dt"], ["log_A_real", "A_imag", "B", "C", "log_dt"]
+        if self.low_rank:
+            theirs, kernel = [*theirs, "P", "l_kernel"], [*kernel, "P"]
+        turned = Turn(self._as_ours, self._as_theirs)
+        return [
+            Name(tuple(f"layer.kernel.{x}" for x in theirs), tuple(f"kernel.{x}" for x in kernel), turned),
+            Name("layer.D", "D", FIRST),
+            Name("output_linear.0.", "output_linear."),
+        ]
+
+    def _as_ours(self, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, inv_dt: Tensor, *low: Tensor) -> Any:
+        """Logarithms, and C as it is rather than as a kernel of one length needs it."""
+        log_A, log_dt = (
+            t if transform == "exp" else TRANSFORMS[transform](t).log()
+            for t, transform in ((A_real, self.real_transform), (inv_dt, self.dt_transform))
+        )
+        B, C, log_dt = B[0], C[0], log_dt[:, 0]
+        if not low:
+            return log_A, -A_imag, B, C, log_dt
+        P, length = low
+        return log_A, -A_imag, B, untruncated(log_A, -A_imag, P, B, C, log_dt, int(length)), log_dt, P
+
+    def _as_theirs(self, log_A: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, log_dt: Tensor, *low: Tensor) -> Any:
+        lengths = [low[0].new_empty((), dtype=torch.int64)] if low else []
+        return log_A, A_imag, B[None], C[None], log_dt[:, None], *low, *lengths
 
     def mixer(self) -> Mixer:
         """The layer of a model, which is not transposed."""

@@ -74,11 +74,16 @@ class Kernel(KernelParts):
         if self.d_model % systems:
             raise ValueError(f"n_ssm = {systems} does not divide d_model = {self.d_model}")
         system = DiagonalSystem(self, rows, systems)
-        if name in ("dplr", "nplr", "s4"):
+        if self.low_rank:
             if self.is_real:
                 raise ValueError(f"is_real = True is not carried over for mode = {name!r}, only for 'diag'")
             return DPLRFilter(system, self.rank, self.l_max)
         return DSSFilter(system) if self.disc == "dss" else DiagonalFilter(system, self.disc)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the matrix is diagonal minus one of low rank, or else diagonal."""
+        return (self.mode or self.kernel) in ("dplr", "nplr", "s4")
 
     @property
     def support(self) -> int | None:
@@ -218,6 +223,19 @@ def _undo(c: Tensor, a: Tensor, length: int) -> Tensor:
     gone = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) - torch.linalg.matrix_power(a, length)
     rows = torch.linalg.solve(gone, c.to(a.dtype).transpose(0, 1), left=False)
     return rows.transpose(0, 1).to(c.dtype)
+
+
+def untruncated(log_A: Tensor, A_imag: Tensor, P: Tensor, B: Tensor, C: Tensor, log_dt: Tensor, length: int) -> Tensor:
+    """The C (H, N/2, 2) of stored  C (1 - a^length), from the parameters of :class:`longwave.nn.DPLRFilter`."""
+    if length == 0:
+        return C
+    copies = len(C) // len(A_imag)
+    log_A, A_imag, P, B, wide, log_dt = widened(log_A, A_imag, P, B, C, log_dt)
+    A, P, B = torch.complex(-log_A.exp(), A_imag), torch.view_as_complex(P), torch.view_as_complex(B)
+    tilde, dt = torch.view_as_complex(wide), log_dt.exp()[:, None]
+    system = discretize(A.repeat(copies, 1), P.repeat(1, copies, 1), B.repeat(copies, 1), tilde, dt)
+    re, im = _undo(system.c[None], system.matrix(), length)[0].chunk(2, dim=-1)
+    return (torch.stack([re, -im], dim=-1) / 2).to(C.dtype)
 
 
 class DSSFilter(Filter):

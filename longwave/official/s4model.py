@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longwave.errors import choose
 from longwave.mixers import Mixer
 from longwave.mixers.base import WholeMixer
+from longwave.nn.norm import NO_EPS, ScalarLayerNorm
 from longwave.official.blocks import (
     Activation,
     BatchNorm,
@@ -17,7 +18,6 @@ from longwave.official.blocks import (
     Elementwise,
     FeedForward,
     ResidualBlock,
-    ScalarNorm,
     mixed,
 )
 from longwave.official.s4 import S4Block
@@ -227,7 +227,7 @@ class SequenceModel(Source):
             "group": lambda: GroupNorm(D),
         }
         if name == "layer" and self.transposed and arguments.get("scalar", True):
-            return ScalarNorm()
+            return ScalarLayerNorm(D, NO_EPS)
         return choose("norm", name or "none", table)()
 
     def norm_names(self) -> Names:

@@ -1,15 +1,34 @@
 """SaShiMi of github.com/state-spaces/s4 (commit e757cef): the standalone model, and the one it was trained with."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from longwave.models.sashimi import Level, Sashimi
-from longwave.official.blocks import Call, FeedForward, ResidualBlock, ScalarNorm, mixed
+from longwave.models.spec import CHANNEL_MIXERS, SashimiSpec
+from longwave.nn import NORMS
+from longwave.nn.norm import NO_EPS, ScalarLayerNorm
+from longwave.official.blocks import Call, FeedForward, ModelSource, ResidualBlock, mixed
 from longwave.official.s4 import Block, BlockParts, Named, S4Block
-from longwave.official.source import AS_IT_IS, TAP, Flag, Name, Names, Size, Source, System, Turn, inside, weight_norm
+from longwave.official.source import (
+    AS_IT_IS,
+    TAP,
+    Flag,
+    Name,
+    Names,
+    Shapes,
+    Size,
+    Source,
+    State,
+    System,
+    Turn,
+    inside,
+    weight_norm,
+)
 from longwave.official.source import part as read_part
 
 
@@ -194,10 +213,142 @@ class Trained(SashimiModel):
     def make_norm(self, width: int) -> nn.Module:
         if self.norm != "layer":
             return nn.Identity()
-        return ScalarNorm() if self.transposed else nn.LayerNorm(width)
+        return ScalarLayerNorm(width, NO_EPS) if self.transposed else nn.LayerNorm(width)
 
     def norm_names(self) -> Names:
         return [Name("norm.norm.", "norm.")]
 
 
-SYSTEMS = {"sashimi": System(Standalone), "sashimisrc": System(Trained)}
+V3 = {"log_dt": "inv_dt", "inv_w_real": "A_real", "log_w_real": "A_real", "w_imag": "A_imag", "L": "l_kernel"}
+
+
+def as_v4(state: State) -> State:
+    """S4 layers of checkpoints of version 3 under the names of version 4, and with its signs and shapes.
+
+    Source: checkpoints/convert_v3_to_v4.py of the repository.
+    """
+    new = {}
+    for key, t in state.items():
+        before, kernel, name = key.rpartition(".layer.kernel.kernel.")
+        if kernel:
+            key = f"{before}.layer.layer.kernel.{V3.get(name, name)}"
+            t = -t if name == "w_imag" else t[:, None] if name == "log_dt" else t
+        elif key.endswith(".layer.D") and not key.endswith(".layer.layer.D"):
+            key = f"{key.removesuffix('D')}layer.D"
+        new[key] = t
+    return new
+
+
+class SashimiLM(ModelSource):
+    """A checkpoint of the training runs, of version 4 or 3: embedding, model and the map to logits.
+
+    The options are those that the shapes of its tensors tell, and ``dt_transform``, which they do not: exp in version 3
+    and in what was ported from it, softplus in the configs of version 4.
+    """
+
+    ignored = frozenset({"dropout", "dropres", "initializer", "residual", "interp", "act_pool", "center_layer"})
+    tokenizer = "mu-law of 8 bits, as of the task audio_tokens"
+    vocab_size: Size = 256
+    d_model: Size = 64
+    n_layers: Size = 8
+    pool: Sequence[Size] = Field(default_factory=lambda: [4, 4])
+    expand: Size = 2
+    ff: float = Field(2.0, gt=0)
+    prenorm: Literal[True] = True
+    transposed: Flag = True
+    mode: Literal["nplr", "diag"] = "nplr"
+    disc: Literal["zoh", "bilinear"] = "zoh"
+    d_state: Size = 64
+    n_ssm: Size | None = None
+    rank: Size = 1
+    dt_transform: Literal["exp", "softplus"] | None = None
+
+    def body(self) -> Trained:
+        """The options of the model without its ends.
+
+        Raises:
+            ValueError: where dt_transform is not said.
+        """
+        if self.dt_transform is None:
+            raise ValueError(
+                "the option 'dt_transform' is missing, which the tensors do not tell: softplus in the configs of "
+                "version 4, exp where it was ported from version 3"
+            )
+        names = ("mode", "disc", "d_state", "n_ssm", "rank", "dt_transform")
+        layer = {"_name_": "s4", **{name: getattr(self, name) for name in names}}
+        shared = {name: getattr(self, name) for name in ("d_model", "n_layers", "expand", "ff", "transposed")}
+        return Trained(**shared, pool=list(self.pool), prenorm=True, norm="layer", layer=layer)
+
+    def spec(self) -> SashimiSpec:
+        body = self.body()
+        norm: Any = {"norm": "scalar_layer", "norm_eps": NO_EPS} if self.transposed else {"norm": "layer"}
+        return SashimiSpec(
+            vocab=self.vocab_size,
+            tied=False,
+            head_bias=True,
+            d_model=self.d_model,
+            layers=self.n_layers,
+            pattern=[body.s4(next(part for part in body.parts() if part.kind == "s4")).ours()],
+            pool=list(self.pool),
+            expand=self.expand,
+            channel=CHANNEL_MIXERS.make("mlp", expand=self.ff, activation="gelu"),
+            final_norm=NORMS.make("layer"),
+            **norm,
+        )
+
+    def names(self) -> Names:
+        body, ours = self.body(), "model.backbone."
+        table: Names = [
+            Name("encoder.0.", "model.embedding."),
+            Name("decoder.0.output_transform.", "model.head."),
+            Name("model.norm.", f"{ours}norm."),
+        ]
+        for part in body.parts():
+            official = f"model.{part.official}"
+            if part.kind in ("down", "up"):
+                table += inside(official, ours + part.ours, body.linear)
+                continue
+            _, level, _, i, _ = part.ours.split(".")
+            if part.kind == "s4":
+                block = [*inside("layer.", "mixer.", body.s4(part).our_names()), Name("norm.norm.", "norm1.")]
+            else:
+                maps = [Name("layer.ff.0.0.", "channel.fc1."), Name("layer.ff.2.", "channel.fc2.")]
+                block = [*maps, Name("norm.norm.", "norm2.")]
+            table += inside(official, f"{ours}levels.{level}.blocks.{int(i) // 2}.", block)
+        return table
+
+    def rename(self, state: State) -> State:
+        return as_v4(state)
+
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        if not {"encoder.0.weight", "decoder.0.output_transform.weight", "model.norm.weight"} <= shapes.keys():
+            return None
+        told = {
+            key: tuple(t.shape)
+            for key, t in as_v4({k: torch.empty(s, device="meta") for k, s in shapes.items()}).items()
+        }
+        layer, feed = "model.c_layers.0.layer.layer.kernel.", "model.c_layers.1.layer.ff.0.0.weight"
+        if f"{layer}A_real" not in told or feed not in told:
+            return None
+        (vocab, D), (S, modes) = told["encoder.0.weight"], told[f"{layer}A_real"]
+        pools = [told[key] for key in sorted(told) if re.fullmatch(r"model\.d_layers\.\d+\.linear\.weight(_v)?", key)]
+        widths = [D, *(wide for wide, _ in pools)]
+        return {
+            "vocab_size": vocab,
+            "d_model": D,
+            "n_layers": sum(key.endswith(".layer.layer.D") for key in told if key.startswith("model.c_layers.")),
+            "pool": [joined // width for (_, joined), width in zip(pools, widths)],  # (wider D, D factor)
+            "expand": widths[1] // D if pools else 1,
+            "ff": told[feed][0] / widths[-1],
+            "transposed": "model.c_layers.0.norm.norm.m" in told,
+            "mode": "nplr" if f"{layer}P" in told else "diag",
+            "d_state": 2 * modes,
+            "n_ssm": None if widths[-1] == S else S,
+            "rank": told.get(f"{layer}P", (1,))[0],
+            **({"dt_transform": "exp"} if told.keys() != shapes.keys() else {}),
+            **config,
+        }
+
+
+SYSTEMS = {"sashimi": System(Standalone), "sashimisrc": System(Trained), "sashimi_lm": System(SashimiLM)}
