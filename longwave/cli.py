@@ -488,7 +488,7 @@ def tokenize(
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="bytes; a tokenizer.json, or a run or folder with one; or how many ids are learned from the text."
+            help="bytes, dna; a tokenizer.json, or a run or folder with one; or how many ids are learned from the text."
         ),
     ] = "bytes",
     field: Annotated[str, typer.Option(help="Of JSON lines and tables, where the text is.")] = "text",
@@ -726,10 +726,10 @@ def doctor() -> None:
 
 def _tokenizer(name: str) -> "Tokenizer":
     """By its name, or of a file, a run, a model or a folder."""
-    from longwave.tokenizer import FILE, find
+    from longwave.tokenizer import FILE, PLAIN, find
     from longwave.train.runs import tokenizer_of
 
-    found = tokenizer_of(Path(name)) if Path(name).is_dir() else find(name)
+    found = tokenizer_of(Path(name)) if name not in PLAIN and Path(name).is_dir() else find(name)
     if found is None:
         raise ValueError(f"{name} has no {FILE}; name one that has it")
     return found

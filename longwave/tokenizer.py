@@ -149,8 +149,9 @@ class Tokenizer:
                 raise ValueError(f"the tokenizers package cannot read this {FILE}: {error}") from error
             package.no_truncation()
             package.no_padding()
+            package.encode_special_tokens = names is False  # now: while a thread encodes it could not be set
             self._package = package
-        if names is not None and self._package.encode_special_tokens == names:
+        elif names is not None and self._package.encode_special_tokens == names:
             self._package.encode_special_tokens = not names
         return self._package
 
