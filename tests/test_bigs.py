@@ -139,7 +139,7 @@ def test_older_and_newer_checkpoints():
         del state[key]
         assert torch.equal(from_official("bigs", case.config, state)(**inputs), expected)
     tied = from_official("bigs", case.config, state)
-    assert tied.model["head"].decoder.weight is tied.model["encoder"].word_embeddings.weight
+    assert tied.model.head.decoder.weight is tied.model.embedding.weight
 
 
 @pytest.mark.parametrize(

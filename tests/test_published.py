@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from official import Case, error, golden, load, series
+from official import Case, drawn, error, golden, load, series
 from torch import Tensor, nn
 
-from longwave.models import LM, generate, save
+from longwave.models import LM, MODEL_SPEC, ClassifierSpec, LMSpec, generate, save
 from longwave.models import load as load_model
-from longwave.official import SYSTEMS, safari_lm
+from longwave.nn import reset
+from longwave.official import SYSTEMS, from_official, safari_lm
 from longwave.official.blocks import ModelSource
+from longwave.official.source import under
 
 LEGACY = Path(__file__).parent / "golden" / "legacy" / "h3lm__off_legacykeys_L20.safetensors"
 MODELS = list(dict.fromkeys(s for system in SYSTEMS.values() for s in system.sources if issubclass(s, ModelSource)))
@@ -242,3 +244,196 @@ def test_labels_of_hyena_dna_of_transformers(tmp_path):
 def from_body(case: Case, ids: Tensor) -> Tensor:
     """What HyenaDNA's body says."""
     return case.module()(ids)
+
+
+# In the place of BERT
+
+
+def normed(s: State, name: str, x: Tensor, eps: float = 1e-12) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], s[f"{name}.weight"], s[f"{name}.bias"], eps)
+
+
+def mapped(s: State, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, s[f"{name}.weight"], s[f"{name}.bias"])
+
+
+def embedded(s: State, prefix: str, ids: Tensor, types: Tensor) -> Tensor:
+    e = under(f"{prefix}embeddings.", s)
+    x = e["word_embeddings.weight"][ids] + e["token_type_embeddings.weight"][types]
+    return normed(e, "LayerNorm", x + e["position_embeddings.weight"][: ids.shape[1]])
+
+
+@pytest.mark.parametrize("told", [True, False])
+@torch.no_grad()
+def test_bigs(told, tmp_path):
+    case = golden("bigs__mlm")
+    state, inputs = case.state(torch.float64), case.inputs(torch.float64)
+    config = {key: value for key, value in case.config.items() if key != "cls"}
+    source = recognised({**config, "model_type": "BiGS", "architectures": ["BiGSForMaskedLM"]} if told else {}, state)
+    model = ordinary(source, state, tmp_path)
+    logits = model(inputs["input_ids"], types=inputs["token_type_ids"])
+    assert error(logits, case.tensors["output64.logits"]) < 1e-9
+    first = torch.zeros_like(inputs["token_type_ids"])
+    assert torch.equal(model(inputs["input_ids"]), model(inputs["input_ids"], types=first))
+    with pytest.raises(ValueError, match="types of tokens are 0 and up"):
+        model(inputs["input_ids"], types=first + 2)
+    assert source.spec().pattern[0].kind == "bigs"
+
+
+@torch.no_grad()
+def test_bigs_over_rows(tmp_path):
+    case = golden("bigs__mlm")
+    ids, types = (case.tensors[f"input.{name}"] for name in ("input_ids", "token_type_ids"))
+    body = {key: t for key, t in case.state(torch.float64).items() if not key.startswith("cls.")}
+    state = {**body, "classifier.weight": series(3, 16), "classifier.bias": series(3)}
+    source = recognised({"model_type": "BiGS", "num_labels": 2}, state)  # as AutoConfig.num_labels never says
+    model, official = ordinary(source, state, tmp_path), source.load(state)
+    mask = torch.ones_like(ids)
+    assert error(model(ids, types=types), official(ids, mask, types)) < 1e-12
+    pooled = model.backbone(model.encoder(ids, types))[0].mean(1)
+    expected = mapped(state, "classifier", mapped(state, "bigs.pooler.dense", pooled).tanh())
+    assert error(model(ids, types=types), expected) < 1e-12
+    mask[:, 15:] = 0
+    assert error(model(ids, mask=mask, types=types), model(ids[:, :15], types=types[:, :15])) < 1e-9
+
+
+M2 = {
+    "vocab_size": 29, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 12, "max_position_embeddings": 24,
+    "long_conv_l_max": 24, "hyena_emb_dim": 5, "hyena_filter_order": 6, "use_positional_encodings": True,
+    "residual_long_conv": True, "use_monarch_mlp": True, "monarch_mlp_nblocks": 4,
+}  # fmt: skip
+
+
+def m2_formula(config: dict, s: State, ids: Tensor, types: Tensor) -> Tensor:
+    """BertModel of M2-BERT; its sequence mixer is tested by itself."""
+    x = embedded(s, "bert.", ids, types)
+    options = {"d_model": 8, "l_max": 24, "bidirectional": True, "hyena_emb_dim": 5, "hyena_filter_order": 6}
+    for i in range(2):
+        layer = under(f"bert.encoder.layer.{i}.", s)
+        residual = {"residual_long_conv": config["residual_long_conv"]}
+        u = from_official("m2", {**options, **residual}, under("attention.", layer))(x=x)
+        maps = {name: layer[f"mlp.{name}.weight"] for name in ("gated_layers", "wo")}
+        up, down = (torch.block_diag(*w) if w.ndim == 3 else w for w in maps.values())
+        gate, value = F.linear(u, up).chunk(2, dim=-1)
+        y = F.linear(F.gelu(gate) * value, down, layer["mlp.wo.bias"])
+        x = normed(layer, "mlp.layernorm", y + u)
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"residual_long_conv": False, "use_monarch_mlp": False, "monarch_mlp_nblocks": 1}],
+    ids=str,
+)
+@torch.no_grad()
+def test_m2_bert(change, tmp_path):
+    config = {**M2, **change}
+    module, state = drawn("m2", config)
+    ids, types = torch.randint(29, (2, 20)), torch.randint(2, (2, 20))
+    x = m2_formula(config, state, ids, types)
+    h = under("cls.predictions.", state)
+    x = normed(h, "transform.LayerNorm", F.gelu(mapped(h, "transform.dense", x)))
+    expected = F.linear(x, state["bert.embeddings.word_embeddings.weight"], h["decoder.bias"])
+    assert error(module(input_ids=ids, token_type_ids=types), expected) < 1e-9
+    run = {f"model.{key}": t for key, t in state.items()}
+    run["model.bert.embeddings.position_ids"] = torch.arange(24)[None]
+    published = {"model_type": "bert", "layer_norm_eps": 1e-12, "use_flash_fft": True, "type_vocab_size": 2}
+    for i, (said, given) in enumerate((({}, state), (published, run))):
+        source = recognised(said, given)
+        model = ordinary(source, given, tmp_path / str(i))
+        assert source.spec() == SYSTEMS["m2"].read(config).spec()
+        assert error(model(ids, types=types), expected) < 1e-9
+    mask = torch.ones_like(ids)
+    mask[:, 15:] = 0
+    assert error(model(ids, types=types, mask=mask)[:, :15], model(ids[:, :15], types=types[:, :15])) < 1e-9
+
+
+@pytest.mark.parametrize("pool_all", [True, False])
+@torch.no_grad()
+def test_m2_bert_over_rows(pool_all, tmp_path):
+    config = {**M2, "cls": "BertForSequenceClassification", "num_labels": 3, "pool_all": pool_all}
+    official, state = drawn("m2", config)
+    ids, types = torch.randint(29, (2, 20)), torch.randint(2, (2, 20))
+    x = m2_formula(config, state, ids, types)
+    pooled = mapped(state, "bert.pooler.dense", x.mean(1) if pool_all else x[:, 0]).tanh()
+    expected = mapped(state, "classifier", pooled)
+    assert error(official(ids, None, types), expected) < 1e-9
+    model = ordinary(recognised({"pool_all": pool_all}, state), state, tmp_path)
+    assert error(model(ids, types=types), expected) < 1e-9
+
+
+def test_size_of_m2_bert():
+    """80M, of which the name speaks."""
+    sizes = {"vocab_size": 30528, "use_positional_encodings": True, "residual_long_conv": True, "use_monarch_mlp": True}
+    source = SYSTEMS["m2"].read({**sizes, "hyena_filter_order": 128, "long_conv_l_max": 128})
+    with torch.device("meta"):
+        assert sum(p.numel() for p in source.spec().build().parameters()) == 80_549_952
+
+
+def test_what_m2_bert_may_not_be_is_named():
+    for change, word in (
+        ({"use_glu_mlp": False}, "use_glu_mlp = False"),
+        ({"bidirectional": False}, "bidirectional = False"),
+        ({"hyena_training_additions": True}, "hyena_training_additions = True"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            from_official("m2", {**M2, **change}, {})
+
+
+# The parts of specs that they need
+
+
+@torch.no_grad()
+def test_parts_of_specs(tmp_path):
+    norm = {"kind": "layer", "eps": 1e-3}
+    spec = MODEL_SPEC.validate_python(
+        {
+            "kind": "masked_lm", "d_model": 8, "vocab": 13, "types": 2, "pattern": ["bigs"], "layers": 2,
+            "positions": {"kind": "learned_positions", "max_len": 16}, "first_norm": norm, "final_norm": "none",
+            "block": "one_norm", "channel": {"kind": "blockdiag_glu", "expand": 2, "blocks": 2},
+            "head": {"kind": "bert", "norm_eps": 0.1, "activation": "relu"},
+        }
+    )  # fmt: skip
+    with torch.device("meta"):
+        ghost = spec.build()
+    model = reset(ghost.to_empty(device="cpu")).double()
+    assert model.embedding.types.weight.std() < 1
+    assert 0.2 < model(torch.zeros(1, 5, dtype=torch.int64)).std() < 5
+    save(tmp_path, model, spec)
+    again, read = load_model(tmp_path)
+    assert read == spec
+    ids, types = torch.randint(13, (2, 9)), torch.randint(2, (2, 9))
+    x = model.embedding.weight[ids] + model.embedding.types.weight[types] + model.backbone.positions.weight[:9]
+    x = F.layer_norm(x, (8,), *model.backbone.first_norm.parameters(), eps=1e-3)
+    for layer in model.backbone.layers:
+        u, _ = layer.mixer(x)
+        x = layer.norm2(u + layer.channel(u))
+    head = model.head
+    x = F.layer_norm(head.dense(x).relu(), (8,), *head.norm.parameters(), eps=0.1)
+    expected = F.linear(x, model.embedding.weight, head.decoder.bias)
+    assert error(again(ids, types=types), expected) < 1e-12
+
+
+def test_parts_that_do_not_fit_are_named():
+    fields = {"d_model": 8, "pattern": ["s4d"]}
+    with pytest.raises(ValueError, match="one norm has it behind its channel mixer"):
+        LMSpec(vocab=5, block="one_norm", channel=None, **fields).build()
+    with pytest.raises(ValueError, match="of real inputs has no types of tokens; got types = 2"):
+        ClassifierSpec(classes=2, features=3, types=2, **fields).build()
+    with pytest.raises(ValueError, match="blocks >= 1; got"):
+        LMSpec(vocab=5, channel={"kind": "blockdiag_glu", "blocks": 0}, **fields).build()
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    model = ClassifierSpec(classes=2, vocab=5, head="tanh", **fields).build()
+    with pytest.raises(ValueError, match="this model has no types of tokens"):
+        model(ids, types=ids)
+    with pytest.raises(ValueError, match=r"token ids lie in 0\.\.4; got 7"):
+        model(ids + 7)
+
+
+@torch.no_grad()
+def test_a_language_model_with_a_first_norm_goes_on():
+    first = {"kind": "rms"}
+    spec = LMSpec(vocab=30, d_model=8, pattern=["s4d"], layers=2, first_norm=first, final_norm="none", block="one_norm")
+    model = spec.build().double().eval()
+    ids = torch.randint(30, (2, 11))
+    goes_on(model, ids, model(ids)[0])

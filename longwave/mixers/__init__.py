@@ -22,6 +22,7 @@ from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.mega import Mega, MegaTwoSided
 from longwave.mixers.mlstm import MLSTM
+from longwave.mixers.monarch_mixer import MonarchMixer
 from longwave.mixers.positions import LearnedPositions, SinusoidalPositions
 from longwave.mixers.retnet import RetNet
 from longwave.mixers.rg_lru import RGLRU
@@ -73,6 +74,7 @@ __all__ = [
     "MegaTwoSided",
     "Mixer",
     "MixerSpec",
+    "MonarchMixer",
     "RWKV4Channel",
     "RetNet",
     "S4NDMixer",

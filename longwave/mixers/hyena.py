@@ -2,7 +2,7 @@
 
 Source: Poli et al. (2023) "Hyena Hierarchy", arXiv:2302.10866, definition 3.1 and algorithm 3. Parameter names are
 those of the authors' HyenaOperator (github.com/HazyResearch/safari). The two-sided one is the sequence mixer of Fu et
-al. (2023) "Monarch Mixer", arXiv:2310.12109, sec. 4 and app. (M2-BERT).
+al. (2023) "Monarch Mixer", arXiv:2310.12109, sec. 4 and app., without its second convolutions.
 """
 
 from collections.abc import Iterator
@@ -57,10 +57,10 @@ class HyenaGates(Mixer):
 
 
 class HyenaLayer(HyenaGates):
-    """What the two layers with implicit filters share.
+    """What the layers with implicit filters share.
 
     Attributes:
-        filters: names of the implicit filters; the first has the weights of the present input too.
+        filters: names of the implicit filters; those that look back have the weights of the present input too.
     """
 
     filters: ClassVar[tuple[str, ...]]
@@ -94,7 +94,7 @@ class HyenaLayer(HyenaGates):
                 slowest=slowest,
                 fastest=fastest,
                 shift=shift,
-                skip=name == self.filters[0],
+                skip=not name.endswith("_ahead"),
             )
             self.register_module(name, filter)
 

@@ -4,6 +4,7 @@ from longwave.models.autoencoder import Autoencoder
 from longwave.models.backbone import Backbone, BackboneState, Block, ParallelBlock
 from longwave.models.classifier import Classifier, PairClassifier
 from longwave.models.distill import Distilled, distill
+from longwave.models.embedding import TypedEmbedding
 from longwave.models.generate import Sampling, Stream, generate, stream
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM, MaskedLMHead
@@ -54,6 +55,7 @@ __all__ = [
     "SashimiSpec",
     "SashimiState",
     "Stream",
+    "TypedEmbedding",
     "distill",
     "generate",
     "load",

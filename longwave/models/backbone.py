@@ -71,6 +71,37 @@ class ParallelBlock(Branches):
         return x + self.dropped(y), state
 
 
+class OneNormBlock(Branches):
+    """norm2(u + channel u),  u = mixer x.  Source: Fu et al. (2023) "Monarch Mixer", arXiv:2310.12109, in the authors'
+    code (M2-BERT), whose mixer has a convolution of x in it in the place of a residual; see :class:`Branches`.
+
+    Raises:
+        ValueError: where there is no channel mixer.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        norm: Callable[[int], nn.Module] = RMSNorm,
+        channel: Callable[[int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__(mixer, norm, channel, dropout)
+        if channel is None:
+            raise ValueError("a block of one norm has it behind its channel mixer; give one")
+        self.norm1 = nn.Identity()
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Any]:
+        """As :class:`Block`."""
+        dtype = dtype or x.dtype
+        u, state = self.mixer(x.to(dtype), state, mask=mask)
+        assert self.channel is not None
+        assert self.norm2 is not None
+        return self.norm2(u + self.dropped(self.channel(u))).to(x.dtype), state
+
+
 class BackboneState(NamedTuple):
     layers: tuple[Any, ...]  # one mixer state a layer
     positions: Any = ()  # of the positions, where there are any
@@ -88,6 +119,7 @@ class Backbone(nn.Module):
         block: which kind of block.
         positions: a mixer that x passes before the first block, such as
             :class:`longwave.mixers.LearnedPositions`.
+        first_norm: before the first block, behind positions; None for none.
         final_norm: behind the last block; None for one like the others.
     Raises:
         ValueError: where there is no mixer, or their widths differ.
@@ -101,6 +133,7 @@ class Backbone(nn.Module):
         dropout: float = 0.0,
         block: type[Branches] = Block,
         positions: Mixer | None = None,
+        first_norm: nn.Module | None = None,
         final_norm: nn.Module | None = None,
     ):
         super().__init__()
@@ -108,7 +141,7 @@ class Backbone(nn.Module):
         if len(widths) != 1:
             raise ValueError(f"a backbone needs mixers of one d_model; got {sorted(widths) or 'no mixer'}")
         self.d_model = widths.pop()
-        self.positions = positions
+        self.positions, self.first_norm = positions, first_norm
         self.layers = nn.ModuleList(block(mixer, norm, channel, dropout) for mixer in mixers)
         self.norm = norm(self.d_model) if final_norm is None else final_norm
 
@@ -132,6 +165,8 @@ class Backbone(nn.Module):
         placed: Any = ()
         if self.positions is not None:
             x, placed = self.positions(x, None if state is None else state.positions, mask=mask)
+        if self.first_norm is not None:
+            x = self.first_norm(x.to(dtype)).to(x.dtype)
         new = []
         for layer, s in zip(self.layers, states, strict=True):
             x, s = layer(x, s, mask=mask, dtype=dtype)

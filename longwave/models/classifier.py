@@ -19,7 +19,7 @@ class Classifier(Pooled):
     Args:
         backbone: the blocks.
         classes: number of labels.
-        vocab, features, pooling, complement: see :class:`longwave.models.pooling.Pooled`.
+        vocab, features, pooling, complement, types: see :class:`longwave.models.pooling.Pooled`.
         head: makes what comes then, of D and classes.
     Raises:
         ValueError: as there.
@@ -34,18 +34,27 @@ class Classifier(Pooled):
         features: int | None = None,
         pooling: Pooling = "mean",
         complement: Sequence[int] | None = None,
+        types: int | None = None,
         head: Callable[[int, int], nn.Module] = nn.Linear,
     ):
-        super().__init__("a classifier", backbone, vocab, features, pooling, complement)
+        super().__init__("a classifier", backbone, vocab, features, pooling, complement, types)
         self.head = head(backbone.d_model, classes)
 
-    def forward(self, x: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        types: Tensor | None = None,
+    ) -> Tensor:
         """Logits over the labels.
 
         Args:
             x: (B, L) int64 ids or (B, L, features).
             lengths: (B,) int64 >= 1, how many steps of each row are real, counted from its start.
             mask: (B, L) bool or integers 0 and 1, True = real, instead of lengths; at least one a row.
+            types: (B, L) int64, of a model that has types of tokens; None is the first.
         Returns:
             logits: (B, classes).
         Raises:
@@ -55,7 +64,7 @@ class Classifier(Pooled):
             if mask is not None:
                 raise ValueError("give either lengths or mask, not both")
             mask = mask_of(lengths, x.shape[1])
-        return self.head(self.pooled(x, mask))
+        return self.head(self.pooled(x, mask, types))
 
     def score(self, x: Tensor, targets: Tensor, mask: Tensor | None = None) -> Score:
         """Cross entropy (natural log) summed over the labels targets (B,) that are not -100, with gradient."""

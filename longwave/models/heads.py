@@ -1,10 +1,11 @@
-"""Heads: from what a backbone made of a row to logits over its labels."""
+"""Heads as data: from what a backbone made to logits, over the labels of a row or the ids of a token."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
+from longwave.models.masked_lm import MaskedLMHead
 from longwave.spec import Parts, PartSpec
 
 
@@ -43,7 +44,7 @@ class TanhHead(nn.Module):
 class HeadSpec(PartSpec):
     """A head as data."""
 
-    def build(self, d_model: int, classes: int) -> nn.Module:
+    def build(self, d_model: int, classes: int) -> Any:
         """The module, freshly drawn."""
         return self._built(d_model, classes)
 
@@ -51,4 +52,8 @@ class HeadSpec(PartSpec):
 HEADS: Parts[nn.Module, HeadSpec] = Parts(
     "head", HeadSpec, given=("d_model", "classes"), classes={"linear": LinearHead, "tanh": TanhHead}, of=nn.Module
 )
+TOKEN_HEADS: Parts[MaskedLMHead, HeadSpec] = Parts(
+    "head", HeadSpec, given=("d_model", "vocab"), classes={"bert": MaskedLMHead}, of=MaskedLMHead
+)
 AnyHead = Annotated[SerializeAsAny[HeadSpec], BeforeValidator(HEADS.field)]
+AnyTokenHead = Annotated[SerializeAsAny[HeadSpec], BeforeValidator(TOKEN_HEADS.field)]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from longwave.mixers import Mixer
 from longwave.models.backbone import Backbone, BackboneState
+from longwave.models.embedding import draw_tokens, embed
 from longwave.models.sashimi import Sashimi, SashimiRows, SashimiState
 from longwave.models.score import score_tokens
 from longwave.nn.padding import last_real, take_steps
@@ -13,31 +14,6 @@ from longwave.tasks.base import Score
 ModelState = BackboneState | SashimiState | SashimiRows
 
 LOGITS_AT_ONCE = 2**22  # elements; of a long sequence, logits exist for as many tokens as this allows
-
-
-@torch.no_grad()
-def draw_tokens(embedding: nn.Embedding, head: nn.Linear, tied: bool) -> None:
-    """Logits start with unit variance; so do embeddings where they may, or the blocks would drown the tokens."""
-    std = embedding.embedding_dim**-0.5
-    if tied:
-        head.weight = embedding.weight  # again: leaving the meta device has parted them
-    else:
-        head.weight.normal_(std=std)
-    embedding.weight.normal_(std=std if tied else 1.0)
-
-
-def embed(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    """embedding(ids), (..., L) -> (..., L, D).
-
-    Raises:
-        ValueError: for an id outside the vocabulary, on a CPU; a GPU would have to be waited for to know.
-    """
-    try:
-        return embedding(ids)
-    except IndexError:
-        V = embedding.num_embeddings
-        wrong = ids[(ids < 0) | (ids >= V)][0].item()
-        raise ValueError(f"token ids lie in 0..{V - 1}; got {wrong}: take a vocab above it, or other ids") from None
 
 
 class LM(nn.Module):

@@ -9,28 +9,34 @@ from torch import Tensor, nn
 from longwave.errors import choose
 from longwave.mixers.base import as_mask, zero_padding
 from longwave.models.backbone import Backbone
-from longwave.models.lm import embed
+from longwave.models.embedding import embed, make_embedding
 from longwave.models.sashimi import Sashimi
 from longwave.nn.padding import last_real, take_steps
 
 Pooling = Literal["mean", "last", "first"]
 
 
-def make_encoder(what: str, d_model: int, vocab: int | None, features: int | None) -> nn.Embedding | nn.Linear:
-    """An embedding of so many ids, or a linear map of real inputs of so many features.
+def make_encoder(
+    what: str, d_model: int, vocab: int | None, features: int | None, types: int | None = None
+) -> nn.Embedding | nn.Linear:
+    """An embedding of so many ids (and types), or a linear map of real inputs of so many features.
 
     Raises:
-        ValueError: unless exactly one of them is given.
+        ValueError: unless exactly one of them is given, or for types of real inputs.
     """
     if (vocab is None) == (features is None):
         raise ValueError(f"{what} takes either vocab or features; got vocab = {vocab}, features = {features}")
-    return nn.Embedding(vocab, d_model) if vocab is not None else nn.Linear(features or 0, d_model)
+    if vocab is None and types is not None:
+        raise ValueError(f"{what} of real inputs has no types of tokens; got types = {types}")
+    return make_embedding(vocab, d_model, types) if vocab is not None else nn.Linear(features or 0, d_model)
 
 
-def encode(encoder: nn.Module, backbone: Backbone | Sashimi, x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (B, L) int64 ids or (B, L, features), mask (B, L) or None -> (B, L, D)."""
+def encode(
+    encoder: nn.Module, backbone: Backbone | Sashimi, x: Tensor, mask: Tensor | None, types: Tensor | None = None
+) -> Tensor:
+    """x (B, L) int64 ids, with types of tokens or without, or (B, L, features), mask (B, L) or None -> (B, L, D)."""
     if isinstance(encoder, nn.Embedding):
-        u = embed(encoder, x)
+        u = embed(encoder, x, types)
     else:
         u = encoder(zero_padding(x, None if mask is None else as_mask(mask, x)))
     return backbone(u, mask=mask)[0]
@@ -61,6 +67,7 @@ class Pooled(nn.Module):
         features: width of real inputs, where vocab is None.
         pooling: mean over the real tokens, the last of them, or the first.
         complement: what each id is on the other strand, such as [3, 2, 1, 0, 4] of A C G T N; None reads one strand.
+        types: how many types of tokens there are, see :class:`longwave.models.TypedEmbedding`; None for none.
     Raises:
         ValueError: for an unknown pooling, a complement that does not give back each id, or unless exactly one of vocab
             and features is given.
@@ -76,10 +83,11 @@ class Pooled(nn.Module):
         features: int | None,
         pooling: Pooling,
         complement: Sequence[int] | None = None,
+        types: int | None = None,
     ):
         super().__init__()
         choose("pooling", pooling, dict.fromkeys(get_args(Pooling)))
-        self.encoder = make_encoder(what, backbone.d_model, vocab, features)
+        self.encoder = make_encoder(what, backbone.d_model, vocab, features, types)
         self.backbone, self.pooling = backbone, pooling
         ids = range(vocab or 0)
         if complement is not None and (
@@ -91,13 +99,16 @@ class Pooled(nn.Module):
             )
         self.register_buffer("complement", None if complement is None else torch.tensor(complement))
 
-    def pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L) int64 ids or (B, L, features), mask (B, L), True = real, at least one a row, or None -> (B, D)."""
+    def pooled(self, x: Tensor, mask: Tensor | None, types: Tensor | None = None) -> Tensor:
+        """x (B, L) int64 ids or (B, L, features), mask (B, L), True = real, at least one a row, or None, and types of
+        tokens (B, L) int64 where there are any -> (B, D)."""
         if self.complement is None:
-            return pool(encode(self.encoder, self.backbone, x, mask), mask, self.pooling)
+            return pool(encode(self.encoder, self.backbone, x, mask, types), mask, self.pooling)
+        types = None if types is None else torch.cat([types, types.flip(1)])
         other = self.complement[x.clamp(0, len(self.complement) - 1)].flip(1)  # ids out of range are refused as x
         x, mask = torch.cat([x, other]), None if mask is None else torch.cat([mask, mask.flip(1)])
-        return pool(encode(self.encoder, self.backbone, x, mask), mask, self.pooling).unflatten(0, (2, -1)).mean(0)
+        both = pool(encode(self.encoder, self.backbone, x, mask, types), mask, self.pooling)
+        return both.unflatten(0, (2, -1)).mean(0)
 
 
 def mask_of(lengths: Tensor, length: int) -> Tensor:

@@ -9,15 +9,15 @@ from torch import nn
 
 from longwave.mixers import MIXERS, AnyMixer, Mixer
 from longwave.models.autoencoder import Autoencoder
-from longwave.models.backbone import Backbone, Block, Branches, ParallelBlock
+from longwave.models.backbone import Backbone, Block, Branches, OneNormBlock, ParallelBlock
 from longwave.models.classifier import Classifier, PairClassifier
-from longwave.models.heads import HEADS, AnyHead
+from longwave.models.heads import HEADS, TOKEN_HEADS, AnyHead, AnyTokenHead
 from longwave.models.lm import LM
 from longwave.models.masked_lm import MaskedLM
 from longwave.models.pooling import Pooling
 from longwave.models.regressor import Forecaster, Regressor
 from longwave.models.sashimi import Level, Sashimi
-from longwave.nn import GLU, MLP, NORMS, AnyNorm, SwiGLU
+from longwave.nn import GLU, MLP, NORMS, AnyNorm, BlockdiagGLU, SwiGLU
 from longwave.spec import Parts, PartSpec, Spec, read_kind
 from longwave.tasks.base import Task
 from longwave.tasks.forms import Future, Label, Pair, Recovered, Targets, Tokens, Values
@@ -32,7 +32,11 @@ class ChannelSpec(PartSpec):
 
 
 CHANNEL_MIXERS: Parts[nn.Module, ChannelSpec] = Parts(
-    "channel mixer", ChannelSpec, given=("d_model",), classes={"swiglu": SwiGLU, "glu": GLU, "mlp": MLP}, of=nn.Module
+    "channel mixer",
+    ChannelSpec,
+    given=("d_model",),
+    classes={"swiglu": SwiGLU, "glu": GLU, "mlp": MLP, "blockdiag_glu": BlockdiagGLU},
+    of=nn.Module,
 )
 AnyChannelMixer = Annotated[SerializeAsAny[ChannelSpec], BeforeValidator(CHANNEL_MIXERS.field)]
 
@@ -46,7 +50,7 @@ SIZES = {  # what a model may leave open: a task has them by the same names
 }
 
 
-BLOCKS: dict[str, type[Branches]] = {"sequential": Block, "parallel": ParallelBlock}
+BLOCKS: dict[str, type[Branches]] = {"sequential": Block, "parallel": ParallelBlock, "one_norm": OneNormBlock}
 
 
 class BackboneSpec(Spec):
@@ -58,11 +62,12 @@ class BackboneSpec(Spec):
             mixer's defaults, where it needs no option.
         layers: how many, at most 4,096; default one turn of the pattern.
         channel: channel mixer of every block, or null.
-        block: sequential, x + mixer(norm x) and then x + channel(norm x); or parallel, x + mixer(norm x) +
-            channel(norm x).
+        block: sequential, x + mixer(norm x) and then x + channel(norm x); parallel, x + mixer(norm x) +
+            channel(norm x); or one_norm, norm(u + channel u) with u = mixer x, for a mixer that passes x on itself.
         positions: a mixer that the inputs pass before the first block, such as learned_positions; or null.
         norm: rms | layer | offset_rms, whose weights are differences from 1 | scalar_layer, with one weight for all.
         norm_eps: its epsilon.
+        first_norm: one before the first block, behind positions; or null.
         final_norm: the one behind the last block; default as the others.
         dropout: probability on both branches of a block, in [0, 1).
     """
@@ -75,10 +80,11 @@ class BackboneSpec(Spec):
     pattern: list[AnyMixer] = Field(min_length=1)
     layers: int | None = Field(None, ge=1, le=4096)
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("swiglu")
-    block: Literal["sequential", "parallel"] = "sequential"
+    block: Literal["sequential", "parallel", "one_norm"] = "sequential"
     positions: AnyMixer | None = None
     norm: Norm = "rms"
     norm_eps: float = Field(1e-5, gt=0)
+    first_norm: AnyNorm | None = None
     final_norm: AnyNorm | None = None
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -127,7 +133,8 @@ class BackboneSpec(Spec):
         """The blocks, freshly drawn."""
         positions = None if self.positions is None else self.positions.build(self.d_model)
         parts = self._norm(), self._channel(), self.dropout
-        return Backbone(self._mixers(self.d_model), *parts, BLOCKS[self.block], positions, self._final_norm())
+        first = None if self.first_norm is None else self.first_norm.build(self.d_model)
+        return Backbone(self._mixers(self.d_model), *parts, BLOCKS[self.block], positions, first, self._final_norm())
 
     def _mixers(self, d_model: int) -> list[Mixer]:
         assert self.layers is not None
@@ -194,7 +201,7 @@ class SashimiSpec(NextTokenSpec):
     Fields, where they differ from those of a stack:
         d_model: width at the full sampling rate.
         pattern, layers: of every level.
-        block, positions: sequential and null: its levels are of different rates.
+        block, positions, first_norm: sequential, null and null: its levels are of different rates.
         pool: by what factors the rate is divided, from the full rate down.
         expand: by what factor the width grows at every pool.
     """
@@ -205,6 +212,7 @@ class SashimiSpec(NextTokenSpec):
     layers: int | None = Field(8, ge=1, le=4096)
     block: Literal["sequential"] = "sequential"
     positions: None = None
+    first_norm: None = None
     channel: AnyChannelMixer | None = CHANNEL_MIXERS.make("mlp", expand=2.0)
     norm: Norm = "layer"
     pool: list[Annotated[int, Field(ge=1)]] = Field([4, 4])
@@ -219,9 +227,16 @@ class SashimiSpec(NextTokenSpec):
 
 
 class MaskedLMSpec(LanguageSpec):
-    """A masked language model, see :class:`longwave.models.MaskedLM`."""
+    """A masked language model, see :class:`longwave.models.MaskedLM`.
+
+    Fields, besides those of what tells tokens:
+        types: how many types of tokens there are, such as of which of two sentences they are; or null.
+        head: from what the backbone made of a token to logits.
+    """
 
     kind: Literal["masked_lm"] = "masked_lm"
+    types: int | None = Field(None, ge=1)
+    head: AnyTokenHead = TOKEN_HEADS.make("bert")
 
     @classmethod
     def serves(cls, task: Task) -> bool:
@@ -239,7 +254,7 @@ class MaskedLMSpec(LanguageSpec):
 
     def build(self) -> MaskedLM:
         """The model, freshly drawn."""
-        return MaskedLM(self.build_backbone(), self.known("vocab"), self.tied)
+        return MaskedLM(self.build_backbone(), self.known("vocab"), self.tied, self.types, self.head.build)
 
 
 class EncodedSpec(BackboneSpec):
@@ -276,17 +291,20 @@ class ClassifierSpec(PooledSpec):
 
     Fields, besides those of what pools:
         classes: how many labels there are; in a recipe default the task's.
+        types: how many types of tokens there are, such as of which of two sentences they are; or null.
         head: from what is pooled to logits.
     """
 
     tells = Label
     kind: Literal["classifier"] = "classifier"
     classes: int | None = Field(None, ge=1)
+    types: int | None = Field(None, ge=1)
     head: AnyHead = HEADS.make("linear")
 
     def build(self) -> Classifier:
         """The model, freshly drawn."""
-        return Classifier(self.build_backbone(), self.known("classes"), head=self.head.build, **self._options())
+        more = {"types": self.types, "head": self.head.build, **self._options()}
+        return Classifier(self.build_backbone(), self.known("classes"), **more)
 
 
 class PairClassifierSpec(PooledSpec):

@@ -1,7 +1,7 @@
 """Modules without a policy on time: filters, the long convolution that carries state, channel mixers, positions."""
 
 from longwave.nn.block_fft import BlockFFT, MonarchFFT, block_fft, fourier_factors, monarch_fft, monarch_sizes
-from longwave.nn.channel import GLU, MLP, OutputGLU, OutputLinear, SwiGLU
+from longwave.nn.channel import GLU, MLP, BlockdiagGLU, OutputGLU, OutputLinear, SwiGLU
 from longwave.nn.dense_conv import dense_conv
 from longwave.nn.driven_states import C_INITS, DrivenStates
 from longwave.nn.filters import (
@@ -67,6 +67,7 @@ __all__ = [
     "AnyNorm",
     "AnyPositions",
     "BlockFFT",
+    "BlockdiagGLU",
     "BlockdiagLinear",
     "ButterflyLinear",
     "CKConvFilter",

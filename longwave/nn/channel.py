@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.errors import choose
+from longwave.nn.monarch import BlockdiagLinear
 from longwave.ops import swiglu
 
 
@@ -65,6 +66,32 @@ class GLU(nn.Module):
         self.activation = choose("activation", activation, {k: f for k, f in ACTIVATIONS.items() if k != "silu"})
         hidden = hidden_width(expand, d_model)
         self.up, self.down = nn.Linear(d_model, 2 * hidden, bias=bias), nn.Linear(hidden, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * value)
+
+
+class BlockdiagGLU(nn.Module):
+    """down(activation(gate x) * up x), both maps block-diagonal: the channel mixer of M2-BERT.
+
+    Source: Fu et al. (2023) "Monarch Mixer", arXiv:2310.12109, sec. 4 and app., in the authors' code.
+
+    Args:
+        d_model: D.
+        expand: hidden width over D, > 0.
+        blocks: of each map; 1 is dense.
+        activation: of the gate, see :class:`MLP`.
+    Raises:
+        ValueError: for another activation, expand <= 0 or blocks < 1.
+    """
+
+    def __init__(self, d_model: int, expand: float = 4.0, blocks: int = 4, activation: str = "gelu"):
+        super().__init__()
+        self.activation = choose("activation", activation, ACTIVATIONS)
+        hidden = hidden_width(expand, d_model)
+        self.up = BlockdiagLinear(d_model, 2 * hidden, blocks, bias=False)
+        self.down = BlockdiagLinear(hidden, d_model, blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(x).chunk(2, dim=-1)

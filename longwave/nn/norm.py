@@ -130,6 +130,17 @@ class ScaleNorm(nn.Module):
         return self.scalar * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
+class NoNorm(nn.Identity):
+    """x as it is.
+
+    Args:
+        d_model: D, which does not matter.
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+
+
 class NormSpec(PartSpec):
     """A norm as data."""
 
@@ -149,6 +160,7 @@ NORMS: Parts[nn.Module, NormSpec] = Parts(
         "scalar_layer": ScalarLayerNorm,
         "offset_rms": OffsetRMSNorm,
         "plain_rms": PlainRMSNorm,
+        "none": NoNorm,
     },
 )
 AnyNorm = Annotated[SerializeAsAny[NormSpec], BeforeValidator(NORMS.field)]

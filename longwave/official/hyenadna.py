@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longwave.models.heads import HEADS
 from longwave.models.spec import AnyModel, ClassifierSpec, LMSpec
+from longwave.nn import NORMS
 from longwave.official.blocks import Call, ModelSource, logits
 from longwave.official.safari_hyena import StandaloneHyena
 from longwave.official.safari_lm import CHARACTERS, WORDS, Layer, LMBackbone, described, released, today
@@ -122,10 +123,6 @@ class HuggingFaceHyenaDNA(ModelSource):
 
     def authors(self) -> HyenaDNAModel:
         """The same by the authors' own options."""
-        if self.layer_norm_epsilon != 1e-5:
-            raise ValueError(
-                f"layer_norm_epsilon = {self.layer_norm_epsilon} is not carried over; the official blocks have 1e-5"
-            )
         layer = {
             "l_max": self.max_seq_len,
             "emb_dim": self.emb_dim,
@@ -138,7 +135,8 @@ class HuggingFaceHyenaDNA(ModelSource):
 
     def spec(self) -> AnyModel:
         authors = self.authors()
-        fields = {"pattern": authors.pattern(), **authors.parts()}
+        final = NORMS.make("layer", eps=self.layer_norm_epsilon)  # the others have 1e-5 whatever the option says
+        fields = {"pattern": authors.pattern(), "final_norm": final, **authors.parts()}
         if self.num_labels is None:
             return LMSpec(tied=self.tie_word_embeddings, **fields)
         head = HEADS.make("linear", bias=False)
