@@ -321,8 +321,9 @@ def generate(
     words = tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer)
     if words is None:
         on = "" if recipe is None else f", and was trained on {recipe.task.kind}"
-        raise ValueError(f"{run} has no {FILE}{on}: say what its {model.vocab:,} ids stand for by --tokenizer: "
-                         "bytes, dna, a tokenizer.json or a folder with one")  # fmt: skip
+        where = f"bytes, dna, a {FILE}, a folder with one or OWNER/NAME on the Hub; or copy one into it"
+        ids = f"say what its {model.vocab:,} ids stand for by --tokenizer"
+        raise ValueError(f"{run} has no {FILE}{on}: {ids}: {where}")
     words.check_fits(model.vocab, str(run))
     if prompt is None and from_state is None and sys.stdin.isatty():
         _note("type the text to go on from, then Enter and Ctrl-D")
@@ -488,7 +489,8 @@ def tokenize(
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="bytes, dna; a tokenizer.json, or a run or folder with one; or how many ids are learned from the text."
+            help="bytes, dna; a tokenizer.json, a run or folder with one, OWNER/NAME on the Hub; or how many ids are "
+            "learned from the text."
         ),
     ] = "bytes",
     field: Annotated[str, typer.Option(help="Of JSON lines and tables, where the text is.")] = "text",

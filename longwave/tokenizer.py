@@ -262,7 +262,7 @@ PLAIN: dict[str, Callable[[], Tokenizer]] = {"bytes": plain_bytes, "dna": dna}
 
 
 def find(name: str | Path) -> Tokenizer:
-    """The tokenizer of a file or of the folder that has one; "bytes" or "dna".
+    """The tokenizer of a file, of a folder that has one, or of a repository OWNER/NAME of the Hub; "bytes" or "dna".
 
     Raises:
         ValueError: where there is none.
@@ -271,6 +271,8 @@ def find(name: str | Path) -> Tokenizer:
         return PLAIN[str(name)]()
     path = Path(name).expanduser()
     file = path / FILE if path.is_dir() else path
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        file = _from_hub(str(name))
     if not file.is_file():
         made = ", ".join(other for other in OTHERS if (path / other).is_file())
         how = f"; transformers makes one of {made}: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
@@ -280,6 +282,17 @@ def find(name: str | Path) -> Tokenizer:
         return Tokenizer(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _from_hub(name: str) -> Path:
+    hub = required("huggingface_hub", "hf")
+    try:
+        return Path(hub.hf_hub_download(name, FILE))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"there is no file {name}, nor a {FILE} of it that the Hub or its cache gives: {why}"
+        ) from None
 
 
 def learn(texts: Iterable[str], vocab: int) -> Tokenizer:

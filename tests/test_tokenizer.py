@@ -9,13 +9,15 @@ import shutil
 import pytest
 import tokenizers
 import torch
+from official import golden
 from transformers import PreTrainedTokenizerFast
 
 from longwave import models, tokenizer
 from longwave.models import LMSpec
+from longwave.official.hyenadna import TOKENIZER
 from longwave.tasks import corpus
 from longwave.tasks.text import BOOKS
-from longwave.tokenizer import END, LETTERS, MASK, Decoder, Tokenizer, characters, dna, find, learn, plain_bytes
+from longwave.tokenizer import END, MASK, Decoder, Tokenizer, characters, dna, find, learn, plain_bytes
 
 TEXTS = [
     "Emma Woodhouse, handsome, clever, and rich,",
@@ -75,14 +77,13 @@ def unigram():
     return Tokenizer(made.to_str())
 
 
-HYENADNA = ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *LETTERS]  # as it is published
 PLAIN = {
     "bytes": plain_bytes(),
     "bytes with an end": plain_bytes(END),
     "bytes with a mask": plain_bytes(MASK),
     "dna": dna(),
     "dna with an end": dna().with_end(),
-    "hyenadna": dna(HYENADNA),
+    "hyenadna": TOKENIZER,
     "protein": characters("ACDEFGHIKLMNPQRSTVWY", {}),
 }
 OTHER = {
@@ -137,7 +138,7 @@ def test_nothing_is_cut_to_the_length_that_a_file_says():
 def test_letters_of_dna():
     ids = dna().encode(["ACGTNacgtn UuRyK\n"])[0].tolist()
     assert dna().decode(ids) == "ACGTNACGTNTTNNN"
-    assert ids == dna(HYENADNA).encode(["ACGTNacgtnUuRyK"])[0].__sub__(7).tolist()
+    assert ids == TOKENIZER.encode(["ACGTNacgtnUuRyK"])[0].__sub__(7).tolist()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -460,3 +461,32 @@ def test_a_task_whose_tokenizer_does_not_fit_is_named_before_it_is_trained_on(ca
     code, out, _ = call("check", "own.py:Own")
     assert code == 1
     assert words.format("task") in out
+
+
+def test_a_tokenizer_of_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "tokenizer.json").write_text(OTHER["unigram"].text)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: f"{tmp_path}/{file}")
+    assert find("owner/name").text == OTHER["unigram"].text
+
+    def offline(name, file):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match=r"no file owner/name, nor a tokenizer.json of it that .* gives: no network$"):
+        find("owner/name")
+
+
+def test_hyena_dna_is_imported_with_its_letters(call, tmp_path):
+    """The words of its ids are no file of the release, and known."""
+    torch.save({"state_dict": golden("hyenadna__lm_hidden_L64").state(torch.float32)}, tmp_path / "weights.ckpt")
+    code, out, err = call("import", tmp_path / "weights.ckpt", "--to", tmp_path / "dna")
+    assert code == 0, err
+    assert "tokenizer" not in out
+    made = models.tokenizer(tmp_path / "dna")
+    assert made.text == TOKENIZER.text
+    assert made.prompt(b"ACGTN[SEP]") == [7, 8, 9, 10, 11, 1]
+    code, out, err = call("generate", tmp_path / "dna", "--prompt", "ACGT", "--max-new", 5)
+    assert code == 0, err
+    assert re.fullmatch("ACGT[ACGTN]{0,5}\n", out)

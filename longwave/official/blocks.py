@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longwave.mixers import Mixer
 from longwave.models.spec import AnyModel
 from longwave.official.source import Shapes, Source
+from longwave.tokenizer import Tokenizer
 
 Elementwise = Literal[
     "gelu", None, "id", "identity", "linear", "relu", "elu", "tanh", "sigmoid", "softplus", "silu", "swish"
@@ -81,11 +82,11 @@ class ModelSource(Source):
 
     Attributes:
         hf_type: ``model_type`` in its config.json, or None where releases have no such file.
-        tokenizer: what its text was tokenized by, in words, with the Hub's name.
+        tokenizer: what its text was tokenized by, in words, with the Hub's name; or itself, where it is plain.
     """
 
     hf_type: ClassVar[str | None] = None
-    tokenizer: ClassVar[str] = ""
+    tokenizer: ClassVar[str | Tokenizer] = ""
 
     def spec(self) -> AnyModel:
         """What it is."""

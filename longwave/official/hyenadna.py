@@ -31,8 +31,10 @@ from longwave.official.source import (
     inside,
     part,
 )
+from longwave.tokenizer import LETTERS, dna
 
-TOKENIZER = "characters, A C G T N as 7 to 11, and 0 to 6 special (LongSafari/hyenadna-tiny-1k-seqlen-hf)"
+SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
+TOKENIZER = dna([*SPECIAL, *LETTERS])  # of the authors' CharacterTokenizer, but that all that is no base is refused
 FILTER = {"modulate": True, "w": 10}  # of layer, in all released models
 
 

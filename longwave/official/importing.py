@@ -18,7 +18,7 @@ from longwave.official.blocks import ModelSource
 from longwave.official.files import Published, open_published
 from longwave.official.source import Shapes, mapping
 from longwave.spec import explain
-from longwave.tokenizer import find
+from longwave.tokenizer import Tokenizer, find
 
 FORMATS: dict[str, list[type[ModelSource]]] = {
     name: models
@@ -67,8 +67,9 @@ def import_model(path: str | Path, out: str | Path, format: str | None = None, *
         guess = next((other for other, _, _ in _found(published) if other != name), None)
         hint = f"\nit looks like {guess}" if guess else ""
         raise ValueError(f"{published.path} as {name}: {sentence}{hint}") from error
-    save_tensors(Path(out), tensors, spec, None if published.tokenizer is None else find(published.tokenizer))
-    expected = source.tokenizer if published.tokenizer is None and source.tokenizer else None
+    known = source.tokenizer if published.tokenizer is None else find(published.tokenizer)
+    made, expected = (known, None) if isinstance(known, Tokenizer) else (None, known or None)
+    save_tensors(Path(out), tensors, spec, made)
     return Imported(name, spec, len(published.state), expected)
 
 
