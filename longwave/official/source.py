@@ -157,7 +157,7 @@ class Layer(Protocol):
     def mixer_names(self) -> Names: ...
 
 
-def _several(x: T | tuple[T, ...]) -> tuple[T, ...]:
+def several(x: T | tuple[T, ...]) -> tuple[T, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
@@ -172,7 +172,7 @@ def layout(names: Names, ours: Mapping[str, Tensor]) -> list[Line]:
     for name in names:
         if isinstance(name, Alias):
             continue
-        theirs, mine = _several(name.official), _several(name.ours)
+        theirs, mine = several(name.official), several(name.ours)
         if len(mine) == 1 and (not mine[0] or mine[0].endswith(".")):
             found = [key for key in left if key.startswith(mine[0])]
             fitting = [(tuple(prefix + key.removeprefix(mine[0]) for prefix in theirs), (key,)) for key in found]
@@ -276,7 +276,7 @@ class Source(Spec):
         ours = {key: torch.empty_like(t, device="meta") for key, t in module.state_dict().items()}
         shapes: Shapes = {}
         for theirs, mine, turn in layout(self.names(), ours):
-            official = _several(turn.official(*(ours[key] for key in mine)))
+            official = several(turn.official(*(ours[key] for key in mine)))
             shapes |= {key: tuple(t.shape) for key, t in zip(theirs, official, strict=True)}
         return shapes | {key: shapes[first] for key, first in self.aliases().items()}
 
@@ -302,7 +302,7 @@ class Source(Spec):
         for sources, mine, turn in lines:
             ours = made.get((turn, sources))
             if ours is None:
-                ours = _several(turn.ours(*(state[key] for key in sources)))
+                ours = several(turn.ours(*(state[key] for key in sources)))
             if uses[turn, sources] > 1:
                 made[turn, sources] = ours
             yield from zip(mine, ours, strict=True)

@@ -120,12 +120,15 @@ class GPT2(Pretrained):
 
     def spec(self) -> LMSpec:
         D, H = self.n_embd, self.n_head
-        scale = heads_width(D, H) ** -0.5 if self.scale_attn_weights else 1.0
+        usual = heads_width(D, H) ** -0.5
+        scale = usual if self.scale_attn_weights else 1.0
         scales = [scale / (i + 1 if self.scale_attn_by_inverse_layer_idx else 1) for i in range(self.n_layer)]
+        mixers = [MIXERS.make("attention", heads=H, positions=None, scale=None if s == usual else s) for s in scales]
         return LMSpec(
             vocab=self.vocab_size,
             d_model=D,
-            pattern=[MIXERS.make("attention", heads=H, positions=None, scale=s) for s in scales],
+            pattern=mixers if self.scale_attn_by_inverse_layer_idx else mixers[:1],
+            layers=self.n_layer,
             positions=MIXERS.make("learned_positions", max_len=self.n_positions),
             channel=CHANNEL_MIXERS.make(
                 "mlp", expand=(self.n_inner or 4 * D) / D, activation=ACTIVATIONS[self.activation_function]
