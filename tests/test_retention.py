@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from official import drawn, error, golden
 
 from longwave.mixers import GLA, RetNet
+from longwave.official import SYSTEMS, from_official
 
 
 def noise(*shape, seed=1):
@@ -83,6 +84,18 @@ def test_torchscale_may_share_its_embedding():
     assert torch.equal(module.model.head.weight, words)
     embedded = F.rms_norm(words * 8**0.5, (8,), norm, 1e-6)
     torch.testing.assert_close(module.model.embedding.weight, embedded, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_torchscale_is_told_by_its_shapes():
+    case = golden("retnet_torchscale__base")
+    (source,) = SYSTEMS["retnet_torchscale"].sources
+    state, ids = case.state(torch.float64), case.inputs(torch.float64)["input_ids"]
+    shapes = {f"decoder.{key}": tuple(t.shape) for key, t in state.items()}
+    options = source.found({"arch": "retnet_base", "activation_fn": "gelu"}, shapes)
+    module = from_official("retnet_torchscale", options, {f"decoder.{key}": t for key, t in state.items()})
+    assert torch.equal(module(ids), case.module()(ids))
+    assert source.found({}, {"embed_tokens.weight": (3, 4)}) is None
 
 
 def test_angles_and_decays_stay_in_float32():

@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
-from longwave.nn import Response, like_output
+from longwave.mixers.states import Growing
+from longwave.nn import Response, append_time, like_output
 from longwave.nn.module import StaysWide
 from longwave.nn.padding import is_real
 from longwave.ops import at_least_float32, linear_attention, rotary
@@ -60,7 +61,13 @@ class ScoreSums:
 
     Source: arXiv:2307.08621, sec. 2.2, "Retention Score Normalization". It counts only as far as the epsilon of the
     norm behind it does.
+
+    Args:
+        constant: to gradients it is one.
     """
+
+    def __init__(self, constant: bool = False):
+        self.constant = constant
 
     def init_state(self, like: Tensor) -> Tensor:
         """(B, H, N, 1) the decayed sum of all keys, from the heads' states (B, H, N, P)."""
@@ -70,13 +77,52 @@ class ScoreSums:
         """What y is divided by, (B, L, H, 1), and the next state."""
         one = torch.ones_like(chunk.k[..., :1])
         sums, state = linear_attention(chunk.q, chunk.k, one, chunk.at_padding, state)
-        return torch.maximum(sums.abs(), sums_of_decays(chunk).sqrt()), state
+        sums = torch.maximum(sums.abs(), sums_of_decays(chunk).sqrt())
+        return sums.detach() if self.constant else sums, state
 
 
 def sums_of_decays(chunk: Retained) -> Tensor:
     """sum_{s <= t} exp((t - s) decay),  (B or 1, L, H, 1)."""
     decay = chunk.decay.double()
     return (torch.expm1((chunk.position()[..., None] + 1) * decay) / torch.expm1(decay)).to(chunk.q.dtype)[..., None]
+
+
+AT_MOST = 5e4  # of what scores are divided by
+
+
+class KeysSoFar(NamedTuple):
+    k: Growing  # (B, t, H, N)
+    position: Growing  # (B, t) int64, of every key, -1 at padding
+
+
+class AbsoluteScoreSums:
+    """sqrt(r) clamp(sum of |scores| / sqrt(r), 1, 5e4),  r the sum of the decays: as torchscale's parallel form has it.
+
+    To gradients it is a constant. No state of one size gives it, so it keeps all keys: O(L^2) time. torchscale's own
+    recurrence leaves it out.
+    """
+
+    def init_state(self, like: Tensor) -> KeysSoFar:
+        """No keys."""
+        B, H, N, _ = like.shape
+        return KeysSoFar(like.new_zeros(B, 0, H, N), torch.zeros(B, 0, dtype=torch.int64, device=like.device))
+
+    def __call__(self, chunk: Retained, state: KeysSoFar | None) -> tuple[Tensor, KeysSoFar | None]:
+        """What y is divided by, (B, L, H, 1), and the next state."""
+        B, L = chunk.k.shape[:2]
+        k, here = chunk.k, chunk.position()
+        position = here.expand(B, L)
+        if chunk.padding is not None:
+            position = position.masked_fill(~is_real(L, chunk.padding), -1)
+        if state is not None:
+            state = KeysSoFar(append_time(state.k, k), append_time(state.position, position))
+            k, position = state
+        lag = here[:, :, None] - position[:, None]  # (B, L, t)
+        past = (lag >= 0) & (position >= 0)[:, None]
+        decay = torch.where(past[..., None], (lag[..., None] * chunk.decay).exp(), 0)  # (B, L, t, H)
+        sums = torch.einsum("blhn,bthn->blth", chunk.q, k.to(chunk.q.dtype)).abs().mul(decay).sum(2)[..., None]
+        root = sums_of_decays(chunk).sqrt()
+        return (root * (sums / root).clamp(1, AT_MOST)).detach(), state
 
 
 class NormalizerSpec(PartSpec):
@@ -88,7 +134,10 @@ class NormalizerSpec(PartSpec):
 
 
 NORMALIZERS: Parts[Any, NormalizerSpec] = Parts(
-    "normalizer", NormalizerSpec, given=(), classes={"none": NoScale, "score_sums": ScoreSums}
+    "normalizer",
+    NormalizerSpec,
+    given=(),
+    classes={"none": NoScale, "score_sums": ScoreSums, "absolute_score_sums": AbsoluteScoreSums},
 )
 AnyNormalizer = Annotated[SerializeAsAny[NormalizerSpec], BeforeValidator(NORMALIZERS.field)]
 
@@ -118,6 +167,12 @@ class RetNetState(NamedTuple):
     scale: Any  # of the normaliser
 
 
+class RetNetPastState(NamedTuple):
+    position: Tensor
+    kv: Tensor
+    scale: tuple[Growing, Growing]  # of a normaliser that keeps all keys
+
+
 class RetNet(Mixer, name="retnet"):
     """y = W_o (silu(W_g x) * norm(S q)),  S[t] = (1 - 2^(-5-h)) S[t-1] + k v^T in head h; q and k are turned.
 
@@ -126,7 +181,8 @@ class RetNet(Mixer, name="retnet"):
         heads: H, divides D, into an even width N, and H P.
         expand: H P / D, the width of the values over that outside.
         rotary_base: of the slowest pair's angle, 1 / base; the fastest turns by 1.
-        normalizer: none, or score_sums, the paper's division by the sum of scores.
+        normalizer: none; score_sums, the paper's division by the sum of scores; or absolute_score_sums, torchscale's,
+            whose state grows.
         norm_eps: > 0, of the norm of every head, which has no weight.
     Raises:
         ValueError: where heads does not divide as it must, or an option is out of range.
@@ -135,6 +191,7 @@ class RetNet(Mixer, name="retnet"):
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"heads": 2},
         {"heads": 1, "expand": 0.5, "normalizer": "score_sums"},
+        {"heads": 1, "normalizer": "absolute_score_sums"},
     )
 
     def __init__(
@@ -176,13 +233,14 @@ class RetNet(Mixer, name="retnet"):
 
         return [Response("heads", self.heads, taps, torch.polar(decay.exp()[:, None].expand(-1, len(angle)), angle))]
 
-    def init_state(self, batch: int) -> RetNetState:
+    def init_state(self, batch: int) -> RetNetState | RetNetPastState:
         like, N, P = like_output(self.q_proj), self.d_model // self.heads, self.out_proj.in_features // self.heads
         kv = like.new_zeros(batch, self.heads, N, P, dtype=at_least_float32(like.dtype))
         position = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        return RetNetState(position, kv, self.normalizer.init_state(kv))
+        scale = self.normalizer.init_state(kv)
+        return (RetNetPastState if isinstance(scale, KeysSoFar) else RetNetState)(position, kv, scale)
 
-    def mix(self, x: Tensor, state: RetNetState | None, padding: Tensor | None):
+    def mix(self, x: Tensor, state: RetNetState | RetNetPastState | None, padding: Tensor | None):
         L, H, angle, decay = x.shape[1], self.heads, self.rel_pos.angle, self.rel_pos.decay
         start, kv, scale = (None, None, None) if state is None else state
         q, k, v = (proj(x).unflatten(-1, (H, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -195,5 +253,5 @@ class RetNet(Mixer, name="retnet"):
         y = y if sums is None else (y / sums).to(v.dtype)
         y = F.silu(self.g_proj(x)) * F.rms_norm(y, y.shape[3:], eps=self.norm_eps).flatten(2)
         if state is not None:
-            state = RetNetState(state.position + (L if padding is None else L - padding), kv, scale)
+            state = type(state)(state.position + (L if padding is None else L - padding), kv, scale)
         return self.out_proj(y), state

@@ -1,86 +1,41 @@
 """RetNet: the decoder of microsoft/torchscale, of its GitHub and its PyPI release, and fla's naive retention."""
 
 import math
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longwave.mixers import Growing, RetNet
-from longwave.mixers.retnet import Retained, ScoreSums, sums_of_decays
-from longwave.models.backbone import Backbone
-from longwave.models.lm import LM
-from longwave.nn import RMSNorm, append_time
-from longwave.nn.padding import is_real
-from longwave.official.blocks import ELEMENTWISE, Call, logits
-from longwave.official.source import Flag, Name, Names, Positive, Size, Source, System, Turn, numbered
+from longwave.mixers import mixer
+from longwave.models.spec import CHANNEL_MIXERS, LMSpec
+from longwave.official.blocks import Call, ModelSource
+from longwave.official.source import (
+    Flag,
+    Name,
+    Names,
+    Positive,
+    Shapes,
+    Size,
+    Source,
+    State,
+    System,
+    Turn,
+    numbered,
+)
+from longwave.official.transformer import glu_names
 from longwave.ops import linear_attention
 
-AT_MOST = 5e4  # of what scores are divided by
 
+class RetNetDecoder(ModelSource):
+    """RetNetDecoder of its GitHub head, or of the ``release`` 0.3.0 on PyPI, which options and weights do not tell.
 
-class KeysSoFar(NamedTuple):
-    k: Growing  # (B, t, H, N)
-    position: Growing  # (B, t) int64, of every key, -1 at padding
-
-
-class AbsoluteScoreSums:
-    """sqrt(r) clamp(sum of |scores| / sqrt(r), 1, 5e4),  r the sum of the decays: as torchscale's parallel form has it.
-
-    No state of one size gives it, so it keeps all keys: O(L^2) time. torchscale's own recurrence leaves it out.
+    A checkpoint without options has torchscale's defaults in what its tensors do not tell: activation_fn,
+    layernorm_eps, no_scale_embedding, release.
     """
 
-    def init_state(self, like: Tensor) -> KeysSoFar:
-        """No keys."""
-        B, H, N, _ = like.shape
-        return KeysSoFar(like.new_zeros(B, 0, H, N), torch.zeros(B, 0, dtype=torch.int64, device=like.device))
-
-    def __call__(self, chunk: Retained, state: KeysSoFar | None) -> tuple[Tensor, KeysSoFar | None]:
-        """What y is divided by, (B, L, H, 1), and the next state."""
-        B, L = chunk.k.shape[:2]
-        k, here = chunk.k, chunk.position()
-        position = here.expand(B, L)
-        if chunk.padding is not None:
-            position = position.masked_fill(~is_real(L, chunk.padding), -1)
-        if state is not None:
-            state = KeysSoFar(append_time(state.k, k), append_time(state.position, position))
-            k, position = state
-        lag = here[:, :, None] - position[:, None]  # (B, L, t)
-        past = (lag >= 0) & (position >= 0)[:, None]
-        decay = torch.where(past[..., None], (lag[..., None] * chunk.decay).exp(), 0)  # (B, L, t, H)
-        sums = torch.einsum("blhn,bthn->blth", chunk.q, k).abs().mul(decay).sum(2)[..., None]
-        root = sums_of_decays(chunk).sqrt()
-        return root * (sums / root).clamp(1, AT_MOST), state
-
-
-class Constant:
-    """What another one says, as a constant to the gradient."""
-
-    def __init__(self, normalizer: Any):
-        self.normalizer, self.init_state = normalizer, normalizer.init_state
-
-    def __call__(self, chunk: Retained, state: Any) -> tuple[Tensor, Any]:
-        sums, state = self.normalizer(chunk, state)
-        return sums.detach(), state
-
-
-class GatedMLP(nn.Module):
-    """fc2(act(fc1 x) * gate x), without biases."""
-
-    def __init__(self, d_model: int, hidden: int, activation: str):
-        super().__init__()
-        self.fc1, self.gate = (nn.Linear(d_model, hidden, bias=False) for _ in range(2))
-        self.act, self.fc2 = ELEMENTWISE[activation](), nn.Linear(hidden, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)) * self.gate(x))
-
-
-class RetNetDecoder(Source):
-    """RetNetDecoder of its GitHub head, or of the ``release`` 0.3.0 on PyPI, which options and weights do not tell."""
-
+    tokenizer = "whatever it was trained with: torchscale releases none"
     ignored = frozenset(
         {"dropout", "drop_path_rate", "activation_dropout", "checkpoint_activations", "fsdp", "ddp_rank", "subln"}
         | {"chunkwise_recurrent", "recurrent_chunk_size", "max_target_positions", "use_xmoe", "moe_top1_expert"}
@@ -105,19 +60,23 @@ class RetNetDecoder(Source):
     no_output_layer: Literal[False] = False
     moe_freq: Literal[0] = 0
 
-    def mixer(self) -> RetNet:
-        """Of a layer."""
-        D = self.decoder_embed_dim
+    def spec(self) -> LMSpec:
+        D, eps = self.decoder_embed_dim, self.layernorm_eps
+        sums = "absolute_score_sums" if self.release == "github" else {"kind": "score_sums", "constant": True}
         expand = self.decoder_value_embed_dim / D
-        mixer = RetNet(D, self.decoder_retention_heads, expand, norm_eps=self.layernorm_eps)
-        mixer.normalizer = Constant(AbsoluteScoreSums() if self.release == "github" else ScoreSums())
-        return mixer
-
-    def build(self) -> nn.Module:
-        eps = self.layernorm_eps
-        channel = partial(GatedMLP, hidden=self.decoder_ffn_embed_dim, activation=self.activation_fn)
-        backbone = Backbone([self.mixer() for _ in range(self.decoder_layers)], partial(RMSNorm, eps=eps), channel)
-        return Call(LM(backbone, self.vocab_size, tied=False), logits)
+        retnet = mixer("retnet", heads=self.decoder_retention_heads, expand=expand, norm_eps=eps, normalizer=sums)
+        gate = (
+            {"kind": "swiglu"} if self.activation_fn == "swish" else {"kind": "glu", "activation": self.activation_fn}
+        )
+        return LMSpec(
+            vocab=self.vocab_size,
+            tied=False,
+            d_model=D,
+            pattern=[retnet],
+            layers=self.decoder_layers,
+            channel=CHANNEL_MIXERS.read({**gate, "expand": self.decoder_ffn_embed_dim / D}),
+            norm_eps=eps,
+        )
 
     def embedded(self, words: Tensor, *norm: Tensor) -> Tensor:
         """What the first layer reads of every token: the scale and the norm behind the embedding go into it."""
@@ -139,7 +98,7 @@ class RetNetDecoder(Source):
             Name("retention.", "mixer."),
             Name("retention_layer_norm.", "norm1."),
             Name("final_layer_norm.", "norm2."),
-            Name("ffn.", "channel."),
+            *glu_names("ffn.fc1.", "ffn.gate.", "ffn.fc2.", self.decoder_ffn_embed_dim),
         ]
         return [
             Name((words, *norm), "model.embedding.weight", Turn(self.embedded, lambda t: (t, *[t[0]] * len(norm)))),
@@ -157,6 +116,27 @@ class RetNetDecoder(Source):
             ),
             *numbered(layers, "layers.{}.", "model.backbone.layers.{}.", layer),
         ]
+
+    def rename(self, state: State) -> State:
+        """Within fairseq's models it is ``decoder``."""
+        return {key.removeprefix("decoder."): t for key, t in state.items()}
+
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        shapes = {key.removeprefix("decoder."): shape for key, shape in shapes.items()}
+        if not {"retnet_rel_pos.decay", "embed_tokens.weight", "layers.0.ffn.fc1.weight"} <= shapes.keys():
+            return None
+        vocab, width = shapes["embed_tokens.weight"]
+        return {name: value for name, value in config.items() if name in cls.model_fields} | {
+            "vocab_size": vocab,
+            "decoder_embed_dim": width,
+            "decoder_value_embed_dim": shapes["layers.0.retention.v_proj.weight"][0],
+            "decoder_retention_heads": shapes["retnet_rel_pos.decay"][0],
+            "decoder_ffn_embed_dim": shapes["layers.0.ffn.fc1.weight"][0],
+            "decoder_layers": sum(key.endswith(".ffn.fc1.weight") for key in shapes),
+            "layernorm_embedding": "layernorm_embedding.weight" in shapes,
+            "share_decoder_input_output_embed": "output_projection.weight" not in shapes,
+        }
 
 
 class NaiveRetention(Source):
