@@ -39,7 +39,7 @@ def scans_of_arrays(monkeypatch):
 @interpreted
 @pytest.mark.usefixtures("scans_of_arrays")
 @pytest.mark.parametrize(("op", "make"), CASES)
-@pytest.mark.parametrize("L", [1, 7, 16, 37])
+@pytest.mark.parametrize("L", [1, 16, 21])
 def test_kernel_is_the_reference(op, make, L, poisoned_memory):
     """Values, and gradients of all results together and of each alone."""
     torch.manual_seed(L)
@@ -52,7 +52,8 @@ def test_kernel_is_the_reference(op, make, L, poisoned_memory):
         for a, b in zip(ours, theirs, strict=True):
             assert_near(a, b, 2e-5)
         weights = [torch.randn_like(t) for t in theirs]
-        for some in {(0, len(ours)), *((i, i + 1) for i in range(len(ours)))}:
+        alone = [(i, i + 1) for i in range(len(ours))] if L == 21 else []
+        for some in {(0, len(ours)), *alone}:
             grads = (
                 gradients(results[slice(*some)], args, kwargs, weights[slice(*some)]) for results in (ours, theirs)
             )
@@ -76,7 +77,8 @@ def compiled(kernel, arguments, options, target):
     from triton.backends.compiler import GPUTarget
 
     names = {parameter.name for parameter in kernel.params}
-    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr or arguments[p.name] is None}
+    known = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants = {n: x for n, x in arguments.items() if n in known or x is None or (type(x) is int and x == 1)}
     signature = {}
     for name, x in arguments.items():
         kind = f"*{TYPES[x.dtype]}" if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32"
@@ -120,8 +122,8 @@ def test_kernels_compile(op, make, launches, monkeypatch):
     kernel = op.backends["triton"]
     args, kwargs = make(2, 70, torch.float32)
     inputs = [x.bfloat16() if real(x) else x for x in flat(op, args, kwargs)]
-    if hasattr(kernel.module, "why_not") and kernel.module.why_not(*inputs):
-        inputs = flat(op, args, kwargs)
+    if reason := hasattr(kernel.module, "why_not") and kernel.module.why_not(*inputs):
+        pytest.skip(reason)
     given = dict(zip(op.arguments, inputs))
     *results, saved = kernel._forward(*inputs, True)
     known = (

@@ -136,7 +136,7 @@ def _ends(
     softplus: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """The state behind a chunk that has none before it, and what it leaves of one; given dy, of the gradients."""
-    batch, part, chunks, group, _, _, e, inside = _where(L, E, G, chunk, BE)
+    batch, part, chunks, group, _block, _blocks, e, inside = _where(L, E, G, chunk, BE)
     n, t_ = tl.arange(0, BN)[:, None], tl.arange(0, BT)
     h, total = tl.zeros((BN, BE), tl.float32), tl.zeros((BE,), tl.float32)
     start = part * chunk
@@ -146,7 +146,7 @@ def _ends(
             first = start + chunk - BT - i
         ok = t_ < L - first
         mask = ok[:, None] & inside[None, :]
-        step, _ = _steps(dt + batch * dt_b + first * dt_t, dt_bias, t_, dt_t, e, mask, inside, softplus)
+        step, _raw = _steps(dt + batch * dt_b + first * dt_t, dt_bias, t_, dt_t, e, mask, inside, softplus)
         if dy is None:
             value = _tile(u + batch * u_b + first * u_t, t_, u_t, e, mask) * step
             span = tl.cumsum(step, 0, reverse=True) - step  # to the end of the tile
@@ -193,7 +193,7 @@ def _forward(
     y, last, kept, u, dt, A, B, C, D, z, dt_bias, starts, u_b, u_t, dt_b, dt_t, z_b, z_t, L, E, N, G, chunk,
     softplus: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    batch, part, chunks, group, _, _, e, inside = _where(L, E, G, chunk, BE)
+    batch, part, chunks, group, _block, _blocks, e, inside = _where(L, E, G, chunk, BE)
     n, t_ = tl.arange(0, BN)[:, None], tl.arange(0, BT)
     states = (n < N) & inside[None, :]
     entries = e[None, :] * N + n
@@ -204,7 +204,7 @@ def _forward(
             tl.store(kept + (batch * tl.cdiv(L, BT) + first // BT) * E * N + entries, h, mask=states)
         ok = t_ < L - first
         mask = ok[:, None] & inside[None, :]
-        step, _ = _steps(dt + batch * dt_b + first * dt_t, dt_bias, t_, dt_t, e, mask, inside, softplus)
+        step, _raw = _steps(dt + batch * dt_b + first * dt_t, dt_bias, t_, dt_t, e, mask, inside, softplus)
         x = _tile(u + batch * u_b + first * u_t, t_, u_t, e, mask)
         value, out = step * x, tl.zeros((BT, BE), tl.float32)
         here = ((batch * L + first) * G + group) * N
@@ -250,7 +250,7 @@ def _backward(
         dt_here = dt + batch * dt_b + first * dt_t
         step, raw = _steps(dt_here, dt_bias, t_, dt_t, e, mask, inside, softplus)
         next_mask = ((t_ < L - first - 1) & (t_ < BT - 1))[:, None] & inside[None, :]
-        next_step, _ = _steps(dt_here + dt_t, dt_bias, t_, dt_t, e, next_mask, inside, softplus)
+        next_step, _raw = _steps(dt_here + dt_t, dt_bias, t_, dt_t, e, next_mask, inside, softplus)
         x = _tile(u + batch * u_b + first * u_t, t_, u_t, e, mask)
         at_y, tile = (batch * L + first) * E, t_[:, None] * E + e[None, :]
         grad = tl.load(dy + at_y + tile, mask=mask, other=0.0).to(tl.float32)
