@@ -250,6 +250,7 @@ def characters(tokens: Sequence[str], same: Mapping[str, str]) -> Tokenizer:
 
 
 LETTERS = "ACGTN"
+HYENADNA = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *LETTERS)  # of the published models
 SAME = {"A": "a", "C": "c", "G": "g", "T": "tUu", "N": "nRrYySsWwKkMmBbDdHhVvXx"}
 
 

@@ -309,6 +309,20 @@ def test_bases_are_read_from_both_strands(tmp_path):
     assert "".join(inputs) == held[:-1]
 
 
+@pytest.mark.parametrize("make", [bases, intervals, junctions, species], ids=lambda make: make.__name__)
+def test_bases_have_the_ids_of_hyena_dna(make, made):
+    plain = made(make)
+    task = plain.model_copy(update={"ids": "hyenadna"})
+    task.prepare()
+    CONTRACT["batches_have_the_forms_it_says"](task)
+    for number in range(5):
+        for ours, other in zip(task.train_row(0, number), plain.train_row(0, number)):
+            if isinstance(ours, np.ndarray):
+                assert ours.tolist() == np.where(other == IGNORE, IGNORE, other.astype(int) + 7).tolist()
+    assert task.tokenizer.decode(task.eval_row(0).inputs.tolist()) == plain.tokenizer.decode(plain.eval_row(0).inputs)
+    assert [task.names[i] for i in task.eval_row(0).inputs] == [plain.names[i] for i in plain.eval_row(0).inputs]
+
+
 @pytest.mark.parametrize("name", ["x.fa", "x.fa.gz"])
 def test_a_window_has_a_million_bases(name, tmp_path):
     (record,) = fasta(tmp_path / name, 1_300_000)

@@ -490,3 +490,12 @@ def test_hyena_dna_is_imported_with_its_letters(call, tmp_path):
     code, out, err = call("generate", tmp_path / "dna", "--prompt", "ACGT", "--max-new", 5)
     assert code == 0, err
     assert re.fullmatch("ACGT[ACGTN]{0,5}\n", out)
+    (tmp_path / "a.fa").write_text(">one\n" + "ACGTNGGTA" * 60 + "\n")
+    task = f"kind: dna, files: [{tmp_path / 'a.fa'}], length: 32, tail: 0.5"
+    code, _, err = call("eval", tmp_path / "dna", f"task={{{task}}}")
+    assert code == 2
+    assert "trained on characters A C G T N of 12 ids, and the task dna has characters A C G T N of 5 ids; " in err
+    assert "evaluate it with task.ids=hyenadna" in err
+    code, out, err = call("eval", tmp_path / "dna", f"task={{{task}, ids: hyenadna}}")
+    assert code == 0, err
+    assert "accuracy" in out

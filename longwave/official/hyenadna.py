@@ -31,10 +31,9 @@ from longwave.official.source import (
     inside,
     part,
 )
-from longwave.tokenizer import LETTERS, dna
+from longwave.tokenizer import HYENADNA, dna
 
-SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
-TOKENIZER = dna([*SPECIAL, *LETTERS])  # of the authors' CharacterTokenizer, but that all that is no base is refused
+TOKENIZER = dna(HYENADNA)  # of the authors' CharacterTokenizer, but that all that is no base is refused
 FILTER = {"modulate": True, "w": 10}  # of layer, in all released models
 
 

@@ -3,8 +3,9 @@
 import csv
 import functools
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -14,7 +15,7 @@ from longwave.machine import require_memory, required
 from longwave.tasks.base import EVAL, TRAIN, Task, opened, random_stream
 from longwave.tasks.forms import IGNORE, Inputs, Label, Row, Tokens
 from longwave.tasks.labelled import HeldOut, Labelled, Sets, visible
-from longwave.tokenizer import LETTERS, SAME, Tokenizer, dna
+from longwave.tokenizer import HYENADNA, LETTERS, SAME, Tokenizer, dna
 
 UNKNOWN = LETTERS.index("N")
 COMPLEMENT = np.array([3, 2, 1, 0, 4], np.uint8)  # of A C G T N
@@ -157,20 +158,28 @@ class Places:
 class Bases(Task):
     """What is given a base a step."""
 
+    ids: Literal["plain", "hyenadna"] = "plain"
+    """Of A C G T N: 0 to 4; or 7 to 11, behind special ones, as published HyenaDNA has them."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The letters, and special ones."""
+        return LETTERS if self.ids == "plain" else HYENADNA
+
+    @property
+    def first(self) -> int:
+        """The id of A."""
+        return self.names.index("A")
+
     @property
     def inputs(self) -> Inputs:
-        """A C G T N."""
-        return Tokens(len(LETTERS))
+        """All ids."""
+        return Tokens(len(self.names))
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Of bases."""
-        return dna()
-
-    @property
-    def names(self) -> str:
-        """The letters."""
-        return LETTERS
+        return dna(self.names)
 
 
 class DNA(Bases, name="dna"):
@@ -272,7 +281,7 @@ class DNA(Bases, name="dna"):
         """A window of what is trained on."""
         random = random_stream(seed, TRAIN, number)
         ids = self._parts[0].draw(random)
-        return _next(reverse_complement(ids) if self.both_strands and random.integers(2) else ids)
+        return self._next(reverse_complement(ids) if self.both_strands and random.integers(2) else ids)
 
     @property
     def eval_rows(self) -> int:
@@ -282,12 +291,11 @@ class DNA(Bases, name="dna"):
     def eval_row(self, number: int) -> Row:
         """A window of what is held out; a stretch's last one may be shorter."""
         stretch, start, stop = self._parts[1][number]
-        return _next(stretch.read(start, stop))
+        return self._next(stretch.read(start, stop))
 
-
-def _next(ids: np.ndarray) -> Row:
-    targets = ids[1:].astype(np.int64)
-    return Row(ids[:-1], np.where(targets == UNKNOWN, IGNORE, targets))
+    def _next(self, bases: np.ndarray) -> Row:
+        targets = bases[1:].astype(np.int64)
+        return Row(bases[:-1] + self.first, np.where(targets == UNKNOWN, IGNORE, targets + self.first))
 
 
 class DNALabels(Bases, Labelled, name="dna_labels"):
@@ -338,7 +346,8 @@ class DNALabels(Bases, Labelled, name="dna_labels"):
 
     def row(self, item: tuple[np.ndarray, int]) -> Row:
         """Its bases and its label."""
-        return Row(*item)
+        bases, label = item
+        return Row(bases + self.first, label)
 
 
 class Species(Bases, name="species"):
@@ -411,7 +420,7 @@ class Species(Bases, name="species"):
     def _row(self, random: np.random.Generator, places: list[Places]) -> Row:
         label = int(random.integers(len(places)))
         ids = places[label].draw(random)
-        return Row(reverse_complement(ids) if random.integers(2) else ids, label)
+        return Row((reverse_complement(ids) if random.integers(2) else ids) + self.first, label)
 
     def train_row(self, seed: int, number: int) -> Row:
         """A window of a species drawn at random."""

@@ -9,7 +9,7 @@ from longwave.models.runs import CONFIG, model_at, run_of
 from longwave.models.storage import CONFIG as MODEL
 from longwave.nn import set_rate
 from longwave.tasks import Task, Text
-from longwave.tokenizer import FILE, Tokenizer
+from longwave.tokenizer import FILE, HYENADNA, Tokenizer, dna
 from longwave.train.config import Recipe, load_recipe, make_recipe
 from longwave.train.loop import first_difference
 
@@ -70,6 +70,8 @@ def check_tokenizer(path: Path, own: Tokenizer | None, task: Task) -> None:
         raise ValueError(f"{path} has no {FILE}, and the task {task.kind} has ids of {asked}: say what made the ids of "
                          "the model by --tokenizer")  # fmt: skip
     how = "evaluate it on a task that has those"
+    if asked.letters is not None and own.agrees(dna(HYENADNA)):
+        how = "evaluate it with task.ids=hyenadna"
     if isinstance(task, Text):
         files = shlex.join(task.sources) or "FILES"
         corpus = f"longwave tokenize {files} --out corpus --tokenizer {shlex.quote(str(path))}"
