@@ -141,7 +141,7 @@ def train(
     else:
         if source is None:
             raise ValueError("name a recipe (longwave list shows them) or a run by --resume")
-        loaded = load_recipe(source, every)
+        loaded = load_recipe(source, every, dry=dry_run)
         run = out or Path("runs") / Path(source).stem
     if dry_run:
         from longwave.train.cost import cost, describe, measure
@@ -562,7 +562,7 @@ def show(
         draw_sample(task, sample)
         _note(f"drawn: {sample}")
         return
-    recipe = load_recipe(Path(what) / CONFIG if is_run else what, list(changes or []))
+    recipe = load_recipe(Path(what) / CONFIG if is_run else what, list(changes or []), dry=True)
     if is_run and (of_run := load_recipe(Path(what) / CONFIG).model) != recipe.model:
         change = first_difference("model", of_run.model_dump(), recipe.model.model_dump())
         raise ValueError(f"{what} holds another model: {change}; name a recipe to show a model that is none of a run")

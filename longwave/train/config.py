@@ -1,8 +1,8 @@
 """What a run is: a recipe, read from YAML, changed by ``key=value``, and checked as a whole before anything starts."""
 
+import functools
 import re
 from collections.abc import Sequence
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,8 +24,14 @@ from longwave.models import ModelSpec
 from longwave.models.spec import MODELS
 from longwave.spec import Spec, explain, read_kind
 from longwave.tasks import TASKS, Task
+from longwave.tasks.zeros import Zeros
 
-AnyTask = Annotated[SerializeAsAny[Task], BeforeValidator(partial(read_kind, "task", TASKS, TASKS.__getitem__))]
+
+def _read_task(value: Any) -> Any:
+    return value if isinstance(value, Zeros) else read_kind("task", TASKS, TASKS.__getitem__, value)
+
+
+AnyTask = Annotated[SerializeAsAny[Task], BeforeValidator(_read_task)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -125,43 +131,80 @@ class Recipe(Spec):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+@functools.cache
+def _shipped() -> dict[str, tuple[str, str]]:
+    """The file and the line about it of every recipe shipped with the package.
+
+    A file with ``recipes:`` holds several by name, made of its ``parts`` by YAML's anchors and ``<<``.
+    """
+    found = {}
+    for file in sorted(resources.files("longwave.recipes").iterdir(), key=lambda f: f.name):
+        if not file.name.endswith(".yaml"):
+            continue
+        text = file.read_text()
+        title = text.split("\n", 1)[0].lstrip("# ")
+        if "\nrecipes:\n" in text:
+            for name, tree in yaml.load(text, Yaml)["recipes"].items():
+                paper = f"{tree['paper']}; " if "paper" in tree else ""
+                found[name] = file.name, f"{paper}{title}"
+        else:
+            found[file.name.removesuffix(".yaml")] = file.name, title
+    return found
+
+
 def recipe_names() -> dict[str, str]:
-    """The recipes shipped with the package and the first line of each one's header comment."""
-    files = sorted(resources.files("longwave.recipes").iterdir(), key=lambda f: f.name)
-    return {
-        file.name.removesuffix(".yaml"): file.read_text().split("\n", 1)[0].lstrip("# ")
-        for file in files
-        if file.name.endswith(".yaml")
-    }
+    """The recipes shipped with the package, and a line about each."""
+    return {name: line for name, (_, line) in _shipped().items()}
 
 
-def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, changes: tuple[str, ...] | list[str] = (), dry: bool = False) -> Recipe:
     """Read a recipe, shipped or a file of one's own, with ``key=value`` changes.
 
     Args:
         source: name of a shipped recipe, or path of a YAML file.
         changes: such as "lr=3e-3", "task.length=512" or "model.pattern.0.d_state=32"; values are YAML.
+        dry: where the task's files are not there, its place is taken by zeros of the forms that the recipe's
+            ``stand_in`` says: to tell what it costs.
     Raises:
         ValueError: for an unknown recipe, field, mixer or task (with the nearest one), a wrong type or value, each
             naming its path.
     """
-    text, where = _read(str(source))
+    name = str(source)
+    text, where = _read(name)
     try:
         tree = yaml.load(text, Yaml)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(tree, dict) and "recipes" in tree:
+        if name not in tree["recipes"]:
+            raise ValueError(
+                f"{where} holds several recipes; name one that is shipped, or write it to a file of its own"
+            )
+        tree = tree["recipes"][name]
     if not isinstance(tree, dict):
         raise ValueError(f"{where} is not a recipe: it must hold fields such as model, task and steps")
-    return make_recipe(tree, changes)
+    return make_recipe(_unshared(tree), changes, dry)
 
 
-def make_recipe(tree: dict, changes: Sequence[str]) -> Recipe:
+def _unshared(tree: Any) -> Any:
+    """A copy in which what an anchor of YAML stands for is not one thing in many places, of which all would change."""
+    if isinstance(tree, dict):
+        return {key: _unshared(value) for key, value in tree.items()}
+    return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def make_recipe(tree: dict, changes: Sequence[str], dry: bool = False) -> Recipe:
     """The recipe that a tree of fields with changes is. Raises: see :func:`load_recipe`."""
     _resolve(tree)
     for change in changes:
         set_field(tree, change)
         _resolve(tree)
+    stand_in = tree.pop("stand_in", None)
     try:
+        if dry and stand_in is not None:
+            sources = TypeAdapter(AnyTask).validate_python(tree.get("task")).sources
+            if not all(Path(source).expanduser().exists() for source in sources):
+                tree["task"] = Zeros.model_validate(stand_in)
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ValueError(explain(error, "recipe")) from error
@@ -183,9 +226,9 @@ def read_task(name: str, changes: Sequence[str] = ()) -> Task:
 
 
 def _read(source: str) -> tuple[str, str]:
-    shipped = recipe_names()
+    shipped = _shipped()
     if source in shipped:
-        return resources.files("longwave.recipes").joinpath(source + ".yaml").read_text(), f"recipe {source}"
+        return resources.files("longwave.recipes").joinpath(shipped[source][0]).read_text(), f"recipe {source}"
     path = Path(source)
     try:
         if path.is_file():
