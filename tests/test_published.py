@@ -1,11 +1,13 @@
 """Published checkpoints as ordinary models: a spec and tensors, which build, save, load and generate."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from official import Case, drawn, error, golden, load, series
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longwave.models import LM, MODEL_SPEC, ClassifierSpec, LMSpec, generate, save
@@ -13,6 +15,7 @@ from longwave.models import load as load_model
 from longwave.nn import reset
 from longwave.official import SYSTEMS, from_official, safari_lm
 from longwave.official.blocks import ModelSource
+from longwave.official.importing import import_model
 from longwave.official.source import under
 
 LEGACY = Path(__file__).parent / "golden" / "legacy" / "h3lm__off_legacykeys_L20.safetensors"
@@ -308,6 +311,7 @@ def m2_formula(config: dict, s: State, ids: Tensor, types: Tensor) -> Tensor:
     """BertModel of M2-BERT; its sequence mixer is tested by itself."""
     x = embedded(s, "bert.", ids, types)
     options = {"d_model": 8, "l_max": 24, "bidirectional": True, "hyena_emb_dim": 5, "hyena_filter_order": 6}
+    options["hyena_training_additions"] = config.get("hyena_training_additions", False)
     for i in range(2):
         layer = under(f"bert.encoder.layer.{i}.", s)
         residual = {"residual_long_conv": config["residual_long_conv"]}
@@ -322,7 +326,11 @@ def m2_formula(config: dict, s: State, ids: Tensor, types: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"residual_long_conv": False, "use_monarch_mlp": False, "monarch_mlp_nblocks": 1}],
+    [
+        {},
+        {"hyena_training_additions": True},  # as the released one of 80M
+        {"residual_long_conv": False, "use_monarch_mlp": False, "monarch_mlp_nblocks": 1},
+    ],
     ids=str,
 )
 @torch.no_grad()
@@ -374,7 +382,7 @@ def test_what_m2_bert_may_not_be_is_named():
     for change, word in (
         ({"use_glu_mlp": False}, "use_glu_mlp = False"),
         ({"bidirectional": False}, "bidirectional = False"),
-        ({"hyena_training_additions": True}, "hyena_training_additions = True"),
+        ({"hyena_training_additions": True, "residual_long_conv": False}, "where there is residual_long_conv"),
     ):
         with pytest.raises(ValueError, match=word):
             from_official("m2", {**M2, **change}, {})
@@ -437,3 +445,65 @@ def test_a_language_model_with_a_first_norm_goes_on():
     model = spec.build().double().eval()
     ids = torch.randint(30, (2, 11))
     goes_on(model, ids, model(ids)[0])
+
+
+# As files
+
+
+def wrote(folder: Path, state: State, name: str, config: dict | None = None) -> Path:
+    """A checkpoint in float32 and what lies beside it; the folder, or the file where it is alone."""
+    folder.mkdir()
+    state = {key: t.float() if t.is_floating_point() else t for key, t in state.items()}
+    if name.endswith(".safetensors"):
+        save_file({key: t.clone() for key, t in state.items()}, folder / name)
+    else:
+        lightning = {"state_dict": state, "pytorch-lightning_version": "1.8.6"}
+        composer = {"state": {"model": state, "optimizers": {}}, "rng": []}
+        held = lightning if "step" in state else composer if name.startswith("ep") else state
+        torch.save(held, folder / name)
+    if config is None:
+        return folder / name
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def files(family: str, where: Path) -> tuple[Path, State, nn.Module]:
+    """As the Hub has them, what is in them, and the authors' module."""
+    if family == "m2":
+        module, state = drawn("m2", M2)
+        run = {f"model.{key}": t for key, t in state.items()}
+        return wrote(where, run, "ep1-ba1-rank0.pt"), state, module
+    stems = {"h3": "h3lm__off_attn1_L32", "hyena": "hyenalm__simple_o2_L32", "bigs": "bigs__mlm"}
+    case = golden(stems.get(family, "hyenadna__lm_hidden_L64"))
+    state = case.state(torch.float64)
+    config = {key: value for key, value in case.config.items() if key not in ("cls", "L", "batch", "length")}
+    if family == "bigs":
+        path = wrote(where, state, "pytorch_model.bin", {**config, "model_type": "BiGS"})
+    elif family == "hyenadna-hf":
+        hub = {f"hyena.{key}": t for key, t in state.items() if not key.endswith((".3.freq", ".5.freq"))}
+        words = {"lm_head.weight": state[safari_lm.WORDS]}
+        path = wrote(where, {**hub, **words}, "model.safetensors", HF_DNA)
+    elif family == "hyenadna":
+        path = wrote(where, older(state), "weights.ckpt", {**config, "return_hidden_state": True})
+    else:
+        path = wrote(where, older(state) if family == "hyena" else state, "model.pt")
+    return path, state, case.module()
+
+
+@pytest.mark.parametrize("family", ["h3", "hyena", "hyenadna", "hyenadna-hf", "bigs", "m2"])
+@torch.no_grad()
+def test_files_are_imported(family, tmp_path, monkeypatch):
+    monkeypatch.setitem(safari_lm.HEADS, 16, 4)
+    monkeypatch.setitem(safari_lm.FILTERS, (16, 2), {"w": 10})
+    path, state, module = files(family, tmp_path / "there")
+    made = import_model(path, tmp_path / "ours")
+    model, spec = load_model(tmp_path / "ours")
+    assert spec == made.spec
+    assert made.tokenizer
+    ids = torch.randint(12, (2, 20))
+    theirs = module(ids)
+    if family.startswith("hyenadna"):
+        theirs = F.linear(theirs, state[safari_lm.WORDS])
+    ours = model.double()(ids)
+    assert error(ours[0] if isinstance(ours, tuple) else ours, theirs) < 1e-5  # of weights in float32
+    assert {t.dtype for t in load_model(tmp_path / "ours")[0].parameters()} == {torch.float32}

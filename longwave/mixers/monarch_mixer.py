@@ -10,7 +10,8 @@ from torch import Tensor
 
 from longwave.mixers.base import WholeMixer
 from longwave.mixers.hyena import HyenaLayer
-from longwave.nn import HyenaFilter
+from longwave.nn import NORMS, AnyNorm, HyenaFilter
+from longwave.nn.padding import silence
 from longwave.ops import causal_conv
 
 
@@ -22,6 +23,7 @@ class MonarchMixer(WholeMixer, HyenaLayer, name="monarch_mixer"):
     Args:
         d_model: D.
         max_len: longest sequence.
+        norm: of x, before all else; None for none.
         d_conv: K >= 1, taps of the short convolution on the projections, which looks back.
         emb_dim, width, inner_layers, frequency, target, slowest, fastest, shift: of all four implicit filters, see
             :class:`longwave.nn.HyenaFilter`.
@@ -35,13 +37,14 @@ class MonarchMixer(WholeMixer, HyenaLayer, name="monarch_mixer"):
     residual_ahead: HyenaFilter
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"max_len": 64, "width": 8, "emb_dim": 5},
-        {"max_len": 32, "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
+        {"max_len": 32, "norm": "layer", "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
     )
 
     def __init__(
         self,
         d_model: int,
         max_len: int,
+        norm: AnyNorm | None = None,
         d_conv: int = 3,
         emb_dim: int = 5,
         width: int = 128,
@@ -54,8 +57,11 @@ class MonarchMixer(WholeMixer, HyenaLayer, name="monarch_mixer"):
     ):
         window = (target, slowest, fastest, shift)
         super().__init__(d_model, max_len, 2, d_conv, emb_dim, width, inner_layers, frequency, *window)
+        self.norm = None if norm is None else NORMS.read(norm).build(d_model)
 
     def mix_whole(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        if self.norm is not None:
+            x = silence(self.norm(x), padding)
         first, (gate,), v, _ = self.project(x, None, padding)
         filters = (self.filter_fn, self.filter_ahead, self.residual, self.residual_ahead)
         k, f, r, g = (filter(x.shape[1]) for filter in filters)

@@ -22,7 +22,7 @@ from longwave.tokenizer import FILE as TOKENIZER
 
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-CONTAINERS = ("state_dict", "model", "module")  # of trainers: Lightning, fairseq, DeepSpeed
+CONTAINERS = ("state", "state_dict", "model", "module")  # of trainers: Composer, Lightning, fairseq, DeepSpeed
 OPTIONS = ("hyper_parameters", "args", "config")
 HUB = r"[\w.-]+/[\w.-]+"
 

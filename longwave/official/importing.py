@@ -143,11 +143,14 @@ def converted(source: ModelSource, state: Mapping[str, Tensor]) -> tuple[AnyMode
     dtype = source.dtype(state)
     ghost = on_meta(spec, copies=1)
     wanted = dict([*ghost.named_parameters(), *ghost.named_buffers()])
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    held: set[int] = set()
     for name, tensor in source.converted(state, module):
         ours = name.removeprefix("model.")
         if ours in wanted:  # and not the second name of a tensor
-            tensors[ours] = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            made = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            tensors[ours] = made.clone() if made.data_ptr() in held else made  # of one of theirs may be two of ours
+            held.add(made.data_ptr())
     if tensors.keys() != wanted.keys():  # what depends on no weights, such as angles
         built = spec.build().to(dtype)
         own = dict([*built.named_parameters(), *built.named_buffers()])

@@ -61,17 +61,24 @@ class MonarchMixerSequenceMixing(Source):
         """Of all filters, under our names."""
         return {"frequency": self.hyena_w, "emb_dim": self.hyena_emb_dim, "width": self.hyena_filter_order}
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is one mixer of ours."""
+        return self.bidirectional and self.residual_long_conv
+
     def mixer(self) -> MixerSpec:
-        """Its mixer, as data, but for what only the causal one has."""
-        kinds = {(True, True): "monarch_mixer", (True, False): "hyena_two_sided"}
-        kind = kinds.get((self.bidirectional, self.residual_long_conv), "hyena")
-        return mixer(kind, max_len=self.l_max, **self.options())
+        """Its mixer, as data, but for a norm and a residual that not all have."""
+        if self.whole:
+            norm = "layer" if self.hyena_training_additions else None
+            return mixer("monarch_mixer", max_len=self.l_max, norm=norm, **self.options())
+        return mixer("hyena_two_sided" if self.bidirectional else "hyena", max_len=self.l_max, **self.options())
 
     def build(self) -> nn.Module:
         residual = None
         if self.residual_long_conv and not self.bidirectional:
             residual = HyenaFilter(self.d_model, self.l_max, **self.options(), skip=True)
-        norm = nn.LayerNorm(self.d_model) if self.hyena_training_additions else nn.Identity()
+        outside = self.hyena_training_additions and not self.whole
+        norm = nn.LayerNorm(self.d_model) if outside else nn.Identity()
         return Residual(self.mixer().build(self.d_model), residual, norm)
 
     def names(self) -> Names:
@@ -86,7 +93,7 @@ class MonarchMixerSequenceMixing(Source):
         """Of :meth:`mixer`."""
         places = {"filter_fn": ("filter_fn", "filter_ahead"), "filter_fn2": ("residual", "residual_ahead")}
         table: Names = []
-        for name in ("filter_fn", "filter_fn2") if self.residual_long_conv and self.bidirectional else ("filter_fn",):
+        for name in ("filter_fn", "filter_fn2") if self.whole else ("filter_fn",):
             for side, place in zip(("", "_rev") if self.bidirectional else ("",), places[name]):
                 table += inside(f"{name}.", f"{place}.", self._filter(f"implicit_filter{side}"))
         linear = Turn(_gate_first, lambda t: t)
@@ -95,6 +102,7 @@ class MonarchMixerSequenceMixing(Source):
             Name("in_linear.", "in_proj.", linear),
             Name("short_filter.", "short_filter.", linear),
             Name("out_linear.", "out_proj."),
+            Name("layernorm.", "norm."),
         ]
 
     def _filter(self, mlp: str) -> Names:
@@ -134,7 +142,7 @@ class M2Bert(Bert):
     hyena_w_mod: float = 1.0
     hyena_emb_dim: Size = 5
     hyena_filter_order: Size = 64
-    hyena_training_additions: Literal[False] = False
+    hyena_training_additions: Flag = False
 
     @property
     def classifies(self) -> bool:
@@ -149,11 +157,13 @@ class M2Bert(Bert):
 
     def sequence_mixing(self) -> MonarchMixerSequenceMixing:
         """The options of every layer's mixer."""
-        names = ("bidirectional", "residual_long_conv", "hyena_w", "hyena_w_mod", "hyena_emb_dim", "hyena_filter_order")
+        names = MonarchMixerSequenceMixing.model_fields.keys() - {"d_model", "l_max"}
         said = {name: getattr(self, name) for name in names}
         return MonarchMixerSequenceMixing(d_model=self.hidden_size, l_max=self.long_conv_l_max, **said)
 
     def mixer(self) -> MixerSpec:
+        if self.hyena_training_additions and not self.residual_long_conv:
+            raise ValueError("hyena_training_additions are carried over where there is residual_long_conv, as released")
         return self.sequence_mixing().mixer()
 
     def block(self) -> dict[str, Any]:
