@@ -1,7 +1,8 @@
 """Published models by name: a source with its official options, which say the spec, and how large it is.
 
 Sizes: github.com/state-spaces/mamba (README, and config.json of mamba2-*), github.com/BlinkDL/RWKV-LM, the GPT-2 and
-Pythia (arXiv:2304.01373, table 1) models of the Hugging Face Hub.
+Pythia (arXiv:2304.01373, table 1) models of the Hugging Face Hub, READMEs and configs of github.com/HazyResearch/H3,
+safari, hyena-dna and m2.
 """
 
 import math
@@ -11,8 +12,11 @@ from typing import Any, NamedTuple
 from longwave.errors import nearest, shown
 from longwave.models.spec import AnyModel
 from longwave.official.blocks import ModelSource
+from longwave.official.hyenadna import HyenaDNAModel
+from longwave.official.m2 import M2Bert
 from longwave.official.mamba import MambaLMHeadModel
 from longwave.official.rwkv4 import BlinkDL
+from longwave.official.safari_lm import H3LM, HyenaLM
 from longwave.official.transformer import GPT2, GPTNeoX
 
 
@@ -144,7 +148,69 @@ PYTHIA = _family(
         ("pythia-12b", 11_846_072_320, 5120, 36, 40, 50688),
     ],
 )
-PRESETS: dict[str, Preset] = MAMBA | MAMBA2 | RWKV4 | LARGE_RWKV4 | GPT | PYTHIA
+GPT2_TOKENS = {"vocab_size": 50257, "pad_vocab_size_multiple": 8}
+H3 = _family(
+    H3LM,
+    "danfu09/H3-{}",
+    lambda D, layers, heads, attention: {
+        **{"d_model": D, "n_layer": layers, **GPT2_TOKENS, "ssm_cfg": {"mode": "diag", "measure": "diag-lin"}},
+        **{"attn_layer_idx": attention, "attn_cfg": {"num_heads": heads}},
+    },
+    [
+        ("h3-125M", 126_387_456, 768, 12, 12, [6]),
+        ("h3-355M", 361_058_304, 1024, 24, 16, [8, 16]),
+        ("h3-1.3B", 1_326_096_384, 2048, 24, 16, [8, 16]),
+        ("h3-2.7B", 2_670_307_840, 2560, 32, 20, [8, 16, 24]),
+    ],
+    published=False,
+)
+HYENA = _family(
+    HyenaLM,
+    "Zymrael/hyena-{}-150b-tok",
+    lambda D, layers: {
+        **{"d_model": D, "n_layer": layers, "d_inner": 2 * D, **GPT2_TOKENS},
+        "layer": {"_name_": "hyena", "emb_dim": 33, "filter_order": 64, "l_max": 2048, "modulate": False, "w": 14},
+    },
+    [("hyena-small", 153_752_832, 864, 18)],
+    published=False,
+)
+HYENA_DNA = _family(
+    HyenaDNAModel,
+    "LongSafari/hyenadna-{}-seqlen",
+    lambda D, layers, length: {
+        **{"d_model": D, "n_layer": layers, "d_inner": 4 * D, "vocab_size": 12, "pad_vocab_size_multiple": 8},
+        "layer": {"_name_": "hyena", "emb_dim": 5, "filter_order": 64, "l_max": length, "modulate": True, "w": 10},
+    },
+    [
+        ("hyenadna-tiny-1k", 448_664, 128, 2, 1026),
+        ("hyenadna-medium-160k", 14_232_672, 256, 8, 160_002),
+        ("hyenadna-medium-450k", 28_152_672, 256, 8, 450_002),
+        ("hyenadna-large-1m", 54_552_672, 256, 8, 1_000_002),
+    ],
+    published=False,
+)
+M2_BERT = _family(
+    M2Bert,
+    "danfu09/m2-{}",
+    lambda D, additions: {
+        **{"vocab_size": 30528, "hidden_size": D, "num_hidden_layers": 12, "intermediate_size": 4 * D},
+        **{"max_position_embeddings": 128, "use_positional_encodings": True, "use_monarch_mlp": True},
+        **{"long_conv_l_max": 128, "hyena_emb_dim": 5, "hyena_filter_order": 128, "residual_long_conv": True},
+        "hyena_training_additions": additions,
+    },
+    [
+        ("m2-bert-80m", 80_307_264, 768, True),
+        ("m2-bert-110m", 115_609_728, 960, False),
+        ("m2-bert-260m", 259_173_696, 1536, False),
+        ("m2-bert-341m", 341_084_224, 1792, False),
+    ],
+    published=False,
+)
+PRESETS: dict[str, Preset] = {
+    name.lower(): preset
+    for family in (MAMBA, MAMBA2, RWKV4, LARGE_RWKV4, GPT, PYTHIA, H3, HYENA, HYENA_DNA, M2_BERT)
+    for name, preset in family.items()
+}
 
 
 def preset(name: Any) -> Preset:
