@@ -37,7 +37,7 @@ class MonarchMixer(WholeMixer, HyenaLayer, name="monarch_mixer"):
     residual_ahead: HyenaFilter
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"max_len": 64, "width": 8, "emb_dim": 5},
-        {"max_len": 32, "norm": "layer", "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
+        {"max_len": 32, "norm": "rms", "d_conv": 4, "width": 4, "emb_dim": 3, "frequency": 1.0, "shift": 0.05},
     )
 
     def __init__(

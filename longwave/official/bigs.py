@@ -80,9 +80,14 @@ class BigsModel(Bert):
         if self.classifies:
             return [*positions, *super().names()]
         bias = "cls.predictions.bias"
-        pooler: Names = [unused("bigs.pooler.dense.weight", D, D), unused("bigs.pooler.dense.bias", D)]
         head: Names = [Alias("cls.predictions.decoder.bias", bias), Name(bias, "model.head.decoder.bias")]
-        return [*positions, *pooler, *head, *super().names()]
+        return [*positions, *head, *super().names()]
+
+    def extra(self) -> Shapes:
+        """The pooler of a model with the head over tokens does nothing, and is left out by some."""
+        D = self.hidden_size
+        pooler = {} if self.classifies else {"bigs.pooler.dense.weight": (D, D), "bigs.pooler.dense.bias": (D,)}
+        return super().extra() | pooler
 
     @classmethod
     def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
