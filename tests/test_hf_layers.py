@@ -10,6 +10,7 @@ from transformers_layers import DRAWN, MODELS
 from longwave import models
 from longwave.models import generate
 from longwave.official import SYSTEMS, from_official
+from longwave.official.importing import import_model
 
 CONFIGS = {
     "qwen3_next_gated_deltanet": transformers.Qwen3NextConfig,
@@ -50,15 +51,13 @@ def test_the_config_of_a_whole_model_will_do(drawn):
 @pytest.mark.parametrize("drawn", MODELS, ids=lambda drawn: drawn.stem)
 @torch.no_grad()
 def test_a_model_becomes_an_ordinary_one(drawn, tmp_path):
-    """It is found by its config, saved, loaded in its dtype, scored and generated from."""
+    """From the files that transformers writes: it is found, loaded in its dtype, scored and generated from."""
     case = drawn.case()
+    drawn.layer().save_pretrained(tmp_path / "theirs")
+    assert import_model(tmp_path / "theirs", tmp_path / "ours").format == drawn.system
+    model, spec = models.load(tmp_path / "ours")
     (source,) = SYSTEMS[drawn.system].sources
-    state = case.state(torch.float64)
-    found = source.found(case.config, {key: tuple(t.shape) for key, t in state.items()})
-    spec = source.read(found).spec()
-    models.save(tmp_path / "model", case.module().model, spec)
-    model, again = models.load(tmp_path / "model")
-    assert again == spec
+    assert spec == source.read(drawn.layer().config.to_dict()).spec()
     ids, logits = case.tensors["input.input_ids"], case.tensors["output64.y"]
     assert error(model(ids)[0], logits) < 1e-9
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import json
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple
@@ -238,7 +239,7 @@ def _case(stem: str) -> Case:
     names, parameters = zip(*layer.named_parameters())
     config, L = drawn.config, drawn.config["L"]
     if "cls" in config:
-        config = {"L": L, **layer.config.to_dict()}  # as transformers writes it
+        config = {"L": L, **json.loads(layer.config.to_json_string(use_diff=False))}  # as transformers writes it
         given = torch.randint(layer.config.vocab_size, (2, L), generator=torch.Generator().manual_seed(2))
         inputs, leaves = {"input_ids": given}, {}
     else:

@@ -35,8 +35,9 @@ from longwave.ops import selective_scan
 
 
 def _open(value: Any) -> Any:
-    """A pair of limits, of which none is infinity."""
-    return [None if x == math.inf else x for x in value] if isinstance(value, list | tuple) else value
+    """A pair of limits, of which none is infinity, also as config.json has it."""
+    open_ends = (math.inf, {"__float__": "Infinity"})
+    return [None if x in open_ends else x for x in value] if isinstance(value, list | tuple) else value
 
 
 Limits = Annotated[
