@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from official import drawn, error, golden
 
 from longwave.mixers import GLA, RetNet
-from longwave.official import SYSTEMS, from_official
+from longwave.models import load
+from longwave.official import SYSTEMS
+from longwave.official.importing import import_model
 
 
 def noise(*shape, seed=1):
@@ -87,14 +89,14 @@ def test_torchscale_may_share_its_embedding():
 
 
 @torch.no_grad()
-def test_torchscale_is_told_by_its_shapes():
+def test_torchscale_is_told_by_its_shapes(tmp_path):
     case = golden("retnet_torchscale__base")
-    (source,) = SYSTEMS["retnet_torchscale"].sources
     state, ids = case.state(torch.float64), case.inputs(torch.float64)["input_ids"]
-    shapes = {f"decoder.{key}": tuple(t.shape) for key, t in state.items()}
-    options = source.found({"arch": "retnet_base", "activation_fn": "gelu"}, shapes)
-    module = from_official("retnet_torchscale", options, {f"decoder.{key}": t for key, t in state.items()})
-    assert torch.equal(module(ids), case.module()(ids))
+    torch.save({"model": {f"decoder.{key}": t for key, t in state.items()}}, tmp_path / "retnet.pt")
+    assert import_model(tmp_path / "retnet.pt", tmp_path / "out").format == "retnet_torchscale"
+    model, _ = load(tmp_path / "out")
+    assert torch.equal(model(ids)[0], case.module()(ids))
+    (source,) = SYSTEMS["retnet_torchscale"].sources
     assert source.found({}, {"embed_tokens.weight": (3, 4)}) is None
 
 

@@ -107,12 +107,12 @@ class RetNetDecoder(ModelSource):
             Name(
                 "retnet_rel_pos.angle",
                 tuple(f"{mixer}angle" for mixer in every),
-                Turn(lambda t: (t[::2],) * layers, lambda *t: t[0].repeat_interleave(2)),
+                Turn(lambda t: tuple(t[::2].clone() for _ in every), lambda *t: t[0].repeat_interleave(2)),
             ),
             Name(
                 "retnet_rel_pos.decay",
                 tuple(f"{mixer}decay" for mixer in every),
-                Turn(lambda t: (t,) * layers, lambda *t: t[0]),
+                Turn(lambda t: tuple(t.clone() for _ in every), lambda *t: t[0]),
             ),
             *numbered(layers, "layers.{}.", "model.backbone.layers.{}.", layer),
         ]
