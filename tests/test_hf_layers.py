@@ -82,3 +82,19 @@ def test_what_of_a_model_is_not_carried_over_is_named(cls, change, words):
     case = next(drawn for drawn in MODELS if drawn.config["cls"] == cls).case()
     with pytest.raises(ValueError, match=f"^{case.system}: .*{words}"):
         from_official(case.system, {**case.config, **change}, case.state(torch.float32))
+
+
+def test_what_a_config_says_besides():
+    """Unknown options that are off change nothing; the names of xLSTM-7b's config; those that are on are named."""
+    case = next(drawn for drawn in MODELS if drawn.config["cls"] == "xLSTM").case()
+    (source,) = SYSTEMS[case.system].sources
+    config = {
+        **case.config,
+        "add_qk_norm": False,
+        "auto_map": {"AutoConfig": "file.Class"},
+        "quantization_config": None,
+    }
+    older = {"embedding_dim": config.pop("hidden_size"), "num_blocks": config.pop("num_hidden_layers")}
+    assert source.read(source.found({**config, **older}, {})).spec() == source.read(case.config).spec()
+    with pytest.raises(ValueError, match="no option 'add_qk_norm'"):
+        source.read(source.found({**case.config, "add_qk_norm": True}, {}))

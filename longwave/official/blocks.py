@@ -77,6 +77,9 @@ def logits(
     return model(input_ids, mask=attention_mask)[0]
 
 
+NOTHING: Any = (None, False, "", [], {})
+
+
 class ModelSource(Source):
     """A whole model that is one of ours as data: what ``spec().build()`` makes is ``build().model``.
 
@@ -103,7 +106,11 @@ class ModelSource(Source):
             config: of its config.json, or what else lies beside the weights; {} where nothing does.
             shapes: of its tensors, by their names.
         """
-        return config if cls.hf_type is not None and config.get("model_type") == cls.hf_type else None
+        if cls.hf_type is None or config.get("model_type") != cls.hf_type:
+            return None
+        return {  # what is not known and off changes nothing
+            name: value for name, value in config.items() if name in cls.model_fields or value not in NOTHING
+        }
 
 
 def positioned_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:

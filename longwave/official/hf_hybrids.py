@@ -5,7 +5,7 @@ Each is its layer of hf_layers.py and, for the others, attention. Qwen3-Next's e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from longwave.official.source import (
     Name,
     Names,
     Positive,
+    Shapes,
     Size,
     System,
     Turn,
@@ -343,6 +344,13 @@ class XLSTM(Pretrained, XLSTMLayer):
         ]
         where = ("backbone.embeddings.", "backbone.blocks.{}.", "backbone.out_norm.")
         return decoder_names([block] * self.num_hidden_layers, False, *where)
+
+    @classmethod
+    def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
+        if (found := super().found(config, shapes)) is None:
+            return None
+        older = {"hidden_size": "embedding_dim", "num_hidden_layers": "num_blocks"}  # names of NX-AI/xLSTM-7b
+        return {**found, **{new: found[old] for new, old in older.items() if old in found and new not in found}}
 
 
 SYSTEMS = {

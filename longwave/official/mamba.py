@@ -279,7 +279,7 @@ class MambaForCausalLM(HuggingFaceMamba):
 
     hf_type = "mamba"
     ignored = HuggingFaceMamba.ignored | {
-        *("time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan"),
+        *("time_step_scale", "time_step_init_scheme", "use_mambapy", "use_falcon_mambapy", "use_associative_scan"),
         *("d_model", "d_inner", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple"),
     }
     vocab_size: Size = 50280
