@@ -628,6 +628,7 @@ def inspect(
 
 @app.command(
     epilog="Examples:\n\n- `longwave bench ops`\n\n- `longwave bench ops --only causal_conv --repeats 3`\n\n"
+    "- `longwave bench ops --device cuda --save`\n\n"
     "- `longwave bench models --save`\n\n- `longwave bench memory --only s4d --only attention`"
 )
 def bench(
@@ -635,36 +636,42 @@ def bench(
     only: Annotated[list[str] | None, typer.Option(help="Names of ops, or of mixers; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved pairs a row, of which the median is taken.")] = 7,
     save: Annotated[bool, typer.Option(help="Append JSON lines to benchmarks/results and draw plots there.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: ops in bfloat16 on a GPU, beside torch's.")] = "cpu",
 ) -> None:
     """Measure ops, models and generation beside their peers in one process, or the memory of mixers as texts grow."""
     import torch
 
     from longwave import bench as benches
-    from longwave.errors import shown, unknown
+    from longwave.errors import choose, shown, unknown
 
     kinds = ("ops", "models", "memory", "generate", "online")
     if what not in kinds:
         raise ValueError(unknown("bench", what, kinds))
-    threads, columns = sorted({1, torch.get_num_threads()}), benches.COLUMNS
-    if what == "ops":
+    on_device = choose("device of the bench", device, {"cpu": False, "cuda": True})
+    if on_device and what != "ops":
+        raise ValueError(f"bench {what} runs on the CPU; leave out --device, or take bench ops")
+    threads, columns = sorted({1, torch.get_num_threads()}), list(benches.COLUMNS)
+    if on_device:
+        measured, columns = benches.bench_device(only or [], repeats, device), list(benches.DEVICE_COLUMNS)
+    elif what == "ops":
         measured = benches.bench_ops(only or [], threads, repeats)
     elif what in ("models", "online") and only:
         raise ValueError(f"bench {what} measures them all; leave out --only {shown(only[0])}")
     elif what == "models":
         measured = benches.bench_models(repeats)
     elif what == "generate":
-        measured, columns = benches.bench_generate(only or [], repeats, threads), benches.GENERATE_COLUMNS
+        measured, columns = benches.bench_generate(only or [], repeats, threads), list(benches.GENERATE_COLUMNS)
     elif what == "online":
-        measured, columns = benches.bench_online(), benches.ONLINE_COLUMNS
+        measured, columns = benches.bench_online(), list(benches.ONLINE_COLUMNS)
     else:
-        measured, columns = benches.bench_memory(only or []), benches.MEMORY_COLUMNS
+        measured, columns = benches.bench_memory(only or []), list(benches.MEMORY_COLUMNS)
     rows = []
     for row, line in benches.lines(measured, columns):
         print(line, flush=True)
         rows += [] if row is None else [row]
     if save:
-        path = benches.save(what, rows)
-        plots = benches.plot(rows) if what == "ops" else []
+        path = benches.save(f"{what}_cuda" if on_device else what, rows)
+        plots = benches.plot(rows) if what == "ops" and not on_device else []
         _note(f"{len(rows)} rows appended to {path}" + "".join(f"\n{plot}" for plot in plots))
 
 

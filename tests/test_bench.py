@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from longwave.bench import ONLINE_COLUMNS, bench_generate, bench_online, lines, plot, save
+from longwave.bench import device as device_module
 from longwave.bench import report as report_module
 from longwave.bench.cases import CASES
+from longwave.bench.device import CASES as DEVICE_CASES
+from longwave.bench.device import bench_device, measure_on
 from longwave.bench.ops import measure, traffic, why_not
 
 
@@ -60,3 +63,20 @@ def test_generation_rows_say_what_a_token_costs():
     assert rows[0]["target"] != rows[1]["target"]
     with pytest.raises(ValueError, match=r"no causal mixer is called 's4e'; .*did you mean 's4'"):
         list(bench_generate(["s4e"], 1, [1]))
+
+
+@pytest.mark.parametrize("case", DEVICE_CASES, ids=lambda case: f"{case.name}-{case.baseline}")
+def test_the_bench_of_a_gpu_measures_every_case(case, monkeypatch):
+    """On the CPU in small, where all but the clock is the same."""
+    monkeypatch.setattr(device_module, "ELEMENTS", 16)
+    row = measure_on(case, 16, case.modes[-1], "cpu", 10.0, repeats=1)
+    assert row["batch"] == 1
+    assert all(row[time] > 0 for time in ("ms", "baseline_ms", "floor_ms"))
+
+
+def test_the_bench_of_a_gpu_says_why_it_cannot_run():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"bench --device cuda: torch finds no such device"):
+            bench_device([], 1, "cuda")
+    with pytest.raises(ValueError, match=r"no op in the bench is called 'wvk'.*did you mean 'wkv'"):
+        bench_device(["wvk"], 1, "cuda")

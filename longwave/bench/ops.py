@@ -34,10 +34,11 @@ def why_not(case: Case) -> str | None:
 
 def _sides(case: Case, L: int, mode: str) -> list[Callable[[], None]]:
     inputs = case.inputs(L)
-    return [_runner(run, given, mode) for run, given in ((case.ours, inputs), (case.theirs, case.layout(inputs)))]
+    return [runner(run, given, mode) for run, given in ((case.ours, inputs), (case.theirs, case.layout(inputs)))]
 
 
-def _runner(run: Callable[..., Any], inputs: list[Any], mode: str) -> Callable[[], None]:
+def runner(run: Callable[..., Any], inputs: list[Any], mode: str) -> Callable[[], None]:
+    """A call of the forward pass, or of both."""
     leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
 
     def forward() -> None:
