@@ -306,6 +306,7 @@ def generate(
     from longwave import models
     from longwave.inspection import describe_states
     from longwave.models.generate import PREFILL_CHUNK
+    from longwave.models.storage import origin
     from longwave.tasks import AudioTokens
     from longwave.tokenizer import FILE, Decoder
     from longwave.train.runs import load_run, tokenizer_of
@@ -320,7 +321,8 @@ def generate(
         raise ValueError(f"{run} is a {type(model).__name__}, which tells no text; generate works on language models")
     words = tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer)
     if words is None:
-        on = "" if recipe is None else f", and was trained on {recipe.task.kind}"
+        with_ = origin(run).get("tokenizer") if recipe is None else f"the task {recipe.task.kind}"
+        on = "" if with_ is None else f", and was trained with {with_}"
         where = f"bytes, dna, a {FILE}, a folder with one or OWNER/NAME on the Hub; or copy one into it"
         ids = f"say what its {model.vocab:,} ids stand for by --tokenizer"
         raise ValueError(f"{run} has no {FILE}{on}: {ids}: {where}")
@@ -422,6 +424,7 @@ def import_(
     format: Annotated[
         str | None, typer.Option("--from", help="Whose model it is, such as mamba_hf; default what its files say.")
     ] = None,
+    tokenizer: Words = None,
 ) -> None:
     """Make a published checkpoint an ordinary model: eval, generate, inspect and train take it."""
     from longwave.models import load
@@ -433,7 +436,7 @@ def import_(
     options: dict[str, Any] = {}
     for change in changes or []:
         set_field(options, change)
-    made = import_model(path, to, format, **options)
+    made = import_model(path, to, format, None if tokenizer is None else _tokenizer(tokenizer), **options)
     print(f"format      {made.format}\nkeys        {made.keys:,}, all used")
     for line in check(*load(to)):
         print(line)

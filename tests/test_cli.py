@@ -472,7 +472,10 @@ def test_generate_wants_a_text_model(call, trained, tmp_path):
     train(load_recipe(trained[0], [task, "steps=1", "eval_batch=4"]), tmp_path / "run")
     code, _, err = call("generate", tmp_path / "run", "--prompt", "a")
     assert code == 2
-    assert "run has no tokenizer.json, and was trained on associative_recall: say what its 10 ids stand for" in err
+    assert (
+        "run has no tokenizer.json, and was trained with the task associative_recall: say what its 10 ids stand for"
+        in err
+    )
 
 
 def test_debug_shows_the_traceback(call):

@@ -196,6 +196,13 @@ def test_the_command(official, tmp_path, capsys):
     assert "GPT-2" in lines[4]
     with pytest.raises(ValueError, match="is there already"):
         run()
+    with pytest.raises(ValueError, match=r"no tokenizer.json, and was trained with GPT-2's \(openai-community/gpt2\)"):
+        app(["generate", str(tmp_path / "ours"), "--prompt", "a"], standalone_mode=False)
+    with pytest.raises(ValueError, match="has 256 ids and the model knows 50"):
+        app(
+            ["import", str(official["gpt2_hf"][1]), "--to", str(tmp_path / "b"), "--tokenizer", "bytes"],
+            standalone_mode=False,
+        )
 
 
 def test_every_format_has_words_for_its_tokenizer():

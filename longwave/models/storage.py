@@ -20,7 +20,7 @@ from longwave.spec import explain
 from longwave.tokenizer import FILE as TOKENIZER
 from longwave.tokenizer import Tokenizer, find, plain_bytes
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, ORIGIN = "model.safetensors", "config.json", "origin.json"
 
 
 def weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
@@ -189,6 +189,12 @@ def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, Mo
         return _fill_weight_only(model, weights, stored, folder / WEIGHTS), spec
     fill(model, stored, folder / WEIGHTS)
     return model.eval(), spec
+
+
+def origin(path: str | Path) -> dict[str, str]:
+    """What an imported model's folder says of where it came from: its format, the tokenizer it expects."""
+    file = model_at(Path(path), check=False) / ORIGIN
+    return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
 def tokenizer(path: str | Path) -> Tokenizer | None:

@@ -1,6 +1,7 @@
 """Published models become ordinary ones: a folder that :func:`longwave.models.load` reads."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from longwave.errors import choose
 from longwave.models.size import on_meta
 from longwave.models.spec import AnyModel
-from longwave.models.storage import save_tensors
+from longwave.models.storage import ORIGIN, save_tensors
 from longwave.official import SYSTEMS
 from longwave.official.blocks import ModelSource
 from longwave.official.files import Published, open_published
@@ -43,7 +44,9 @@ class Imported(NamedTuple):
     tokenizer: str | None
 
 
-def import_model(path: str | Path, out: str | Path, format: str | None = None, **options: Any) -> Imported:
+def import_model(
+    path: str | Path, out: str | Path, format: str | None = None, tokenizer: Tokenizer | None = None, **options: Any
+) -> Imported:
     """Write a published model as one of ours, which loads, trains, generates and evaluates like any other.
 
     No more than one copy of the weights is in memory at any time, and one tensor.
@@ -52,6 +55,7 @@ def import_model(path: str | Path, out: str | Path, format: str | None = None, *
         path: see :func:`longwave.official.files.open_published`.
         out: the folder to make.
         format: a name of :data:`FORMATS`; by default the one that its config and the names of its tensors say.
+        tokenizer: to put into the folder; by default the one that lies beside the weights.
         options: official ones, which the files do not say or which shall replace what they say.
     Raises:
         ValueError: where the files are not of the format or of none, a key is missing, unexpected or of another shape,
@@ -67,9 +71,12 @@ def import_model(path: str | Path, out: str | Path, format: str | None = None, *
         guess = next((other for other, _, _ in _found(published) if other != name), None)
         hint = f"\nit looks like {guess}" if guess else ""
         raise ValueError(f"{published.path} as {name}: {sentence}{hint}") from error
-    known = source.tokenizer if published.tokenizer is None else find(published.tokenizer)
+    known: Tokenizer | str = source.tokenizer if published.tokenizer is None else find(published.tokenizer)
+    known = tokenizer or known
     made, expected = (known, None) if isinstance(known, Tokenizer) else (None, known or None)
     save_tensors(Path(out), tensors, spec, made)
+    about = {"format": name, **({} if expected is None else {"tokenizer": expected})}
+    (Path(out) / ORIGIN).write_text(json.dumps(about, indent=2) + "\n")
     return Imported(name, spec, len(published.state), expected)
 
 

@@ -158,6 +158,7 @@ class Layer(Protocol):
 
 
 def several(x: T | tuple[T, ...]) -> tuple[T, ...]:
+    """One thing, or several, as a tuple."""
     return x if isinstance(x, tuple) else (x,)
 
 
