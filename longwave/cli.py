@@ -225,6 +225,20 @@ def table(
 
 
 @app.command(
+    epilog="Examples:\n\n- `longwave report runs/demo`\n\n- `longwave report sweeps/recall/*/ --out page.html`"
+)
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, side by side.")],
+    out: Annotated[Path, typer.Option(help="The page, one file that needs no network.")] = Path("report.html"),
+) -> None:
+    """Runs on one page: curves, tables, what each gets right and where, samples, filters at start and end."""
+    from longwave.results.report import report as write
+
+    write([run for run in runs if not run.is_file()], out)
+    _note(f"page: {out}")
+
+
+@app.command(
     epilog="Examples:\n\n"
     "- `longwave eval runs/demo`\n\n"
     "- `longwave eval runs/induction_mamba task.eval_length=16384 eval_batch=1`\n\n"
