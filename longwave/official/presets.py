@@ -199,8 +199,8 @@ M2_BERT = _family(
         "hyena_training_additions": additions,
     },
     [
-        ("m2-bert-80m", 80_307_264, 768, True),
-        ("m2-bert-110m", 115_609_728, 960, False),
+        ("m2-bert-80M", 80_307_264, 768, True),
+        ("m2-bert-110M", 115_609_728, 960, False),
         ("m2-bert-260m", 259_173_696, 1536, False),
         ("m2-bert-341m", 341_084_224, 1792, False),
     ],
