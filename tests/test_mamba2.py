@@ -162,3 +162,20 @@ def test_a_token_has_the_limits_that_a_sequence_has():
         logits, state = model(ids[:, t : t + 1], state)
         rows.append(logits)
     assert error(torch.cat(rows, dim=1), case.part("output64.")["logits"]) < 1e-9
+
+
+@torch.no_grad()
+def test_a_mamba_without_a_config_is_told_by_its_shapes():
+    """Which those of Mamba-2 are not: what of its maps is of groups and what of states is not in them."""
+    (source,) = SYSTEMS["mamba_ssm_lm"].sources
+    for stem in ("mamba_ssm_lm__mamba1", "mamba_ssm_lm__mamba2_mlp"):
+        case = golden(stem)
+        state, ids = case.state(torch.float64), case.inputs(torch.float64)["input_ids"]
+        shapes = {key: tuple(t.shape) for key, t in state.items()}
+        assert source.found({"d_model": 8, "n_layer": 2}, shapes) == {"d_model": 8, "n_layer": 2}
+        assert source.found({}, {"backbone.embeddings.weight": (3, 4)}) is None
+        if stem.endswith("mamba1"):
+            assert torch.equal(from_official("mamba_ssm_lm", source.found({}, shapes), state)(ids), case.module()(ids))
+        else:
+            with pytest.raises(ValueError, match=r"a Mamba-2 .* is told by its config.json: put it beside the weights"):
+                source.found({}, shapes)

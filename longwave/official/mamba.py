@@ -226,12 +226,28 @@ class MambaLMHeadModel(ModelSource):
     def found(cls, config: Mapping[str, Any], shapes: Shapes) -> Mapping[str, Any] | None:
         if "backbone.embedding.weight" not in shapes or "backbone.norm_f.weight" not in shapes:
             return None
-        if "d_model" not in config:
+        if "d_model" in config:
+            return config
+        (vocab, D), mixer = shapes["backbone.embedding.weight"], "backbone.layers.0.mixer."
+        if len(shapes.get(f"{mixer}A_log", ())) != 2:
             raise ValueError(
-                "a model of state-spaces/mamba is told by its config.json: put it beside the weights, "
+                "a Mamba-2 of state-spaces/mamba is told by its config.json: put it beside the weights, "
                 "with d_model, n_layer, vocab_size and ssm_cfg"
             )
-        return config
+        E, N = shapes[f"{mixer}A_log"]
+        sizes = {
+            "d_state": N,
+            "d_conv": shapes[f"{mixer}conv1d.weight"][2],
+            "dt_rank": shapes[f"{mixer}dt_proj.weight"][1],
+        }
+        return {
+            "d_model": D,
+            "n_layer": sum(key.endswith(".mixer.A_log") for key in shapes),
+            "vocab_size": vocab,
+            "pad_vocab_size_multiple": 1,
+            "rms_norm": "backbone.norm_f.bias" not in shapes,
+            "ssm_cfg": {"expand": E / D, **sizes},
+        }
 
 
 class HuggingFaceMamba(ModelSource):

@@ -1,4 +1,8 @@
-"""SequenceModel of github.com/state-spaces/s4 (commit e757cef), in its Lightning checkpoints under ``model.``."""
+"""SequenceModel of github.com/state-spaces/s4 (commit e757cef), in its Lightning checkpoints under ``model.``.
+
+A module and no spec: its norms over batch or time and its residuals are none of our blocks', and the released language
+model (s4-wt103) has an adaptive softmax. SaShiMi's checkpoints are specs: sashimi.py.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
