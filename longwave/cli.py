@@ -721,6 +721,28 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Examples:\n\n- `longwave hf transformers serve runs/mine/checkpoints/step-00001000 --port 8000`",
+)
+def hf(
+    program: Annotated[str, typer.Argument(help="Its name, such as transformers, lm_eval or accelerate.")],
+    context: typer.Context,
+) -> None:
+    """Run a program of Hugging Face's kind with its own arguments; longwave's models are known to it."""
+    from importlib.metadata import entry_points
+
+    from longwave.errors import nearest
+
+    programs = {point.name: point for point in entry_points(group="console_scripts")}
+    if program not in programs:
+        raise ValueError(f"no program is called {program}{nearest(program, programs)}; pip install what has it")
+    import longwave.hf  # noqa: F401 - that makes them known
+
+    sys.argv = [program, *context.args]
+    sys.exit(programs[program].load()())
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine has, and check every mixer for causality and parallel = recurrent."""

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent / "longwave"
 # Each imports those to its left. Errors and specs know no tensor's meaning, and tasks stand on them alone: a task needs
 # no model, while a model's score leaves out the targets that a task marks.
 LAYERS = ["errors", "own", "spec", "machine", "tokenizer", "tasks", "ops", "nn", "mixers", "models", "official"]
-LAYERS += ["inspection", "plots", "train", "results", "contract", "recipes", "bench"]
-NEEDLESS = {"inspection", "plots", "results", "contract", "recipes", "bench"}  # know nothing of official models
+LAYERS += ["inspection", "plots", "train", "results", "contract", "recipes", "bench", "hf"]
+NEEDLESS = {"inspection", "plots", "results", "contract", "recipes", "bench", "hf"}  # know nothing of official models
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem in LAYERS)
 ONLY_IN = {"triton": {"_triton"}, "numba": {"_numba"}, "transformers": {"hf.py", "bench"}, "mambapy": {"bench"}}
 

@@ -76,16 +76,20 @@ class LM(nn.Module):
             logits: (B, L, V).
             state: after the last token, or None where none came in.
         """
-        x, state = self.backbone(self._embedded(ids), state, mask=mask)
+        x, state = self.hidden(ids, state, mask=mask)
         if last:
             x = x[:, -1:] if mask is None else take_steps(x, last_real(mask)[:, None])
-        return self._logits(x), state
+        return self.logits(x), state
 
-    def _embedded(self, ids: Tensor) -> Tensor:
+    def hidden(
+        self, ids: Tensor, state: ModelState | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, ModelState | None]:
+        """What :meth:`logits` are made of: (B, L, D), and the state; as ``forward``."""
         x = embed(self.embedding, ids)
-        return x if self.embedding_scale == 1 else x * self.embedding_scale
+        return self.backbone(x if self.embedding_scale == 1 else x * self.embedding_scale, state, mask=mask)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V)."""
         logits = self.head(x)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
@@ -99,5 +103,5 @@ class LM(nn.Module):
             ids, targets: (B, L) int64.
             mask: (B, L) bool, True = real token.
         """
-        x, _ = self.backbone(self._embedded(ids), mask=mask)
-        return score_tokens(x, targets, self._logits, LOGITS_AT_ONCE // self.vocab)
+        x, _ = self.hidden(ids, mask=mask)
+        return score_tokens(x, targets, self.logits, LOGITS_AT_ONCE // self.vocab)

@@ -7,8 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from longwave.nn.padding import real_first, take_steps
 from longwave.tasks.base import Errors, Score
 from longwave.tasks.forms import IGNORE, scored
+
+
+def next_targets(ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a language model is asked at each token of ids (B, L): the next real one, whatever padding stands between;
+    IGNORE at the last one and at padding, mask (B, L) bool, True = real."""
+    if mask is None:
+        return F.pad(ids[:, 1:], (0, 1), value=IGNORE)
+    order, back, _ = real_first(mask)
+    return take_steps(next_targets(take_steps(ids.masked_fill(~mask, IGNORE), order)), back)
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> Score:

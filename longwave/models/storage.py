@@ -4,16 +4,17 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longwave.models.runs import model_at
 from longwave.models.size import on_meta
-from longwave.models.spec import MODEL_SPEC, ModelSpec
+from longwave.models.spec import AnyModel, ModelSpec
 from longwave.nn import WeightOnlyLinear, weight_only
 from longwave.nn.module import whole
 from longwave.spec import explain
@@ -21,6 +22,29 @@ from longwave.tokenizer import FILE as TOKENIZER
 from longwave.tokenizer import Tokenizer, find, plain_bytes
 
 WEIGHTS, CONFIG, ORIGIN = "model.safetensors", "config.json", "origin.json"
+TYPE = {"model_type": "longwave"}  # by which ``transformers`` knows the folder
+
+
+def stored_spec(config: Any) -> Any:
+    """The spec that stands in a config.json, of :func:`save` or of ``longwave.hf``."""
+    if not isinstance(config, dict):
+        return config
+    return config.get("spec", {name: value for name, value in config.items() if name not in TYPE})
+
+
+STORED: TypeAdapter[AnyModel] = TypeAdapter(Annotated[ModelSpec, BeforeValidator(stored_spec)])
+
+
+def read_spec(config: bytes | dict[str, Any], what: str) -> ModelSpec:
+    """The spec of a config.json, or of what it holds.
+
+    Raises:
+        ValueError: where it describes no model, naming ``what`` and the field.
+    """
+    try:
+        return STORED.validate_json(config) if isinstance(config, bytes) else STORED.validate_python(config)
+    except ValidationError as error:
+        raise ValueError(f"{what} does not describe a model: {explain(error, 'model')}") from error
 
 
 def weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
@@ -82,7 +106,7 @@ def write(
         tokenizer.check_fits(getattr(spec, "vocab", None), "the model")
         (folder / (TOKENIZER + suffix)).write_text(tokenizer.text, encoding="utf-8")
     write_tensors(tensors, folder / (WEIGHTS + suffix))
-    (folder / (CONFIG + suffix)).write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
+    (folder / (CONFIG + suffix)).write_text(json.dumps(TYPE | spec.model_dump(), indent=2) + "\n")
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -130,7 +154,8 @@ def fill(
 
 def _fitting(model: nn.Module, stored: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors of the model that the stored ones are for, by name; else ValueError."""
-    own = dict([*model.named_parameters(), *model.named_buffers()])
+    own = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if t.numel()}
+    stored = {name: t for name, t in stored.items() if t.numel()}  # what holds nothing need not be there
     for name in [*stored, *own]:
         if name not in own or name not in stored:
             here, there = ("the file", "the config") if name in stored else ("the config", "the file")
@@ -148,7 +173,7 @@ def _fill_weight_only(model: nn.Module, form: str, stored: dict[str, Tensor], fi
     """A model from the meta device with its weights kept in fewer bits: rounded one by one, as they are read."""
     firsts = {id(tensor): name for name, tensor in _fitting(model, stored, file).items()}
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    places = {name: firsts[id(tensor)] for name, tensor in every}  # those that are tied are stored once
+    places = {name: firsts[id(t)] for name, t in every if t.numel()}  # those that are tied are stored once
     model = weight_only(model, form).to_empty(device="cpu")
     for name, first in places.items():
         owner, _, own = name.rpartition(".")
@@ -164,7 +189,8 @@ def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, Mo
     """A model and its spec, in evaluation mode and in the dtypes it was saved in.
 
     Args:
-        path: a folder that :func:`save` wrote, a run (its best checkpoint is taken) or one of its checkpoints.
+        path: a folder that :func:`save` or ``longwave.hf`` wrote, a run (its best checkpoint is taken) or one of its
+            checkpoints.
         weights: "int8" or "bf16" keeps the weights of its linear maps in so many bits (see
             :func:`longwave.nn.weight_only`); the float model never exists whole.
     Raises:
@@ -175,13 +201,10 @@ def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, Mo
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no run and no saved model: it has no {name}")
-    try:
-        spec = MODEL_SPEC.validate_json((folder / CONFIG).read_bytes())
-    except ValidationError as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a model: {explain(error, 'model')}") from error
+    spec = read_spec((folder / CONFIG).read_bytes(), str(folder / CONFIG))
     ghost = on_meta(spec, copies=1 if weights is None else None)
     model = spec.build() if weights is None else ghost
-    stored = read_tensors(folder / WEIGHTS)
+    stored = {name.removeprefix("model."): t for name, t in read_tensors(folder / WEIGHTS).items()}  # of longwave.hf
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             tensor.data = tensor.data.to(stored[name].dtype)
@@ -209,7 +232,7 @@ def tokenizer(path: str | Path) -> Tokenizer | None:
     """
     folder = model_at(Path(path), check=False)
     config = folder / CONFIG
-    about = json.loads(config.read_bytes()) if config.is_file() else {}
+    about = stored_spec(json.loads(config.read_bytes())) if config.is_file() else {}
     if about.get("vocab") == 256 and not (folder / TOKENIZER).is_file():
         return plain_bytes()
     if about and not (folder / TOKENIZER).is_file():
