@@ -241,7 +241,8 @@ def report(
 @app.command(
     epilog="Examples:\n\n"
     "- `longwave eval runs/demo`\n\n"
-    "- `longwave eval runs/induction_mamba task.eval_length=16384 eval_batch=1`\n\n"
+    "- `longwave eval runs/demo --carry`\n\n"
+    "- `longwave eval runs/induction_mamba --lengths 256,4096,65536`\n\n"
     "- `longwave eval distilled 'task={kind: text, files: [my.txt]}'`"
 )
 def eval(
@@ -249,12 +250,16 @@ def eval(
     changes: Changes = None,
     weights: Weights = None,
     tokenizer: Words = None,
+    carry: Annotated[
+        bool, typer.Option("--carry", help="Of language models: whole documents, the state going on from row to row.")
+    ] = False,
+    lengths: Annotated[str | None, typer.Option(help="Of tasks with an eval_length: such as 256,4096,65536.")] = None,
 ) -> None:
     """Evaluate a trained model on the held-out data of its task, or on a changed one; on one device by default.
 
     With --weights, also the model whose weights are kept in so many bits, and how far its logits are from the others.
     """
-    from longwave.train.evaluate import compare, evaluate
+    from longwave.train.evaluate import compare, evaluate, evaluate_carried, evaluate_lengths
     from longwave.train.loop import Objective, make_fabric, threads
     from longwave.train.memory import keep_freed_memory
     from longwave.train.ranks import Ranks
@@ -266,6 +271,10 @@ def eval(
             f"{run} is a saved model, which knows no task: say what to evaluate it on, such as "
             "'task={kind: text, files: [my.txt]}'"
         )
+    if carry + (lengths is not None) + (weights is not None) > 1:
+        raise ValueError("--carry, --lengths and --weights are three questions; ask one at a time")
+    if not re.fullmatch(r"\d+(,\d+)*", lengths or "1"):
+        raise ValueError(f"--lengths {lengths}: write whole numbers with commas, such as 256,4096")
     recipe.task.prepare()
     if changes or tokenizer is not None:
         check_tokenizer(run, tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer), recipe.task)
@@ -274,7 +283,18 @@ def eval(
     with threads(recipe.threads), Ranks(make_fabric(recipe)) as ranks:
         fabric, batch = ranks.fabric, recipe.eval_batch or recipe.batch
         start = time.monotonic()
-        metrics = evaluate(fabric, fabric.setup(Objective(model)).eval(), recipe.task, batch)
+        objective = fabric.setup(Objective(model)).eval()
+        if lengths is not None:
+            asked = [int(length) for length in lengths.split(",")]
+            for length, found in evaluate_lengths(fabric, objective, recipe.task, batch, asked):
+                print(
+                    f"{length:>10,}  " + "  ".join(f"{name} {value:.6g}" for name, value in found.items()), flush=True
+                )
+            return
+        if carry:
+            metrics = evaluate_carried(fabric, model, recipe.task)
+        else:
+            metrics = evaluate(fabric, objective, recipe.task, batch)
         if weights is not None:
             _, small = load_run(run, [], weights)
             other = evaluate(fabric, fabric.setup(Objective(small)).eval(), recipe.task, batch)

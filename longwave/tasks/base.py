@@ -234,6 +234,11 @@ class Task(Spec):
     def eval_row(self, number: int) -> Row:
         """Row ``number`` of those evaluated: the same for every seed."""
 
+    def goes_on(self, number: int) -> bool:
+        """Whether evaluation row ``number`` >= 1 goes on where the one before ended, behind its targets that are not
+        scored: so that a model that carries its state sees all of a document."""
+        return False
+
     def train_batch(self, size: int, seed: int, index: int) -> Batch:
         """Training rows size * index and the ``size`` - 1 that follow."""
         rows = [self.train_row(seed, number) for number in range(size * index, size * (index + 1))]

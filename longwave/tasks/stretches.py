@@ -101,6 +101,11 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def goes_on(self, number: int) -> bool:
+        """Whether a window begins where the one before ended, no border between them."""
+        part = self._ends.searchsorted(number, side="right")
+        return bool(number and part == self._ends.searchsorted(number - 1, side="right"))
+
     def place(self, number: int) -> tuple[int, int]:
         """Where a window and what follows it lie in the stretches."""
         part = int(self._ends.searchsorted(number, side="right"))

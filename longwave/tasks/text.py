@@ -264,6 +264,10 @@ class Text(AnyFiles, name="text"):
         inputs, targets = next_token(window)
         return Row(inputs, np.where(np.arange(len(targets)) < seen, IGNORE, targets))
 
+    def goes_on(self, number: int) -> bool:
+        """All that is held out is one text."""
+        return True
+
     def metrics(self, score: Score | Errors) -> dict[str, float]:
         """Loss in nats a byte, the same in bits, and accuracy."""
         named = super().metrics(score)

@@ -122,6 +122,14 @@ class TokenizedText(Task, name="tokens"):
             number -= len(held)
         return next_token(held[number])
 
+    def goes_on(self, number: int) -> bool:
+        """Within a document where they are apart, else within what is held out of a corpus."""
+        for _, _, held in self._corpora:
+            if number < len(held):
+                return held.goes_on(number)
+            number -= len(held)
+        raise IndexError(number)
+
     def metrics(self, score: Score | Errors) -> dict[str, float]:
         """Loss in nats a token, perplexity, accuracy, and bits a byte by the bytes of a token in what is held out;
         where a document is held out in part, by those of one in the document."""
