@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -477,6 +478,36 @@ def import_(
     if made.tokenizer is not None:
         print(f"tokenizer   not beside the weights; the model was trained with {made.tokenizer}")
     _note(f"model: {to}; eval, generate, inspect and train take it as they take a run")
+
+
+@app.command(epilog="Examples:\n\n- `longwave export runs/demo --to program --out exported`")
+def export(
+    run: Trained,
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="program: torch.export's .pt2 files, which need torch alone to run.")],
+) -> None:
+    """Write a model for those who have no longwave: of a language model what reads a prompt, and a single step."""
+    import torch
+
+    from longwave import models
+    from longwave.errors import choose
+    from longwave.models.export import export_parallel, export_prompt, export_step
+    from longwave.models.runs import model_at
+    from longwave.tokenizer import FILE
+
+    choose("--to", to, {"program": export_parallel})
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another --out")
+    model, _ = models.load(run)
+    streams = isinstance(model, models.LM)
+    forms: Any = {"prompt": export_prompt, "step": export_step} if streams else {"parallel": export_parallel}
+    programs = {form: make(model) for form, make in forms.items()}
+    out.mkdir(parents=True)
+    for form, program in programs.items():
+        torch.export.save(program, out / f"{form}.pt2")
+        _note(f"{form}: {out / form}.pt2")
+    if (tokens := model_at(run) / FILE).is_file():
+        shutil.copy(tokens, out)
 
 
 @app.command(epilog="Examples:\n\n- `longwave data pathfinder size=128 --count 20000 --out pathx --jobs 2`")

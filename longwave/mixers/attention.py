@@ -10,6 +10,7 @@ of flash_attn's MHA, which the H3 and Hyena hybrids use.
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longwave.mixers.base import Mixer
@@ -135,5 +136,7 @@ class Attention(Mixer, name="attention"):
         """The keys and values that later tokens see; where many came in, in memory of no more than these."""
         if self.window is None:
             return kv
+        if torch.compiler.is_exporting():  # of one size whatever came in: in front there may be what never was
+            kv = F.pad(kv, (0, 0, 0, 0, self.window - 1, 0))
         kept = kv[:, -(self.window - 1) :] if self.window > 1 else kv[:, :0]
-        return kept.clone() if new >= self.window else kept
+        return kept.clone() if torch.compiler.is_compiling() or new >= self.window else kept

@@ -62,7 +62,7 @@ def save_state(file: str | Path, state: Any, model: nn.Module, **notes: str) -> 
     """
     if isinstance(state, Held):
         check_weights(state, model)
-    tensors = {path: whole(t).clone() for path, t in _leaves(state)}
+    tensors = {path: whole(t).clone() for path, t in leaves(state)}
     pairs = {path + PAIRS: torch.view_as_real(t) for path, t in tensors.items() if t.is_complex()}
     tensors = {path: t for path, t in tensors.items() if not t.is_complex()} | pairs
     about = {"longwave_state": FORMAT, "model": fingerprint(model).hex(), "notes": json.dumps(notes)}
@@ -98,24 +98,24 @@ def load_state(file: str | Path, model: nn.Module) -> tuple[Any, dict[str, str]]
     if "last" in tensors:
         template = Held(template, *(tensors[name] for name in Held._fields[1:]))
     device = next(model.parameters()).device
-    return _fill(template, {name: t.to(device) for name, t in tensors.items()}, ""), json.loads(about["notes"])
+    return filled(template, {name: t.to(device) for name, t in tensors.items()}, ""), json.loads(about["notes"])
 
 
-def _leaves(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor and where it stands, such as layers.0.k."""
     if isinstance(state, Tensor):
         yield path, state
     elif state is not None:
         for name, part in zip(getattr(state, "_fields", range(len(state))), state):
-            yield from _leaves(part, f"{path}.{name}".lstrip("."))
+            yield from leaves(part, f"{path}.{name}".lstrip("."))
 
 
-def _fill(template: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def filled(template: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """The tree of ``template`` with the tensors at their places; what a place holds, the file decides."""
     if path in tensors:
         return tensors[path]
     if template is None or isinstance(template, Tensor):
         return None
     names = getattr(template, "_fields", range(len(template)))
-    parts = [_fill(part, tensors, f"{path}.{name}".lstrip(".")) for name, part in zip(names, template)]
+    parts = [filled(part, tensors, f"{path}.{name}".lstrip(".")) for name, part in zip(names, template)]
     return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)

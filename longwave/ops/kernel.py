@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from longwave.ops.declaration import Declaration
 
@@ -26,7 +28,9 @@ def transform() -> str | None:
 
 
 def _import(name: str) -> None:
-    importlib.import_module(name)
+    if name not in sys.modules:
+        with _disable_current_modes():  # or its tensors would be fake where a graph is the first to need it
+            importlib.import_module(name)
 
 
 for _function in (transform, _import):
