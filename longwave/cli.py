@@ -1,5 +1,6 @@
 """The command line: a thin layer, as each command imports what it needs only when it is called."""
 
+import json
 import logging
 import os
 import re
@@ -111,6 +112,7 @@ def main() -> None:
     "- `longwave train demo task.files=[my.txt] steps=2000 --out runs/mine`\n\n"
     "- `longwave train demo devices=2 strategy=fsdp2`\n\n"
     "- `longwave train demo --dry-run`\n\n"
+    "- `longwave train my.yaml model=null --from imported --out runs/tuned`\n\n"
     "- `longwave train --resume runs/mine`"
 )
 def train(
@@ -120,6 +122,9 @@ def train(
     changes: Changes = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run, or one of its checkpoints, to go on from.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="A run or a saved model to start from; model=null takes its model.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs: memory, time, steps.")] = False,
 ) -> None:
     """Train a model by a recipe; Ctrl-C saves, and --resume goes on exactly."""
@@ -131,6 +136,10 @@ def train(
 
     every = [*([] if recipe is None else [recipe]), *(changes or [])]
     source: str | Path | None = every.pop(0) if every and "=" not in every[0] else None
+    if from_ is not None:
+        if resume is not None:
+            raise ValueError(f"--resume goes on with what the run started from; leave out --from {from_}")
+        every.insert(0, f"start={json.dumps(str(from_.absolute()))}")
     if resume is not None:
         run = run_of(resume)
         if out is not None and out != run:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.yaml"  # of a run: its recipe
-RECORD = "run.json"  # of a run: the command, the commits, the machine, the number of parameters
+RECORD = "run.json"  # of a run: the command, the commits, the machine, how many parameters, the hash of its start
 TRAINER, MANIFEST = "trainer.json", "manifest.json"
 
 
@@ -113,6 +113,11 @@ def model_at(path: Path, check: bool = True) -> Path:
 def trainer_of(folder: Path) -> dict[str, Any]:
     """What a checkpoint knows of its training: ``step`` and ``best``, itself a step and a value, or None."""
     return json.loads((folder / TRAINER).read_text())
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """What a run says of itself, or {} before it has begun."""
+    return json.loads((run / RECORD).read_text()) if (run / RECORD).is_file() else {}
 
 
 def _broken(file: Path, what: str) -> str:

@@ -133,6 +133,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
 
+def stored_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model's folder, as :func:`weights` names them."""
+    return {name.removeprefix("model."): t for name, t in read_tensors(folder / WEIGHTS).items()}  # of longwave.hf
+
+
 @torch.no_grad()
 def fill(
     model: nn.Module,
@@ -185,6 +190,19 @@ def _fill_weight_only(model: nn.Module, form: str, stored: dict[str, Tensor], fi
     return model
 
 
+def spec_at(path: str | Path) -> tuple[Path, ModelSpec]:
+    """The folder of a model, by a path as of :func:`load`, and its spec.
+
+    Raises:
+        ValueError: where a file is missing, differs from the checkpoint's manifest or describes no model.
+    """
+    folder = model_at(Path(path))
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no run and no saved model: it has no {name}")
+    return folder, read_spec((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+
+
 def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, ModelSpec]:
     """A model and its spec, in evaluation mode and in the dtypes it was saved in.
 
@@ -197,14 +215,10 @@ def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, Mo
         ValueError: where a file is missing or corrupt or differs from the checkpoint's manifest, the weights do not
             fit the config, or there is no such form of weights.
     """
-    folder = model_at(Path(path))
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no run and no saved model: it has no {name}")
-    spec = read_spec((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    folder, spec = spec_at(path)
     ghost = on_meta(spec, copies=1 if weights is None else None)
     model = spec.build() if weights is None else ghost
-    stored = {name.removeprefix("model."): t for name, t in read_tensors(folder / WEIGHTS).items()}  # of longwave.hf
+    stored = stored_weights(folder)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             tensor.data = tensor.data.to(stored[name].dtype)

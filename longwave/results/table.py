@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longwave.errors import choose
-from longwave.models.runs import CONFIG, RECORD
+from longwave.models.runs import CONFIG, read_record
 from longwave.train.checkpoint import write_text
 from longwave.train.config import load_recipe
 from longwave.train.monitor import read_metrics
@@ -34,7 +34,7 @@ def row(run: Path) -> dict[str, Any]:
     if not evaluated:
         raise ValueError(f"{run} has not been evaluated yet; go on with longwave train --resume {run}")
     last = evaluated[-1]
-    record = json.loads((run / RECORD).read_text()) if (run / RECORD).is_file() else {}
+    record = read_record(run)
     return {
         "command": record.get("command"),
         "run": run.name,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longwave.models import ModelSpec, weights
 from longwave.models.runs import MANIFEST, TRAINER, name_of, saved_steps, sha256, trainer_of
-from longwave.models.storage import WEIGHTS, fill, gathered, read_tensors, write, write_tensors
+from longwave.models.storage import WEIGHTS, fill, gathered, read_tensors, spec_at, stored_weights, write, write_tensors
 from longwave.tokenizer import Tokenizer
 
 OPTIMIZER = "optimizer.safetensors"
@@ -119,6 +119,25 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     trainer = trainer_of(folder)
     best = None if trainer["best"] is None else Best(**trainer["best"])
     return trainer["step"], best if best is not None and folder.with_name(name_of(best.step)).is_dir() else None
+
+
+def start_with(model: nn.Module, start: str, before: str | None) -> str:
+    """Fill a model, sharded or not, with the weights of another.
+
+    Args:
+        start: a run, a checkpoint or a saved model.
+        before: what an earlier call returned for this run, or None.
+    Returns:
+        the SHA-256 of the weights.
+    Raises:
+        ValueError: where they are those of another model, or no longer those of before.
+    """
+    folder, _ = spec_at(start)
+    digest = sha256(folder / WEIGHTS)
+    if before not in (None, digest):
+        raise ValueError(f"the weights of {start} are not what they were when the run began; start another by --out")
+    fill(model, stored_weights(folder), folder / WEIGHTS, _like)
+    return digest
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pydantic import (
 from longwave.errors import clipped, nearest, shown
 from longwave.models import ModelSpec
 from longwave.models.spec import MODELS
+from longwave.models.storage import spec_at
 from longwave.spec import Spec, explain, read_kind
 from longwave.tasks import TASKS, Task
 from longwave.tasks.zeros import Zeros
@@ -51,6 +52,8 @@ class Recipe(Spec):
         task: what is learned.
         model: what learns it; sizes that it leaves open, such as ``vocab``, are the task's. In YAML and in changes also
             ``{preset: NAME, ...}``, the size of a published model with what is said besides.
+        start: a run, a checkpoint or a saved model whose weights training starts with; null draws them. Where nothing
+            is said of the model, or null, it is that one.
         steps: optimiser steps.
         batch: rows a step, over all processes and accumulated parts.
         accumulate: parts a step's rows are run in, to save memory.
@@ -79,6 +82,7 @@ class Recipe(Spec):
 
     task: AnyTask
     model: ModelSpec
+    start: str | None = None
     steps: int = Field(ge=1)
     batch: int = Field(ge=1, le=2**20)
     accumulate: int = Field(1, ge=1)
@@ -281,8 +285,11 @@ def set_field(tree: dict, change: str) -> None:
 
 
 def _resolve(tree: dict) -> None:
-    """Puts the model that ``{preset: NAME, ...}`` stands for in its place, with what is said besides."""
+    """Puts the model that ``{preset: NAME, ...}`` stands for in its place, with what is said besides, or that of start
+    where none is said."""
     model = tree.get("model")
+    if model is None and isinstance(start := tree.get("start"), str):
+        tree["model"] = spec_at(start)[1].model_dump()
     if not isinstance(model, dict) or "preset" not in model:
         return
     from longwave.official.presets import preset  # takes long to import

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from longwave.machine import setting
 from longwave.models.backbone import Branches
-from longwave.models.runs import CONFIG, RECORD, find, saved_steps, step_of
+from longwave.models.runs import CONFIG, RECORD, find, read_record, saved_steps, step_of
+from longwave.models.storage import spec_at
 from longwave.nn.module import whole
 from longwave.tasks.base import Errors, Score, fingerprint
 from longwave.tasks.forms import Batch, scored
 from longwave.train.ahead import batches
-from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, write_text
+from longwave.train.checkpoint import Best, gather, load_checkpoint, save_checkpoint, start_with, write_text
 from longwave.train.config import Recipe, load_recipe
 from longwave.train.evaluate import evaluate
 from longwave.train.monitor import Monitor, plot_loss, read_metrics
@@ -172,6 +173,8 @@ def train(
     run = Path(run)
     recipe.task.prepare()
     check_size(recipe)  # what the model objects to is said before any process is started
+    if resume is None and recipe.start is not None:
+        _check_start(recipe, recipe.start)
     with threads(recipe.threads), Ranks(make_fabric(recipe)) as ranks:
         return _train(ranks, recipe, run, resume, command)
 
@@ -192,6 +195,8 @@ def _train(ranks: Ranks, recipe: Recipe, run: Path, resume: str | Path | None, c
     tokens = 0  # since the last line of the log
     saved = start if checkpoint is not None else -1
     about = {"command": command, "parameters": sum(p.numel() for p in model.parameters())}
+    if checkpoint is None and recipe.start is not None:
+        about["start"] = start_with(model, recipe.start, read_record(run).get("start"))
     monitor = ranks.on_main(_start_monitor, recipe, run, start, about)
 
     parts_left = range(start * recipe.accumulate, recipe.steps * recipe.accumulate)
@@ -278,19 +283,32 @@ def _start_monitor(recipe: Recipe, run: Path, start: int, about: dict[str, Any])
     """Only now, when nothing objects, the run has a folder, and in it one for checkpoints: without it they are gone."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, recipe.to_yaml())
-    _write_record(run / RECORD, about)
+    _write_record(run, about)
     if recipe.task.sources:
         write_text(run / DATA, fingerprint(recipe.task.sources) + "\n")
     return Monitor(run, recipe.steps, start, recipe.task.metric)
 
 
-def _write_record(file: Path, about: dict[str, Any]) -> None:
+def _check_start(recipe: Recipe, start: str) -> None:
+    """Refuse to start with the weights of another model than the recipe's, or of one whose ids mean something else."""
+    from longwave.train.runs import check_tokenizer, tokenizer_of  # which need this module
+
+    spec = spec_at(start)[1].model_copy(update={"dropout": recipe.model.dropout})
+    if spec != recipe.model:
+        change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
+        raise ValueError(f"{start} holds another model than the recipe: {change}; train that one by model=null")
+    if (own := tokenizer_of(Path(start))) is not None:
+        check_tokenizer(Path(start), own, recipe.task)
+
+
+def _write_record(run: Path, about: dict[str, Any]) -> None:
     """What a run says of itself to tables; one that goes on keeps its first words, and adds the commit."""
     about |= setting()
-    record = json.loads(file.read_text()) if file.is_file() else {**about, "commits": []}
+    record = read_record(run) or {**about, "commits": []}
     if (commit := about["commit"]) not in record["commits"]:
         record["commits"].append(commit)
-    write_text(file, json.dumps({key: value for key, value in record.items() if key != "commit"}, indent=2) + "\n")
+    kept = {key: value for key, value in record.items() if key != "commit"}
+    write_text(run / RECORD, json.dumps(kept, indent=2) + "\n")
 
 
 def _save(
