@@ -40,7 +40,7 @@ from longwave.models import (
 )
 from longwave.models.storage import read_tensors
 from longwave.nn.frozen import stands_still
-from longwave.tokenizer import END, MASK, plain_bytes
+from longwave.tokenizer import END, MASK, learn, plain_bytes
 from longwave.train import load_recipe
 from longwave.train.loop import train
 
@@ -241,6 +241,23 @@ def test_returned_cache_goes_on(pair, monkeypatch):
     assert more[:, 6:].tolist() == generate(model, ids, 9)
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_an_assistant_may_have_another_tokenizer(tmp_path, turn):
+    for name, made in (
+        ("bytes", plain_bytes(END)),
+        ("pairs", learn(["the cat sat on the mat and the other"] * 3, 280)),
+    ):
+        torch.manual_seed(0)
+        spec = spec_of("mamba", vocab=made.vocab)
+        save(tmp_path / name, spec.build().double(), spec, made)
+    paths = [tmp_path / name for name in ("bytes", "pairs")][::turn]
+    big, small = map(AutoModelForCausalLM.from_pretrained, paths)
+    tok, other = map(AutoTokenizer.from_pretrained, paths)
+    inputs, options = tok("the cat", return_tensors="pt"), {"max_new_tokens": 16, "do_sample": False}
+    found = big.generate(**inputs, **options, assistant_model=small, tokenizer=tok, assistant_tokenizer=other)
+    assert torch.equal(found, big.generate(**inputs, **options))
+
+
 @pytest.mark.parametrize("helper", ["small", "itself", "lookup"])
 def test_assisted_is_greedy(pair, helper):
     """Whatever is guessed ahead, and however much of it is taken back."""
@@ -268,6 +285,10 @@ def test_crop_goes_back(pair):
     other = ids_of(4, 3, seed=7)
     expected = model(torch.cat([ids[rows, :6], other], 1))[0][:, 6:]
     assert same(made(other, past_key_values=cache).logits, expected)
+    for count in (1, 2, 3, 2):  # within what is unread, and behind it
+        cache.crop(-count)
+    assert cache.get_seq_length() == 1
+    assert same(made(other, past_key_values=cache).logits, model(torch.cat([ids[rows, :1], other], 1))[0][:, 1:])
     with pytest.raises(ValueError, match=r"cannot take back 9 tokens: states before the last \d are kept"):
         cache.crop(-9)
     cache.reset()

@@ -10,6 +10,8 @@ from torch import Tensor
 from longwave.mixers import select
 from longwave.models.lm import LM
 
+KEPT = 64  # states, at most, that can be gone back to
+
 
 class Read(NamedTuple):
     """Tokens that were read, and the state before them."""
@@ -66,30 +68,33 @@ class Reader:
         sizes = [ids.shape[1] - keep, keep] if self.recording and 0 < keep < ids.shape[1] else [ids.shape[1]]
         ys = []
         for part, real in zip(ids.split(sizes, 1), mask.split(sizes, 1)):
-            self.past = (*self.past, Read(state, part, real)) if self.recording else ()
+            self.past = (*self.past, Read(state, part, real))[-KEPT:] if self.recording else ()
             y, state = model.hidden(part, state, mask=None if real.all() else real)
             ys.append(y)
         self.state, self.seen, self.batch_size, self.unread = state, self.seen + L, B, None
         return torch.cat(ys, 1)[:, -L:]
 
     def take_back(self, count: int) -> None:
-        """As if the last ``count`` tokens had not been read; what is before the rest is not kept any longer.
+        """As if the last ``count`` tokens had not been read.
 
         Raises:
             ValueError: where so many are not kept.
         """
-        past = list(self.past)
+        if count == 0:
+            return
+        past = [*self.past, *([] if self.unread is None else [self.unread])]
         if count > (kept := sum(read.ids.shape[1] for read in past)):
             raise ValueError(
                 f"cannot take back {count} tokens: states before the last {kept} are kept; "
                 "let it record before tokens are read that may be taken back"
             )
-        self.seen, self.past = self.seen - count, ()
+        self.seen -= count
         while count:
             self.state, ids, mask = past.pop()
             left = ids.shape[1] - count
             self.unread = Read(self.state, ids[:, :left], mask[:, :left]) if left > 0 else None
             count = max(0, -left)
+        self.past = tuple(past)
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; one may be taken more than once."""
