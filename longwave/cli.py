@@ -253,6 +253,7 @@ def report(
     "- `longwave eval runs/demo`\n\n"
     "- `longwave eval runs/demo --carry`\n\n"
     "- `longwave eval runs/induction_mamba --lengths 256,4096,65536`\n\n"
+    "- `longwave eval runs/mine --tasks boolq,copa,lambada_openai --shots 3`\n\n"
     "- `longwave eval distilled 'task={kind: text, files: [my.txt]}'`"
 )
 def eval(
@@ -264,6 +265,10 @@ def eval(
         bool, typer.Option("--carry", help="Of language models: whole documents, the state going on from row to row.")
     ] = False,
     lengths: Annotated[str | None, typer.Option(help="Of tasks with an eval_length: such as 256,4096,65536.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-eval (extra eval), such as boolq,copa.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples before each question of --tasks.")] = None,
+    task_files: Annotated[Path | None, typer.Option(help="Folder of YAML files that --tasks are of, alone.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each of --tasks at most.")] = None,
 ) -> None:
     """Evaluate a trained model on the held-out data of its task, or on a changed one; on one device by default.
 
@@ -275,6 +280,17 @@ def eval(
     from longwave.train.ranks import Ranks
     from longwave.train.runs import check_tokenizer, load_run, tokenizer_of
 
+    if tasks is not None:
+        from longwave.models import LM
+        from longwave.results.harness import ask
+
+        _, model = load_run(run, [], weights)
+        words = tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer)
+        if words is None or not isinstance(model, LM):
+            raise ValueError(f"{run}: --tasks are for language models whose tokenizer is known; give it by --tokenizer")
+        for name, found in ask(model, words, tasks.split(","), shots, task_files, limit).items():
+            print(f"{name}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()), flush=True)
+        return
     recipe, model = load_run(run, ["devices=1", "nodes=1", "strategy=auto", *(changes or [])])
     if recipe is None:
         raise ValueError(
