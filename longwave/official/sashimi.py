@@ -346,8 +346,7 @@ class SashimiLM(ModelSource):
             "d_state": 2 * modes,
             "n_ssm": None if widths[-1] == S else S,
             "rank": told.get(f"{layer}P", (1,))[0],
-            **({"dt_transform": "exp"} if told.keys() != shapes.keys() else {}),
-            **config,
+            **({"dt_transform": "exp"} if told.keys() != shapes.keys() else {}),  # of Lightning's options none is flat
         }
 
 
