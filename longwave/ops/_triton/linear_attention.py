@@ -107,14 +107,14 @@ def _load(x, t, n, t_stride, ok, N):
 @triton.jit
 def _total(decay, t, n, t_stride, ok, N, channels: tl.constexpr):
     """(T, W) sums of decays from the start of the chunk, and (1, W) that of all."""
-    if decay is None:
-        each = tl.zeros((t.shape[0], 1), tl.float64)
-    elif channels:
-        each = _load(decay, t, n, t_stride, ok, N).to(tl.float64)
+    if channels:
+        each = tl.maximum(_load(decay, t, n, t_stride, ok, N).to(tl.float64), NOTHING)
+        return tl.cumsum(each, 0), tl.sum(each, 0)[None, :]
     else:
-        each = tl.load(decay + t[:, None] * t_stride, mask=ok[:, None], other=0.0).to(tl.float64)
-    each = tl.maximum(each, NOTHING)
-    return tl.cumsum(each, 0), tl.sum(each, 0)[None, :]
+        each = tl.zeros((t.shape[0],), tl.float64)
+        if decay is not None:
+            each = tl.maximum(tl.load(decay + t * t_stride, mask=ok, other=0.0).to(tl.float64), NOTHING)
+        return tl.cumsum(each, 0)[:, None], tl.sum(each[:, None], 0)[None, :]  # of one axis: Triton 3.6 scans no (T, 1)
 
 
 @triton.jit

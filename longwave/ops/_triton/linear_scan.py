@@ -12,7 +12,7 @@ import triton.language as tl
 
 from longwave.ops._triton.device import chunk_length, launch, size, tuned
 
-TIME = size(64, 8)  # steps of a tile, which is scanned in registers
+TIME = size(32, 8)  # steps of a tile, which is scanned in registers
 LANES = size(32, 4)  # channels of a program by which the length of chunks is reckoned
 
 
