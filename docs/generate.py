@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,7 +134,7 @@ def table(page: str) -> str:
 
 
 def task_sections() -> str:
-    """A section of every task: its docstring's first line and source, and a picture where it needs no files."""
+    """A section of every task: its docstring's first line, its source and a picture."""
     parts = []
     for name, cls in sorted(TASKS.items()):
         doc = inspect.getdoc(cls) or ""
@@ -141,18 +142,22 @@ def task_sections() -> str:
         lines = [f"## `{name}`", doc.split("\n", 1)[0]]
         if found is not None:
             lines.append("**Source:** " + re.sub(r":\w+:`([^`]*)`", r"\1", " ".join(found[1].split())))
-        lines.append(f"![rows of {name}](tasks/{name}.png)" if cls.examples else "It reads files of yours.")
+        lines += [] if cls.examples else ["It reads files of yours; here are some that `docs/samples.py` makes."]
+        lines.append(f"![rows of {name}](tasks/{name}.png)")
         parts += [*lines, ""]
     return "\n\n".join(part for part in parts if part)
 
 
 def draw_tasks() -> None:
-    """The first rows of every task that needs no files."""
+    """The first rows of every task."""
+    from samples import MAKERS
+
     (DOCS / "tasks").mkdir(exist_ok=True)
     for name, cls in sorted(TASKS.items()):
-        if cls.examples:
-            task, file = cls(**SAMPLES.get(name, {})), DOCS / "tasks" / f"{name}.png"
+        with tempfile.TemporaryDirectory() as folder:
+            task = cls(**SAMPLES.get(name, {})) if cls.examples else MAKERS[name](Path(folder))
             task.prepare()
+            file = DOCS / "tasks" / f"{name}.png"
             draw_sample(task, file, rows=6 if name in PICTURES else 3)
             Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
 

@@ -184,7 +184,8 @@ def draw_sample(task: Task, file: Path, rows: int = 6) -> None:
         else:
             _draw_tokens(axis, task, batch, row)
         if isinstance(task.targets, Label):
-            axis.set_title(f"label {batch.targets[row].item()}", fontsize=8)
+            label, names = int(batch.targets[row]), getattr(task, "classes", None)
+            axis.set_title(f"label {label}" if names is None else f"label {label}, {names[label]}", fontsize=8)
         if isinstance(task.targets, Values):
             axis.set_title(", ".join(f"{value:.3g}" for value in batch.targets[row].tolist()), fontsize=8)
     figure.savefig(file, dpi=100)
@@ -206,14 +207,15 @@ def _draw_waves(axis: Any, task: Task, batch: Batch, row: int) -> None:
 def _draw_tokens(axis: Any, task: Task, batch: Batch, row: int) -> None:
     """A line of cells for each sequence and for targets at its steps; what they stand for is written where it fits."""
     lines = [*batch.inputs[row].view(-1, batch.inputs.shape[-1])]
-    if isinstance(task.targets, Tokens):
+    told = isinstance(task.targets, Tokens)
+    if told:
         lines.append(batch.targets[row])
     cells = torch.stack(lines).double()
     if batch.mask is not None:
-        cells[: len(lines) - isinstance(task.targets, Tokens)][~batch.mask[row].view(-1, cells.shape[1])] = math.nan
+        cells[: len(lines) - told][~batch.mask[row].view(-1, cells.shape[1])] = math.nan
     cells[cells == IGNORE] = math.nan
     axis.imshow(cells.numpy(), aspect="auto", cmap="viridis", interpolation="nearest", alpha=0.6)
-    axis.set_yticks(range(len(lines)), ["inputs"] * (len(lines) - 1) + ["targets"] if len(lines) > 1 else ["inputs"])
+    axis.set_yticks(range(len(lines)), ["inputs"] * (len(lines) - told) + ["targets"] * told)
     axis.tick_params(labelsize=6)
     if cells.shape[1] <= 128:
         for y, line in enumerate(cells.tolist()):
