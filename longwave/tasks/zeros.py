@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from longwave.tasks.base import Task
-from longwave.tasks.forms import Inputs, Label, Pair, Row, Signal, Targets, Tokens
+from longwave.tasks.forms import Future, Inputs, Label, Pair, Row, Signal, Targets, Tokens
 
 
 class Zeros(Task):
@@ -14,7 +14,9 @@ class Zeros(Task):
     features: int | None = Field(None, ge=1)
     """Real numbers a step."""
     classes: int | None = Field(None, ge=1)
-    """Labels asked for; None for the next token."""
+    """Labels asked for; None for the next token, or for real numbers where steps are told."""
+    steps: int | None = Field(None, ge=1)
+    """The last steps of a row, at which one real number each is asked for."""
     pair: bool = False
     """Whether two sequences go in."""
     length: int = Field(ge=1)
@@ -28,7 +30,9 @@ class Zeros(Task):
 
     @property
     def targets(self) -> Targets:
-        """By classes."""
+        """By classes or steps."""
+        if self.steps is not None:
+            return Future(self.steps, 1)
         return Label(self.classes) if self.classes is not None else Tokens(self.vocab or 1)
 
     @property
