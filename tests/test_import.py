@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from longwave import models
 from longwave.cli import app
 from longwave.official.importing import FORMATS, import_model
+from longwave.official.presets import PRESETS
 from longwave.official.transformer import GPT2
 
 SIZES = {
@@ -203,6 +205,13 @@ def test_the_command(official, tmp_path, capsys):
             ["import", str(official["gpt2_hf"][1]), "--to", str(tmp_path / "b"), "--tokenizer", "bytes"],
             standalone_mode=False,
         )
+
+
+def test_the_page_names_every_format_and_family():
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    assert {name for name in FORMATS if f"`{name}`" not in page} == set()
+    families = {preset.hub.partition("/")[0] for preset in PRESETS.values()}
+    assert {owner for owner in families if f"longwave import {owner}/" not in page} == set()
 
 
 def test_every_format_has_words_for_its_tokenizer():
