@@ -1,13 +1,13 @@
 """Hyena's implicit filter: a small network says what every tap is, from its position."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from longwave.nn.filters.base import Filter, require_max_len
-from longwave.nn.module import StaysWide, widened
+from longwave.nn.module import Hint, StaysWide, widened
 from longwave.ops import without_autocast
 
 
@@ -109,6 +109,7 @@ class HyenaFilter(Filter):
         ValueError: for an even emb_dim, an option out of its range, or on a length above max_len.
     """
 
+    optim_hints: ClassVar[dict[str, Hint]] = {"implicit_filter.*": Hint(max_lr=1e-3)}
     bias: Any  # (C,), or None
 
     def __init__(
