@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -505,34 +504,30 @@ def import_(
     _note(f"model: {to}; eval, generate, inspect and train take it as they take a run")
 
 
-@app.command(epilog="Examples:\n\n- `longwave export runs/demo --to program --out exported`")
+@app.command(
+    epilog="Examples:\n\n- `longwave export runs/demo --to program --out exported`\n\n"
+    "- `longwave export runs/mine --to hf --out mine-hf`"
+)
 def export(
     run: Trained,
     out: Annotated[Path, typer.Option(help="Folder to make.")],
-    to: Annotated[str, typer.Option(help="program: torch.export's .pt2 files, which need torch alone to run.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="program: torch.export's .pt2 files, which need torch alone to run; hf: a folder that a class of "
+            "transformers opens, where there is one that computes the model."
+        ),
+    ],
 ) -> None:
-    """Write a model for those who have no longwave: of a language model what reads a prompt, and a single step."""
-    import torch
-
-    from longwave import models
+    """Write a model for those who have no longwave."""
     from longwave.errors import choose
-    from longwave.models.export import export_parallel, export_prompt, export_step
-    from longwave.models.runs import model_at
-    from longwave.tokenizer import FILE
+    from longwave.models.export import export_programs
+    from longwave.official.exporting import export_hf
 
-    choose("--to", to, {"program": export_parallel})
+    write = choose("--to", to, {"program": export_programs, "hf": export_hf})
     if out.exists():
         raise ValueError(f"{out} is there already; name another --out")
-    model, _ = models.load(run)
-    streams = isinstance(model, models.LM)
-    forms: Any = {"prompt": export_prompt, "step": export_step} if streams else {"parallel": export_parallel}
-    programs = {form: make(model) for form, make in forms.items()}
-    out.mkdir(parents=True)
-    for form, program in programs.items():
-        torch.export.save(program, out / f"{form}.pt2")
-        _note(f"{form}: {out / form}.pt2")
-    if (tokens := model_at(run) / FILE).is_file():
-        shutil.copy(tokens, out)
+    _note(f"{out}: {', '.join(map(str, write(run, out)))}")
 
 
 @app.command(epilog="Examples:\n\n- `longwave data pathfinder size=128 --count 20000 --out pathx --jobs 2`")

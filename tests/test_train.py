@@ -237,7 +237,7 @@ def test_each_parameter_has_one_group_and_its_own_treatment(tiny, mixer):
         assert group["lr"] == pytest.approx(0.5 * min(limit, 0.01)), name
         decays = parameter.ndim >= 2 if hint is None else hint.decay
         assert group["weight_decay"] == (0.3 if decays else 0.0), name
-    if mixer in ("s4d", "h3"):
+    if mixer in ("s4d", "h3", "hyena"):
         assert any(hint.max_lr == 1e-3 for hint in hints.values())
 
 

@@ -10,6 +10,8 @@ and elsewhere, with torch alone:
     logits, state = step(logits[:, -1:].argmax(-1), state)
 """
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +24,12 @@ from longwave.errors import clipped
 from longwave.models.classifier import PairClassifier
 from longwave.models.lm import LM
 from longwave.models.portable import decompositions
+from longwave.models.runs import model_at
 from longwave.models.sashimi import Sashimi
 from longwave.models.states import filled, leaves
+from longwave.models.storage import load
 from longwave.ops.dispatch import use_backend
+from longwave.tokenizer import FILE as TOKENIZER
 
 ROWS, STEPS = 2, 6  # of the example inputs: 0 and 1 would be taken for constants
 OTHERS = ((3, -1), (1, -2))  # rows, and steps besides those, with which a program is tried before it is returned
@@ -164,3 +169,27 @@ def _exported(
     finally:
         wrapped.model.train(training)
     return program
+
+
+def export_programs(path: str | Path, out: str | Path) -> list[Path]:
+    """Write a model's programs, and its tokenizer.json where it has one.
+
+    Args:
+        path: a run, a checkpoint or a saved model.
+        out: the folder to make: prompt.pt2 and step.pt2 of a language model, else parallel.pt2.
+    Returns:
+        The programs.
+    Raises:
+        ValueError: as those above.
+    """
+    model, _ = load(path)
+    forms: Any = {"parallel": export_parallel}
+    if isinstance(model, LM):
+        forms = {"prompt": export_prompt, "step": export_step}
+    programs = {Path(out) / f"{form}.pt2": make(model) for form, make in forms.items()}
+    Path(out).mkdir(parents=True)
+    for file, program in programs.items():
+        torch.export.save(program, file)
+    if (tokens := model_at(Path(path)) / TOKENIZER).is_file():
+        shutil.copy(tokens, out)
+    return list(programs)

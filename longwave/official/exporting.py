@@ -139,14 +139,14 @@ TARGETS = {
 }
 
 
-def export_hf(path: str | Path, out: str | Path) -> str:
+def export_hf(path: str | Path, out: str | Path) -> list[str]:
     """Write a model for a class of transformers; before, it is read back and must say the same, bit for bit.
 
     Args:
         path: a run, a checkpoint or a saved model.
         out: the folder to make: config.json, model.safetensors, and the tokenizer where the model has one.
     Returns:
-        The name of the class.
+        The class, alone in a list.
     Raises:
         ValueError: where transformers has no class that computes the model.
     """
@@ -157,7 +157,7 @@ def export_hf(path: str | Path, out: str | Path) -> str:
         found = _as(target, model, spec)
         if found is not None:
             _write(Path(out), target, *found, tokenizer(path))
-            return target.name
+            return [target.name]
     tried = f" as {', '.join(target.name for target in targets)} would not compute it" if targets else ""
     raise ValueError(
         f"transformers has no class for this model, a {spec.kind} of {', '.join(sorted(kinds))}{tried}; "
