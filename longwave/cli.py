@@ -261,7 +261,7 @@ def eval(
     weights: Weights = None,
     tokenizer: Words = None,
     carry: Annotated[
-        bool, typer.Option("--carry", help="Of language models: whole documents, the state going on from row to row.")
+        bool, typer.Option("--carry", help="Whole documents, the state going on from row to row; of text and tokens.")
     ] = False,
     lengths: Annotated[str | None, typer.Option(help="Of tasks with an eval_length: such as 256,4096,65536.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Of lm-eval (extra eval), such as boolq,copa.")] = None,

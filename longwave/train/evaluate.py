@@ -48,7 +48,8 @@ def evaluate(fabric: "Fabric", objective: nn.Module, task: Task, batch: int) -> 
 def evaluate_carried(fabric: "Fabric", model: nn.Module, task: Task) -> dict[str, float]:
     """The task's metrics, and perplexity, over whole documents: the state goes on from one evaluation row to the next.
 
-    So nothing is read twice, and the length of a row is how much is read at once, no more.
+    So nothing is read twice, and the length of a row is how much is read at once, no more. Attention without a window
+    sees all of a document then, in time that grows with its square.
 
     Args:
         fabric: launched, of one process.
