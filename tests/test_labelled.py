@@ -520,3 +520,18 @@ def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(ValueError, match=r"needs the package soundfile: pip install .*'.\[data\]'"):
         clips(tmp_path / "of").prepare()
+
+
+def test_irregular_steps_of_series_are_a_channel(tmp_path):
+    t = np.array([[0.0, 1, 3, 7, np.nan], [5.0, 6, 6.5, 9, 10]])
+    x = np.where(np.isnan(t), np.nan, 2 * t)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=[0, 1], t_train=t)
+    task = SeriesLabels(series=str(tmp_path / "x.npz"))
+    rows = [np.asarray(task.row(item).inputs) for item in task._sets.train]
+    assert [len(row) for row in rows] == [4, 5]
+    gaps = np.concatenate([[2, 1, 2, 4], [1.0, 1, 0.5, 2.5, 1]])
+    told = np.concatenate([row[:, 1] for row in rows])
+    np.testing.assert_allclose(told, (gaps - gaps.mean()) / gaps.std(), rtol=1e-5)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=[0, 1], t_train=t[:, :3])
+    with pytest.raises(ValueError, match=r"must have t_train \(n, L\) for x_train; it has .*t_train \(2, 3\)"):
+        SeriesLabels(series=str(tmp_path / "x.npz")).prepare()

@@ -282,8 +282,10 @@ class SeriesLabels(Labelled, name="series_labels"):
     """What is a series of? One of several classes.
 
     `series` is an `.npz` of arrays x_train, y_train, x_test, y_test with x (n, L) or (n, L, channels), or a folder with
-    NAME_TRAIN.tsv and NAME_TEST.tsv of the UCR archive (a label, then values). A series ends where only NaN follow;
-    other NaN are treated as `missing` says. Channels are standardised by the training set's mean and deviation.
+    NAME_TRAIN.tsv and NAME_TEST.tsv of the UCR archive (a label, then values). Where the steps are irregular, arrays
+    t_train and t_test (n, L) say when each was, and the time since the last step is one more channel. A series ends
+    where only NaN follow; other NaN are treated as `missing` says. Channels are standardised by the training set's mean
+    and deviation.
 
     Raises:
         ValueError: where there is nothing of the kind, for lines of other lengths, or a value that is missing and must
@@ -341,6 +343,13 @@ class SeriesLabels(Labelled, name="series_labels"):
             raise ValueError(
                 f"{file} must have x_train (n, L) or (n, L, channels) and y_train (n,); it has {_shapes(arrays)}"
             )
+        for times in arrays.keys() & {"t_train", "t_test"}:
+            x, t = arrays.get(f"x{times[1:]}", np.empty(0)), arrays[times]
+            if t.shape != x.shape[:2]:
+                raise ValueError(f"{file} must have {times} (n, L) for x{times[1:]}; it has {_shapes(arrays)}")
+            steps = np.diff(t.astype(np.float64), axis=1, prepend=np.nan)
+            steps[:, 0] = np.nanmedian(steps, axis=1)
+            arrays[f"x{times[1:]}"] = np.concatenate([x.reshape(*t.shape, -1), steps[..., None]], axis=2)
         return arrays
 
     @staticmethod
