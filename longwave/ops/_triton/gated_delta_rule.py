@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from longwave.ops._triton.device import launch, precision, rows, size, tuned
-from longwave.ops._triton.linear_attention import NOTHING, _between, _load, _outputs, _total
+from longwave.ops._triton.linear_attention import CHOICES, NOTHING, _between, _load, _outputs, _total
 
 CHUNK = size(32, 8)  # steps
 LARGEST = 256  # keys of a head, whose states are held in registers
@@ -92,7 +92,7 @@ def _where(L, H, G, T: tl.constexpr):
     return batch, chunk, chunks, head, head // (H // G), chunk * T, (batch * L + chunk * T) * H + head
 
 
-@tuned(["N", "P"], {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8})
+@tuned(["N", "P"], *CHOICES)
 def _within(
     inverse, U, E, k, v, decay, beta, k_b, k_t, k_h, v_b, v_t, v_h,
     L, G, H, N, P, T: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, precise: tl.constexpr,
@@ -119,7 +119,7 @@ def _within(
         tl.store(U + here * P + t[:, None] * (H * P) + p[None, :], u, mask=ok[:, None] & (p < P)[None, :])
 
 
-@tuned(["N", "P"], {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8})
+@tuned(["N", "P"], *CHOICES)
 def _walk(
     states, last, W, U, E, k, decay, state, k_b, k_t, k_h,
     L, G, H, N, P, T: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, precise: tl.constexpr,
@@ -147,7 +147,7 @@ def _walk(
     tl.store(last + (batch * H + head) * N * P + tile, S, mask=inside)
 
 
-@tuned(["N", "P"], {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8})
+@tuned(["N", "P"], *CHOICES)
 def _walk_back(
     dstates, dW, dy, q, k, E, decay, dlast, q_b, q_t, q_h, k_b, k_t, k_h,
     L, G, H, N, P, T: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, precise: tl.constexpr,
@@ -182,7 +182,7 @@ def _walk_back(
     tl.store(at, dS, mask=inside)
 
 
-@tuned(["N", "P"], {"num_warps": 4}, {"num_warps": 8})
+@tuned(["N", "P"], *CHOICES)
 def _gradients(
     dq, dk, dv, ddecay, dbeta, dy, W, dW, inverse, states, dstates, q, k, v, decay, beta,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,

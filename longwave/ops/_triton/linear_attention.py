@@ -17,6 +17,11 @@ from longwave.ops._triton.device import launch, precision, rows, size, tuned
 
 CHUNK, CHUNK_OF_CHANNELS = size(64, 8), size(16, 8)  # steps
 BLOCK, BLOCK_OF_CHANNELS = size(64, 4), size(16, 4)  # most keys or values of a tile
+CHOICES = (  # the first fits the 99 KB of shared memory that small GPUs have, and the registers in 16 bits
+    {"num_warps": 8, "num_stages": 1},
+    {"num_warps": 8, "num_stages": 2},
+    {"num_warps": 4, "num_stages": 1},
+)
 NOTHING = tl.constexpr(-1000.0)  # exp of it is 0: the least exponent that is summed, so that -inf is allowed
 
 
@@ -127,7 +132,7 @@ def _between(total, t, strict: tl.constexpr, channels: tl.constexpr):
         return tl.where(below, tl.exp((total - tl.trans(total)).to(tl.float32)), 0.0)
 
 
-@tuned(["N", "P", "T", "channels"], {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8})
+@tuned(["N", "P", "T", "channels"], *CHOICES)
 def _walk(
     states, last, left, right, decay, state,
     left_b, left_t, left_h, right_b, right_t, right_h, decay_b, decay_t, decay_h,
@@ -164,7 +169,7 @@ def _walk(
     tl.store(last + (batch * H + head) * N * P + tile, S, mask=inside)
 
 
-@tuned(["N", "P", "T", "channels"], {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8})
+@tuned(["N", "P", "T", "channels"], *CHOICES)
 def _outputs(
     out, q, k, v, decay, states, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, decay_b, decay_t, decay_h,
     L, G, H, N, P, T: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, channels: tl.constexpr,
@@ -207,7 +212,7 @@ def _outputs(
     tl.store(out + t[:, None] * (H * P) + p[None, :], y, mask=ok[:, None] & (p < P)[None, :])
 
 
-@tuned(["N", "P", "T", "channels"], {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8})
+@tuned(["N", "P", "T", "channels"], *CHOICES)
 def _gradients(
     dq, dk, ddecay, dy, states, dstates, q, k, v, decay,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, decay_b, decay_t, decay_h,

@@ -9,7 +9,7 @@ from longwave.ops._triton.device import launch, rows, size, tuned
 from longwave.ops.short_conv import last_inputs
 
 TAPS = 32  # the loop over taps is unrolled
-TIME = size(64, 8)  # steps of a tile in the backward pass, whose sums over tiles are added up afterwards
+TIME = size(32, 8)  # steps of a tile in the backward pass, whose sums over tiles are added up afterwards
 
 
 def why_not(u, weight, bias, state, silu):
@@ -57,9 +57,10 @@ def _strides(x):
 
 
 @triton.jit
-def _inputs(u, state, t, c, C, L, u_t, state_t, K: tl.constexpr):
-    """Those at steps t, from -(K - 1) on, 0 beyond."""
-    x = tl.load(u + t * u_t + c, mask=(t >= 0) & (t < L) & (c < C), other=0.0).to(tl.float32)
+def _inputs(u, state, first, s, c, C, L, u_t, state_t, K: tl.constexpr):
+    """Those at steps first + s, from -(K - 1) on, 0 beyond, where u points at step first: so offsets have 32 bits."""
+    t = first + s
+    x = tl.load(u + s * u_t + c, mask=(t >= 0) & (t < L) & (c < C), other=0.0).to(tl.float32)
     if state is not None:
         early = (t < 0) & (t > -K) & (c < C)
         x += tl.load(state + (t + K - 1) * state_t + c, mask=early, other=0.0).to(tl.float32)
@@ -67,12 +68,12 @@ def _inputs(u, state, t, c, C, L, u_t, state_t, K: tl.constexpr):
 
 
 @triton.jit
-def _convolved(u, weight, bias, state, t, c, C, L, u_t, state_t, K: tl.constexpr):
+def _convolved(u, weight, bias, state, first, s, c, C, L, u_t, state_t, K: tl.constexpr):
     w_at = weight + c * K + K - 1
-    y = tl.load(w_at, mask=c < C, other=0.0).to(tl.float32) * _inputs(u, state, t, c, C, L, u_t, state_t, K)
+    y = tl.load(w_at, mask=c < C, other=0.0).to(tl.float32) * _inputs(u, state, first, s, c, C, L, u_t, state_t, K)
     for j in tl.static_range(1, K):
         w = tl.load(w_at - j, mask=c < C, other=0.0).to(tl.float32)
-        y += w * _inputs(u, state, t - j, c, C, L, u_t, state_t, K)
+        y += w * _inputs(u, state, first, s - j, c, C, L, u_t, state_t, K)
     if bias is not None:
         y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     return y
@@ -93,21 +94,21 @@ def _forward(
     blocks, tiles = tl.cdiv(C, BC), tl.cdiv(L, BT)
     row = tl.program_id(0).to(tl.int64)
     batch, tile, block = row // blocks // tiles, row // blocks % tiles, row % blocks
-    t = tile * BT + tl.arange(0, BT)[:, None]
-    c = block * BC + tl.arange(0, BC)[None, :]
+    s, first = tl.arange(0, BT)[:, None], (tile * BT).to(tl.int32)
+    c = (block * BC).to(tl.int32) + tl.arange(0, BC)[None, :]
     if state is not None:
         state += batch * state_b
-    p = _convolved(u + batch * u_b, weight, bias, state, t, c, C, L, u_t, state_t, K)
+    p = _convolved(u + batch * u_b + tile * BT * u_t, weight, bias, state, first, s, c, C, L, u_t, state_t, K)
     if silu:
         p = p / (1 + tl.exp(-p))
-    tl.store(y + (batch * L + t) * C + c, p, mask=(t < L) & (c < C))
+    tl.store(y + (batch * L + tile * BT) * C + (s * C + c), p, mask=(s < L - first) & (c < C))
 
 
 @tuned(
     ["C", "K"],
-    {"BC": size(64, 4), "num_warps": 4},
+    {"BC": size(64, 4), "num_warps": 8},
+    {"BC": 64, "num_warps": 4},
     {"BC": 128, "num_warps": 8},
-    {"BC": 64, "num_warps": 8},
     {"BC": 32, "num_warps": 4},
 )
 def _backward(
@@ -117,30 +118,32 @@ def _backward(
     blocks, tiles = tl.cdiv(C, BC), tl.cdiv(L + early, BT)
     row = tl.program_id(0).to(tl.int64)
     batch, tile, block = row // blocks // tiles, row // blocks % tiles, row % blocks
-    t = tile * BT - early + tl.arange(0, BT)[:, None]
-    c = block * BC + tl.arange(0, BC)[None, :]
-    u += batch * u_b
+    start = tile * BT - early
+    s, first = tl.arange(0, BT)[:, None], start.to(tl.int32)
+    c = (block * BC).to(tl.int32) + tl.arange(0, BC)[None, :]
+    t, here = first + s, (batch * L + start) * C
+    u += batch * u_b + start * u_t
     if state is not None:
         state += batch * state_b
     grad = tl.zeros((BT, BC), tl.float32)
     for j in tl.static_range(K):
-        s = t + j
-        g = tl.load(dy + (batch * L + s) * C + c, mask=(s >= 0) & (s < L) & (c < C), other=0.0).to(tl.float32)
+        there = (t >= -j) & (t < L - j) & (c < C)
+        g = tl.load(dy + here + ((s + j) * C + c), mask=there, other=0.0).to(tl.float32)
         if silu:
-            p = _convolved(u, weight, bias, state, s, c, C, L, u_t, state_t, K)
+            p = _convolved(u, weight, bias, state, first, s + j, c, C, L, u_t, state_t, K)
             share = 1 / (1 + tl.exp(-p))
             g *= share * (1 + p * (1 - share))
         grad += tl.load(weight + c * K + K - 1 - j, mask=c < C, other=0.0).to(tl.float32) * g
         if j == 0:
             at = sums + (batch * tiles + tile) * (K + 1) * C + c
             for i in tl.static_range(K):
-                x = _inputs(u, state, t - i, c, C, L, u_t, state_t, K)
+                x = _inputs(u, state, first, s - i, c, C, L, u_t, state_t, K)
                 tl.store(at + (K - 1 - i) * C, tl.sum(g * x, 0)[None, :], mask=c < C)
             tl.store(at + K * C, tl.sum(g, 0)[None, :], mask=c < C)
     if dlast is not None:
         kept = t - L + K - 1
         inside = (kept >= 0) & (kept < K - 1) & (c < C)
-        grad += tl.load(dlast + (batch * (K - 1) + kept) * C + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(du + (batch * L + t) * C + c, grad, mask=(t >= 0) & (t < L) & (c < C))
+        grad += tl.load(dlast + batch * (K - 1) * C + (kept * C + c), mask=inside, other=0.0).to(tl.float32)
+    tl.store(du + here + (s * C + c), grad, mask=(t >= 0) & (t < L) & (c < C))
     if early > 0:
-        tl.store(dstate + (batch * early + t + early) * C + c, grad, mask=(t < 0) & (c < C))
+        tl.store(dstate + batch * early * C + ((t + early) * C + c), grad, mask=(t < 0) & (c < C))
