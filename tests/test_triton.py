@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_ops import CASES, assert_near, flat, leaves, outputs
 
+from longwave.ops import OPS
 from longwave.ops._triton import INTERPRETED
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set")
@@ -64,6 +65,17 @@ def test_kernel_is_the_reference(op, make, L, poisoned_memory):
 def gradients(results, args, kwargs, weights):
     loss = sum((w * t).sum().real for w, t in zip(weights, results))
     return torch.autograd.grad(loss, leaves(args, kwargs), allow_unused=True, retain_graph=True)
+
+
+@interpreted
+def test_the_interpreter_runs_where_it_is_named_and_in_float32(monkeypatch):
+    op = OPS["short_conv"]
+    module, u, weight = op.backends["triton"].module, torch.randn(1, 9, 3), torch.randn(3, 4)
+    monkeypatch.setattr(module, "forward", lambda *inputs: 1 / 0)
+    op._known.clear()
+    op(u, weight)
+    with pytest.raises(ValueError, match=r"Triton interprets float32 on the CPU alone; a tensor is torch.bfloat16"):
+        op(u.bfloat16(), weight, backend="triton")
 
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
