@@ -161,7 +161,7 @@ def test_memory_of_results_is_used_again_and_never_while_it_is_seen():
     assert pool._results.kept == []
 
 
-OF_TORCH = {"attention_step", "gated_delta_rule"}  # whose gradients torch computes, and its threads survive no fork
+OF_TORCH = {"attention_step"}  # whose gradients torch computes, and its threads survive no fork
 
 
 def results_of_all():

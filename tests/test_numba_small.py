@@ -1,9 +1,12 @@
 """What the contract in test_ops.py does not reach: odd sizes, strides, infinities, threads and long sums."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from longwave.ops import linear_attention, short_conv, vandermonde, vandermonde_transpose, wkv
+from longwave.ops import gated_delta_rule, linear_attention, short_conv, vandermonde, vandermonde_transpose, wkv
 
 
 def draw(*shape):
@@ -229,3 +232,18 @@ def test_vandermonde_over_blocks_of_channels_and_a_million_steps():
         ]
         for ours, e in pairs:
             assert (ours - e).abs().max() <= tolerance * e.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("L", "G", "H", "N", "P", "often"),
+    [(33, 1, 2, 16, 24, 0.0), (300, 1, 2, 20, 40, 0.2), (600, 2, 2, 64, 32, 0.0)],
+)
+def test_delta_rule_over_spans(L, G, H, N, P, often):
+    """As often as that a step forgets all, and another learns nothing."""
+    torch.manual_seed(0)
+    q, k, v = draw(2, L, G, N), F.normalize(draw(2, L, G, N), dim=-1), draw(2, L, H, P)
+    forget, skip = torch.rand(2, 2, L, H) < often
+    decay, beta = -torch.rand(2, L, H).masked_fill(forget, math.inf), torch.rand(2, L, H).masked_fill(skip, 0)
+    inputs = [q, k, v, decay, beta, draw(2, H, N, P)]
+    exact = run(gated_delta_rule, inputs, "torch", torch.float64)
+    assert largest_error(run(gated_delta_rule, inputs, "numba"), exact) < 2e-6

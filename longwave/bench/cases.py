@@ -400,7 +400,7 @@ CASES = (
         transformers_delta_rule,
         (1024, 8192),
         targets={("both", "default"): 5, ("both", "tuned"): 5},
-        note="matrix products of 32 steps, which are most of theirs too; theirs grows as L^2 backwards",
+        note="matrix products of 32 steps in the cache; theirs have 64, and grow as L^2 backwards",
     ),
     Case(
         "attention",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops._numba import pool
+from longwave.ops._numba.blocks import fetch, padded, put
 from longwave.ops._numba.jit import kernel
 from longwave.ops._numba.simd import (
     exp,
@@ -31,8 +32,6 @@ from longwave.ops._numba.simd import (
     load,
     load_first,
     load_splat,
-    prefetch,
-    prefetch_to_write,
     splat,
     store,
     store_first,
@@ -61,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor
     decay, state = prepare(q, v, decay, state)
     y, last = pool.empty(B, L, H, P), pool.empty(B, H, N, P)
     tensors = [x.float().contiguous() for x in (q, k, v, decay, state)]
-    NP, PP = _stride(N), _stride(P)
+    NP, PP = padded(N), padded(P)
     args = [x.data_ptr() for x in (*tensors, y, last)] + [L, G, H, N, P, NP, PP, decay.shape[3] > 1]
     size = T * (4 * NP + 2 * PP + 1) + 1 + NP * (PP + 1)
     if B * L * H * N * P < ALONE:
@@ -86,7 +85,7 @@ def backward(
     dstate = pool.empty(B, H, N, P)
     ddecay = torch.zeros((parts, B, L, G, N) if axes == 4 else (1, B, L, H, 1))
     tensors = [x.float().contiguous() for x in (q, k, v, decay, state, dy, dlast)]
-    NP, PP = _stride(N), _stride(P)
+    NP, PP = padded(N), padded(P)
     starts = -(-L // (T * KEEP))
     size = T * (7 * NP + 3 * PP + 1) + 1 + (2 + starts) * NP * (PP + 1)
     pool.run(
@@ -96,40 +95,6 @@ def backward(
     dq, dk, ddecay = (x[0] if len(x) == 1 else x.sum(0) for x in (dq, dk, ddecay))
     ddecay = ddecay if axes == 4 else ddecay[..., 0]
     return {"q": dq, "k": dk, "v": dv, "decay": ddecay.sum((0, 1)) if axes == 1 else ddecay, "state": dstate}
-
-
-def _stride(width: int) -> int:
-    """Of rows of pairs of registers; one more keeps powers of two apart, whose rows would meet in few cache lines."""
-    return width + -width % PAIR + LANES
-
-
-@kernel
-def _fetch(target, width, source, place, stride, rows, count):
-    """target[r, :width] = source[place + r * stride :][:count], then zeros; width is a multiple of LANES."""
-    for r in range(rows):
-        for c in range(0, width, LANES):
-            i, j = r * width + c, place + r * stride + c
-            prefetch(source, j + rows * stride)
-            if c + LANES <= count:
-                store(target, i, load(R, source, j))
-            else:
-                store(target, i, load_first(R, source, j, max(0, count - c)))
-
-
-@kernel
-def _put(target, place, stride, source, width, rows, count, add):
-    """The way back, or added to what is there."""
-    for r in range(rows):
-        for c in range(0, count, LANES):
-            i, j, some = place + r * stride + c, r * width + c, min(LANES, count - c)
-            prefetch_to_write(target, i + rows * stride)
-            x = load(R, source, j)
-            if add:
-                x = x + load_first(R, target, i, some)
-            if some == LANES:
-                store(target, i, x)
-            else:
-                store_first(target, i, x, some)
 
 
 @kernel
@@ -146,7 +111,7 @@ def _transpose(target, width, source, place, N, P):
 def _decays(target, NP, decay, place, stride, rows, N, channels):
     """target[r, :NP] = exp(decay), of each channel or of the head."""
     if channels:
-        _fetch(target, NP, decay, place, stride, rows, N)
+        fetch(target, NP, decay, place, stride, rows, N)
         for i in range(0, rows * NP, LANES):
             store(target, i, exp(load(R, target, i)))
     else:
@@ -319,7 +284,7 @@ def _forward(start, stop, scratch, q, k, v, decay, state, y, last, L, G, H, N, P
         target, j = (last, home) if in_place else (held, 0)
         if not in_place:
             _clear(held, NP * PP)
-            _fetch(held, PP, state, home, P, N, P)
+            fetch(held, PP, state, home, P, N, P)
             source, i = held, 0
         for c in range(0, NP, LANES):
             store(ends, c, splat(R, ONE))
@@ -330,9 +295,9 @@ def _forward(start, stop, scratch, q, k, v, decay, state, y, last, L, G, H, N, P
             else:
                 _decays(a, NP, decay, row * H + h, H, rows, N, False)
             frames = _frames(a, multiples, begins, ends, rows, NP)
-            _fetch(keys, NP, k, (row * G + g) * N, G * N, rows, N)
-            _fetch(queries, NP, q, (row * G + g) * N, G * N, rows, N)
-            _fetch(values, PP, v, (row * H + h) * P, H * P, rows, P)
+            fetch(keys, NP, k, (row * G + g) * N, G * N, rows, N)
+            fetch(queries, NP, q, (row * G + g) * N, G * N, rows, N)
+            fetch(values, PP, v, (row * H + h) * P, H * P, rows, P)
             _itself(out, PP, values, queries, keys, NP, rows, False)
             _times(queries, queries, a, rows * NP)
             _over(keys, keys, a, rows * NP)
@@ -340,11 +305,11 @@ def _forward(start, stop, scratch, q, k, v, decay, state, y, last, L, G, H, N, P
                 frames, begins, multiples, N, P, NP, PP, keys, queries, values, out, source, i, target, j, stride
             )
             source, i = target, j
-            _put(y, (row * H + h) * P, H * P, out, PP, rows, P, False)
+            put(y, (row * H + h) * P, H * P, out, PP, rows, P, False)
         if L > 1:
             _scale(target, j, stride, ends, N, P)
         if not in_place:
-            _put(last, home, P, held, PP, N, P, False)
+            put(last, home, P, held, PP, N, P, False)
 
 
 @kernel
@@ -401,22 +366,22 @@ def _backward(
                         _times(kept[c // KEEP * size + p * NP :], S[p * NP :], ends, NP)
                 _decays(a, NP, decay, first_d + t * step_d, step_d, rows, N, channels)
                 frames = _frames(a, multiples, begins, ends, rows, NP)
-                _fetch(keys, NP, k, (row * G + g) * N, G * N, rows, N)
-                _fetch(values, PP, v, (row * H + h) * P, H * P, rows, P)
-                _fetch(grads, PP, dy, (row * H + h) * P, H * P, rows, P)
+                fetch(keys, NP, k, (row * G + g) * N, G * N, rows, N)
+                fetch(values, PP, v, (row * H + h) * P, H * P, rows, P)
+                fetch(grads, PP, dy, (row * H + h) * P, H * P, rows, P)
                 _over(coming, keys, a, rows * NP)
                 _clear(by_keys, rows * NP)
                 sizes = frames, begins, multiples, N, P, NP, PP
                 _by_keys(*sizes, coming, values, grads, by_keys, S)
                 _times(by_keys, by_keys, a, rows * NP)
                 if with_decay:
-                    _fetch(queries, NP, q, (row * G + g) * N, G * N, rows, N)
+                    fetch(queries, NP, q, (row * G + g) * N, G * N, rows, N)
                     _grow(ddecay, first_dd + t * step_d, step_d, -ONE, queries, by_keys, rows, N, NP, channels)
                 _itself(by_keys, NP, keys, values, grads, PP, rows, True)
-                _put(dq, to_keys + t * G * N, G * N, by_keys, NP, rows, N, h > low)
+                put(dq, to_keys + t * G * N, G * N, by_keys, NP, rows, N, h > low)
             _transpose(S, NP, dlast, home, N, P)
             _clear(S_values, size)
-            _fetch(S_values, PP, dlast, home, P, N, P)
+            fetch(S_values, PP, dlast, home, P, N, P)
             for i in range(0, NP, LANES):
                 store(ends, i, splat(R, ONE))
             for c in range(chunks - 1, -1, -1):
@@ -429,10 +394,10 @@ def _backward(
                 else:
                     _decays(a, NP, decay, first_d + (t + 1) * step_d, -step_d, rows, N, channels)
                 frames = _frames(a, multiples, begins, ends, rows, NP)
-                _fetch(keys, NP, k, (row * G + g) * N, -G * N, rows, N)
-                _fetch(queries, NP, q, (row * G + g) * N, -G * N, rows, N)
-                _fetch(values, PP, v, (row * H + h) * P, -H * P, rows, P)
-                _fetch(grads, PP, dy, (row * H + h) * P, -H * P, rows, P)
+                fetch(keys, NP, k, (row * G + g) * N, -G * N, rows, N)
+                fetch(queries, NP, q, (row * G + g) * N, -G * N, rows, N)
+                fetch(values, PP, v, (row * H + h) * P, -H * P, rows, P)
+                fetch(grads, PP, dy, (row * H + h) * P, -H * P, rows, P)
                 _over(coming, queries, a, rows * NP)
                 _times(read, keys, a, rows * NP)
                 _clear(by_keys, rows * NP)
@@ -442,17 +407,17 @@ def _backward(
                 if with_decay:
                     _grow(ddecay, first_dd + t * step_d, -step_d, ONE, keys, by_keys, rows, N, NP, channels)
                 _itself(by_keys, NP, queries, values, grads, PP, rows, True)
-                _put(dk, to_keys + t * G * N, -G * N, by_keys, NP, rows, N, h > low)
+                put(dk, to_keys + t * G * N, -G * N, by_keys, NP, rows, N, h > low)
                 _itself(by_values, PP, grads, queries, keys, NP, rows, False)
                 _by_values(*sizes, coming, read, grads, by_values, S_values, 0, S_values, 0, PP)
-                _put(dv, (row * H + h) * P, -H * P, by_values, PP, rows, P, False)
+                put(dv, (row * H + h) * P, -H * P, by_values, PP, rows, P, False)
                 if c % KEEP == 0:  # and at the first of all
                     _decays(a, NP, decay, first_d + c * T * step_d, step_d, 1, N, channels)
                     _times(a, a, ends, NP)
                     if with_decay:
                         _start(firsts, c // KEEP * NP, a, kept, c // KEEP * size, S, P, NP, channels, h > low)
             _scale(S_values, 0, PP, a, N, P)
-            _put(dstate, home, P, S_values, PP, N, P, False)
+            put(dstate, home, P, S_values, PP, N, P, False)
             if with_decay and (h == high - 1 or not channels):
                 _add_up(ddecay, first_dd, decay, first_d, step_d, firsts, a, L, N if channels else 1, NP)
 
