@@ -155,6 +155,8 @@ def train(
     if dry_run:
         from longwave.train.cost import cost, describe, measure
 
+        if resume is None:
+            loop.check_start(loaded)
         known = cost(loaded)
         print(describe(loaded, known, measure(loaded, known)))
         return
@@ -365,10 +367,9 @@ def generate(
     from longwave import models
     from longwave.inspection import describe_states
     from longwave.models.generate import PREFILL_CHUNK
-    from longwave.models.storage import origin
     from longwave.tasks import AudioTokens
-    from longwave.tokenizer import FILE, Decoder
-    from longwave.train.runs import load_run, tokenizer_of
+    from longwave.tokenizer import Decoder
+    from longwave.train.runs import load_run, tokenizer_of, without_tokenizer
 
     recipe, model = load_run(run, [], weights)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
@@ -380,11 +381,7 @@ def generate(
         raise ValueError(f"{run} is a {type(model).__name__}, which tells no text; generate works on language models")
     words = tokenizer_of(run) if tokenizer is None else _tokenizer(tokenizer)
     if words is None:
-        with_ = origin(run).get("tokenizer") if recipe is None else f"the task {recipe.task.kind}"
-        on = "" if with_ is None else f", and was trained with {with_}"
-        where = f"bytes, dna, a {FILE}, a folder with one or OWNER/NAME on the Hub; or copy one into it"
-        ids = f"say what its {model.vocab:,} ids stand for by --tokenizer"
-        raise ValueError(f"{run} has no {FILE}{on}: {ids}: {where}")
+        raise ValueError(without_tokenizer(run, None if recipe is None else recipe.task))
     words.check_fits(model.vocab, str(run))
     if prompt is None and from_state is None and sys.stdin.isatty():
         _note("type the text to go on from, then Enter and Ctrl-D")

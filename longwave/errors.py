@@ -23,9 +23,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def few(names: Iterable[Any], most: int = 10) -> str:
+    """Names with commas, and of more than ``most`` how many are left."""
+    every = list(map(str, names))
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
 def unknown(what: str, name: Any, known: Collection[str]) -> str:
     """The sentence that no ``what`` has this name, with those that there are and the nearest."""
-    return f"no {what} is called {shown(name)}; there are {', '.join(known)}{nearest(str(name), known)}"
+    return f"no {what} is called {shown(name)}; there are {few(known, 60)}{nearest(str(name), known)}"
 
 
 def choose(what: str, name: str, table: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from longwave.errors import few
 from longwave.machine import required
 from longwave.mixers.base import as_mask
 from longwave.models.reader import Reader
@@ -171,8 +172,7 @@ class LongwavePreTrainedModel(OfRun, PreTrainedModel):
         path = model.name_or_path
         for what in ("missing", "unexpected"):
             if keys := sorted(info[f"{what}_keys"]):
-                more = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
-                raise ValueError(f"{path} is not as its config; {what}: {', '.join(keys[:10])}{more}")
+                raise ValueError(f"{path} is not as its config; {what}: {few(keys)}")
         if model.can_generate() and model.generation_config.eos_token_id is None and (Path(path) / FILE).is_file():
             model.generation_config.eos_token_id = find(path).end
         return (model, info) if output_loading_info else model

@@ -165,16 +165,16 @@ def describe(layers: list[Layer]) -> str:
     """The effective memory of every bank of filters, as a table."""
     rows = [
         "effective memory: the fewest steps that hold 95 % of a filter's energy; median and 90 % quantile of channels",
-        f"{'layer':20}{'filter':28}{'channels':>10}{'median':>12}{'90 %':>12}",
+        f"{'layer':24} {'filter':28}{'channels':>10}{'median':>12}{'90 %':>12}",
     ]
     for i, layer in enumerate(layers):
         label = f"{i:3} {layer.name}"
         if layer.note:
-            rows.append(f"{label:20}{layer.note}")
+            rows.append(f"{label:24} {layer.note}")
         for bank in layer.banks:
             least = "" if bank.complete else ">= "
             memory = f"{f'{least}{bank.median:,}':>12}{f'{least}{bank.high:,}':>12}"
-            rows.append(f"{label:20}{bank.response.name:28}{bank.response.channels:>10}{memory}")
+            rows.append(f"{label:24} {bank.response.name:28}{bank.response.channels:>10}{memory}")
     return "\n".join(rows)
 
 
@@ -248,9 +248,8 @@ def self_check() -> Iterator[Check]:
 
 @torch.no_grad()
 def _measured(layer: Mixer) -> tuple[float, float | None]:
-    x = torch.randn(2, 13, layer.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    future = x.clone()
-    future[:, 6:] += 1
+    x, other = torch.randn(2, 2, 13, layer.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    future = torch.cat([x[:, :6], other[:, 6:]], dim=1)
     whole = layer(x)[0]
     leak = (layer(future)[0] - whole)[:, :6].abs().max().item()
     if not layer.causal:

@@ -174,7 +174,7 @@ def test_more_tokens_than_positions_are_named_before_the_first():
     model = LMSpec(**POSITIONED, positions={"kind": "learned_positions", "max_len": 12}).build()
     with pytest.raises(ValueError, match=r"learned_positions of max_len = 12 cannot serve a sequence of 13; .*>= 13"):
         model(torch.zeros(1, 13, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"a text of 3 tokens and max_new = 11 are more than the 12 tokens"):
+    with pytest.raises(ValueError, match=r"a text of 3 tokens and max_new = 11 are more than the 12 that"):
         generate(model, [[1, 2, 3]], 11)
     rows = generate(model, [[1, 2, 3], [4]], 10)  # the last one drawn is not read
     assert [len(row) for row in rows] == [10, 10]

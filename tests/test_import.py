@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from longwave import models
 from longwave.cli import app
 from longwave.official.importing import FORMATS, import_model
+from longwave.official.mamba import MambaLMHeadModel
 from longwave.official.presets import PRESETS
 from longwave.official.transformer import GPT2
 
@@ -143,6 +144,16 @@ def test_files_that_are_refused(official, tmp_path, capsys):
     refused("there is no nowhere", "nowhere")
     (tmp_path / "empty").mkdir()
     refused("has no file of weights", tmp_path / "empty")
+    for name, stored, message in [
+        ("empty.pt", b"", "truncated or no file of torch.save: "),
+        ("page.pt", b"<html>not found", "no file of torch.save; it begins with b'<html>not found'"),
+        ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\n", "fetch them by git lfs pull"),
+    ]:
+        (tmp_path / name).write_bytes(stored)
+        refused(message, tmp_path / name)
+    refused("is one of several; name their folder", shards[1])
+    import_model(official["gpt2_hf"][1], tmp_path / "mine")
+    refused("is longwave's own: eval, generate and train --from take it as it is", tmp_path / "mine")
     (where / "config.json").write_text("{")
     refused("config.json is no JSON", where / "lost.pt")
     assert "executed" not in capsys.readouterr().out
@@ -205,6 +216,29 @@ def test_the_command(official, tmp_path, capsys):
             ["import", str(official["gpt2_hf"][1]), "--to", str(tmp_path / "b"), "--tokenizer", "bytes"],
             standalone_mode=False,
         )
+    assert not (tmp_path / "b").exists()
+    words = (
+        r"was trained with GPT-2's \(openai-community/gpt2\): copy one into it, or .*; the task text has ids of bytes"
+    )
+    with pytest.raises(ValueError, match=words):
+        app(["eval", str(tmp_path / "ours"), "task={kind: text, length: 8}"], standalone_mode=False)
+    for folder in official["gpt2_hf"][1], official["mamba_hf"][1]:  # that was not imported
+        with pytest.raises(ValueError, match=r"it is of model_type '(gpt2|mamba)': longwave import makes"):
+            app(["generate", str(folder), "--prompt", "a"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model._orig_mod."])
+def test_what_trainers_put_before_names_is_left_out(prefix, tmp_path):
+    """As DDP, torch.compile and Lightning do."""
+    options = {"d_model": 8, "n_layer": 2, "vocab_size": 16, "pad_vocab_size_multiple": 1, "rms_norm": True}
+    state = {key: torch.randn(shape) for key, shape in MambaLMHeadModel.read(options).tensors().items()}
+    state["lm_head.weight"] = state["backbone.embedding.weight"]
+    torch.save({"state_dict": {prefix + key: tensor for key, tensor in state.items()}}, tmp_path / "last.ckpt")
+    assert import_model(tmp_path / "last.ckpt", tmp_path / "ours").format == "mamba_ssm_lm"
+    torch.save(state, tmp_path / "bare.pt")
+    import_model(tmp_path / "bare.pt", tmp_path / "same")
+    ours, same = models.load(tmp_path / "ours")[0].state_dict(), models.load(tmp_path / "same")[0].state_dict()
+    assert all(torch.equal(ours[key], same[key]) for key in same)
 
 
 def test_the_page_names_every_format_and_family():

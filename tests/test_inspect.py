@@ -257,6 +257,11 @@ def test_a_mixer_without_filters_draws_nothing(call, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["learned_positions", "sinusoidal_positions"])
+def test_a_long_name_stands_apart_from_what_is_said_of_it(name, call):
+    assert f"{name} " in call("inspect", name, *(["max_len=8"] if name.startswith("learned") else []))[1]
+
+
 def test_a_trained_run(call, run, tmp_path):
     code, out, err = call("inspect", run)
     assert code == 0, err

@@ -200,16 +200,17 @@ def test_the_contract_runs_on_a_class_of_ones_own(here):
 
 
 LEAKY = """
+from torch.nn.functional import layer_norm
 from longwave.mixers import LSTM
 
 class Leaky(LSTM):
-    "It sees the future."
+    "It sees the future, behind a norm that hides what is added to all features."
 
     examples = ({},)
 
     def mix(self, x, state, padding):
         y, state = super().mix(x, state, padding)
-        return y + x.mean(1, keepdim=True), state
+        return y + layer_norm(x, x.shape[2:]).mean(1, keepdim=True), state
 """
 
 

@@ -85,6 +85,10 @@ def test_what_does_not_fit_is_refused(start, tmp_path):
     task = {"kind": "dna", "files": [str(fasta)], "length": 16}
     with pytest.raises(ValueError, match=r"was trained on bytes"):
         loop.train(make_recipe({**TREE, "start": str(start), "model": dna, "task": task}, []), tmp_path / "run")
+    spec = LMSpec(d_model=16, pattern=["lstm"], vocab=300)
+    save(tmp_path / "unknown", spec.build(), spec)
+    with pytest.raises(ValueError, match=r"unknown has no tokenizer.json: copy one into it, or"):
+        loop.train(make_recipe({**TREE, "start": str(tmp_path / "unknown")}, []), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -98,6 +102,7 @@ def test_the_command(call, start, tmp_path, monkeypatch):
     code, _, err = call("train", "demo", *again, "--from", "start", "--out", "other")
     assert code == 2
     assert "holds another model than the recipe" in err
+    assert "holds another model than the recipe" in call("train", "demo", *again, "--from", "start", "--dry-run")[2]
     code, _, err = call("train", "--resume", "run", "--from", "start")
     assert code == 2
     assert "leave out --from" in err

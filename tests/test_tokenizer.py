@@ -407,10 +407,11 @@ def test_a_model_without_a_tokenizer_is_given_one(call, tmp_path, monkeypatch):
     models.save("a", spec.build(), spec)
     code, _, err = call("generate", "a", "--prompt", "Emma")
     assert code == 2
-    assert "a has no tokenizer.json: say what its 320 ids stand for by --tokenizer: bytes, dna, a tokenizer.json" in err
+    assert "a has no tokenizer.json: copy one into it, or say what its ids stand for by --tokenizer: bytes, dna" in err
     code, _, err = call("eval", "a", "task={kind: text, length: 8, share: 0.001}")
     assert code == 2
-    assert "a has no tokenizer.json, and the task text has ids of bytes of 256 ids: say what made the ids of the" in err
+    assert "a has no tokenizer.json: copy one into it, " in err
+    assert "on the Hub; the task text has ids of bytes of 256 ids" in err
     for made in (plain_bytes(), OTHER["byte pairs"]):
         (tmp_path / "words.json").write_text(made.text)
         code, out, err = call("generate", "a", "--prompt", "Emma", "--max-new", 4, "--tokenizer", "words.json")

@@ -376,6 +376,6 @@ def _check_lengths(model: LM, rows: list[_Row], max_new: int) -> None:
     limit, most = longest(model), max(row.length for row in rows)
     if limit is not None and most + max(max_new - 1, 0) > limit:
         raise ValueError(
-            f"a text of {most} tokens and max_new = {max_new} are more than the {limit} tokens that filters of the "
-            f"model can serve; take max_new <= {max(0, limit - most + 1)}, or a model of larger max_len"
+            f"a text of {most} tokens and max_new = {max_new} are more than the {limit} that filters or positions of "
+            f"the model serve; take max_new <= {max(0, limit - most + 1)}, or a model of larger max_len"
         )

@@ -32,7 +32,13 @@ def stored_spec(config: Any) -> Any:
     return config.get("spec", {name: value for name, value in config.items() if name not in TYPE})
 
 
-STORED: TypeAdapter[AnyModel] = TypeAdapter(Annotated[ModelSpec, BeforeValidator(stored_spec)])
+def _own(config: Any) -> Any:
+    if isinstance(config, dict) and config.get("model_type", "longwave") != "longwave":
+        raise ValueError(f"it is of model_type {config['model_type']!r}: longwave import makes an ordinary model of it")
+    return stored_spec(config)
+
+
+STORED: TypeAdapter[AnyModel] = TypeAdapter(Annotated[ModelSpec, BeforeValidator(_own)])
 
 
 def read_spec(config: bytes | dict[str, Any], what: str) -> ModelSpec:
@@ -197,10 +203,11 @@ def spec_at(path: str | Path) -> tuple[Path, ModelSpec]:
         ValueError: where a file is missing, differs from the checkpoint's manifest or describes no model.
     """
     folder = model_at(Path(path))
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no run and no saved model: it has no {name}")
-    return folder, read_spec((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    config = folder / CONFIG
+    spec = read_spec(config.read_bytes(), str(config)) if config.is_file() else None
+    if spec is None or not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} is no run and no saved model: it has no {CONFIG if spec is None else WEIGHTS}")
+    return folder, spec
 
 
 def load(path: str | Path, *, weights: str | None = None) -> tuple[nn.Module, ModelSpec]:

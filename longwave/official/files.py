@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from longwave.errors import clipped, few, shown
 from longwave.machine import required
 from longwave.official.source import State
 from longwave.tokenizer import FILE as TOKENIZER
@@ -24,6 +25,7 @@ NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 CONTAINERS = ("state", "state_dict", "model", "module")  # of trainers: Composer, Lightning, fairseq, DeepSpeed
 OPTIONS = ("hyper_parameters", "args", "config")
+WRAPPED = r"^module\.|_orig_mod\."  # in names, where a model was saved within torch's DDP, or compiled
 HUB = r"[\w.-]+/[\w.-]+"
 
 
@@ -58,11 +60,14 @@ def open_published(path: str | Path) -> Published:
             raise ValueError(f"there is no {path}: name a file of weights, a folder with one, or OWNER/NAME on the Hub")
         found = _from_hub(str(path))
     file = _weights_in(found) if found.is_dir() else found
+    if re.search(r"-\d+-of-\d+\.\w+$", file.name):
+        raise ValueError(f"{file} is one of several; name their folder, which has them all and a {NAMES[0]}")
     config_file, tokenizer = file.with_name("config.json"), file.with_name(TOKENIZER)
     config = _json(config_file) if config_file.is_file() else {}
     state, beside = _shards(file) if file.name.endswith(".index.json") else _tensors(file)
     if not state:
         raise ValueError(f"{file} holds no tensors")
+    state = {re.sub(WRAPPED, "", key): tensor for key, tensor in state.items()}
     return Published(file, state, config or beside, tokenizer if tokenizer.is_file() else None)
 
 
@@ -89,14 +94,9 @@ def _weights_in(folder: Path) -> Path:
             return folder / name
     files = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS)
     if len(files) != 1:
-        what = f"several files of weights, {_few(file.name for file in files)}" if files else "no file of weights"
+        what = f"several files of weights, {few(file.name for file in files)}" if files else "no file of weights"
         raise ValueError(f"{folder} has {what}; name one file")
     return files[0]
-
-
-def _few(names: Iterable[str], most: int = 10) -> str:
-    every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def _json(file: Path) -> Any:
@@ -117,16 +117,23 @@ def _shards(index: Path) -> tuple[State, Mapping[str, Any]]:
     files = {name: index.with_name(Path(name).name) for name in sorted(set(places.values()))}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
-        raise ValueError(f"{index} names {len(files)} files, of which there is no {_few(missing)}")
+        raise ValueError(f"{index} names {len(files)} files, of which there is no {few(missing)}")
     parts = {name: _tensors(file)[0] for name, file in files.items()}
     lost = [key for key, name in places.items() if key not in parts[name]]
     if lost:
-        raise ValueError(f"{files[places[lost[0]]]} has no {_few(lost)}, which {index.name} says it has")
+        raise ValueError(f"{files[places[lost[0]]]} has no {few(lost)}, which {index.name} says it has")
     return {key: parts[name][key] for key, name in places.items()}, {}
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as stored:
+        return stored.read(40)
 
 
 def _tensors(file: Path) -> tuple[State, Mapping[str, Any]]:
     """Of one file its tensors, and what options lie beside them."""
+    if _beginning(file).startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} only says where the weights are: fetch them by git lfs pull")
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt") as stored:
@@ -154,11 +161,12 @@ def _unpickled(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is None:
-            raise ValueError(f"{file} is no file of torch.save: {str(error).splitlines()[0]}") from None
+        if asked is None:  # torch's own words advise to run it
+            raise ValueError(f"{file} is no file of torch.save; it begins with {shown(_beginning(file))}") from None
         raise ValueError(
             f"{file} needs code to be run ({asked[1]}), which longwave does not do; where you trust it, save its "
             "tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is truncated or no file of torch.save: {str(error).splitlines()[0]}") from None
+        why = clipped(str(error) or "it is empty")
+        raise ValueError(f"{file} is truncated or no file of torch.save: {why}") from None

@@ -17,7 +17,7 @@ from longwave.models.storage import ORIGIN, save_tensors
 from longwave.official import SYSTEMS
 from longwave.official.blocks import ModelSource
 from longwave.official.files import Published, open_published
-from longwave.official.source import Shapes, mapping
+from longwave.official.source import Shapes, mapping, under
 from longwave.spec import explain
 from longwave.tokenizer import Tokenizer, find
 
@@ -61,7 +61,7 @@ def import_model(
         ValueError: where the files are not of the format or of none, a key is missing, unexpected or of another shape,
             or an option is not carried over.
     """
-    published = open_published(path)
+    published = _unwrapped(open_published(path))
     name, kind, said = recognised(published, format)
     try:
         source = kind.read(mapping(said), **options)
@@ -71,9 +71,10 @@ def import_model(
         guess = next((other for other, _, _ in _found(published) if other != name), None)
         hint = f"\nit looks like {guess}" if guess else ""
         raise ValueError(f"{published.path} as {name}: {sentence}{hint}") from error
-    known: Tokenizer | str = source.tokenizer if published.tokenizer is None else find(published.tokenizer)
-    known = tokenizer or known
+    known = tokenizer or (source.tokenizer if published.tokenizer is None else find(published.tokenizer))
     made, expected = (known, None) if isinstance(known, Tokenizer) else (None, known or None)
+    if made is not None:
+        made.check_fits(getattr(spec, "vocab", None), "the model")
     save_tensors(Path(out), tensors, spec, made)
     about = {"format": name, **({} if expected is None else {"tokenizer": expected})}
     (Path(out) / ORIGIN).write_text(json.dumps(about, indent=2) + "\n")
@@ -117,6 +118,8 @@ def recognised(published: Published, format: str | None) -> tuple[str, type[Mode
         ValueError: where it is of none, or there is no such format.
     """
     sources = None if format is None else choose("format", format, FORMATS)
+    if published.config.get("model_type") == "longwave":
+        raise ValueError(f"{published.path} is longwave's own: eval, generate and train --from take it as it is")
     for name, source, said in _found(published):
         if sources is None or source in sources:
             return name if format is None else format, source, said
@@ -129,6 +132,12 @@ def recognised(published: Published, format: str | None) -> tuple[str, type[Mode
         f"{published.path} ({about}, with {keys} ...) is of no format that longwave recognises; "
         f"if it is, name it by --from: {', '.join(FORMATS)}"
     )
+
+
+def _unwrapped(published: Published) -> Published:
+    """Where its names are of no format, but those under ``model.`` are, as in checkpoints of Lightning: these."""
+    inner = published._replace(state=under("model.", published.state))
+    return inner if next(_found(published), None) is None and next(_found(inner), None) is not None else published
 
 
 def _found(published: Published) -> Iterator[tuple[str, type[ModelSource], Mapping[str, Any]]]:
@@ -158,8 +167,4 @@ def converted(source: ModelSource, state: Mapping[str, Tensor]) -> tuple[AnyMode
             made = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             tensors[ours] = made.clone() if made.data_ptr() in held else made  # of one of theirs may be two of ours
             held.add(made.data_ptr())
-    if tensors.keys() != wanted.keys():  # what depends on no weights, such as angles
-        built = spec.build().to(dtype)
-        own = dict([*built.named_parameters(), *built.named_buffers()])
-        tensors |= {name: own[name].detach() for name in wanted if name not in tensors}
     return spec, tensors

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, ValidationError, model_validat
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from longwave.errors import nearest, shown
+from longwave.errors import few, nearest, shown
 from longwave.mixers import Mixer
 from longwave.spec import Spec, explain
 
@@ -315,14 +315,14 @@ class Source(Spec):
         strangers = [key for key in state if key not in shapes and key not in extra]
         if strangers:
             hint = nearest(strangers[0], shapes) if len(strangers) == 1 else ""
-            raise ValueError(f"the state has an unexpected key {_keys(strangers)}{hint}")
+            raise ValueError(f"the state has an unexpected key {few(map(repr, strangers))}{hint}")
         for key, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{key!r} is no tensor but {type(tensor).__name__}")
         missing = [key for key in shapes if key not in state and not (self.optional and key in aliases)]
         if missing:
             asked = f" with shape {shapes[missing[0]]}" if len(missing) == 1 else ""
-            raise ValueError(f"the state has no key {_keys(missing)}, which the config asks for{asked}")
+            raise ValueError(f"the state has no key {few(map(repr, missing))}, which the config asks for{asked}")
         for key, shape in shapes.items():
             if key in state and tuple(state[key].shape) != shape:
                 raise ValueError(f"{key!r} has shape {tuple(state[key].shape)}; the config asks for {shape}")
@@ -347,11 +347,6 @@ class Source(Spec):
         with torch.no_grad():
             module.load_state_dict(dict(self.converted(state, module)), strict=False)
         return module
-
-
-def _keys(keys: list[str]) -> str:
-    """Keys in words, at most ten of them."""
-    return ", ".join(map(repr, keys[:10])) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
 
 
 def mapping(config: Any) -> Mapping[str, Any]:

@@ -240,7 +240,7 @@ def _read(source: str) -> tuple[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"recipe {shown(source)} cannot be read: {reason}") from error
-    hint = nearest(source, shipped) or f"; the recipes are {', '.join(shipped)}"
+    hint = nearest(source, shipped) or "; longwave list names the recipes"
     raise ValueError(f"{shown(source)} is neither a recipe nor a YAML file{hint}")
 
 

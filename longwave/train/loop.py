@@ -173,8 +173,8 @@ def train(
     run = Path(run)
     recipe.task.prepare()
     check_size(recipe)  # what the model objects to is said before any process is started
-    if resume is None and recipe.start is not None:
-        _check_start(recipe, recipe.start)
+    if resume is None:
+        check_start(recipe)
     with threads(recipe.threads), Ranks(make_fabric(recipe)) as ranks:
         return _train(ranks, recipe, run, resume, command)
 
@@ -289,16 +289,17 @@ def _start_monitor(recipe: Recipe, run: Path, start: int, about: dict[str, Any])
     return Monitor(run, recipe.steps, start, recipe.task.metric)
 
 
-def _check_start(recipe: Recipe, start: str) -> None:
+def check_start(recipe: Recipe) -> None:
     """Refuse to start with the weights of another model than the recipe's, or of one whose ids mean something else."""
     from longwave.train.runs import check_tokenizer, tokenizer_of  # which need this module
 
+    if (start := recipe.start) is None:
+        return
     spec = spec_at(start)[1].model_copy(update={"dropout": recipe.model.dropout})
     if spec != recipe.model:
         change = first_difference("model", spec.model_dump(), recipe.model.model_dump())
         raise ValueError(f"{start} holds another model than the recipe: {change}; train that one by model=null")
-    if (own := tokenizer_of(Path(start))) is not None:
-        check_tokenizer(Path(start), own, recipe.task)
+    check_tokenizer(Path(start), tokenizer_of(Path(start)), recipe.task)
 
 
 def _write_record(run: Path, about: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from longwave.models import load, tokenizer
 from longwave.models.runs import CONFIG, model_at, run_of
 from longwave.models.storage import CONFIG as MODEL
+from longwave.models.storage import origin
 from longwave.nn import set_rate
 from longwave.tasks import Task, Text
-from longwave.tokenizer import FILE, HYENADNA, Tokenizer, dna
+from longwave.tokenizer import FILE, HYENADNA, PLAIN, Tokenizer, dna
 from longwave.train.config import Recipe, load_recipe, make_recipe
 from longwave.train.loop import first_difference
 
@@ -53,6 +54,16 @@ def tokenizer_of(path: Path) -> Tokenizer | None:
     return tokenizer(path)
 
 
+def without_tokenizer(path: Path, task: Task | None = None) -> str:
+    """The words that what made the ids of a model is not known, with what its folder, or its task, says of it."""
+    by = origin(path).get("tokenizer") if task is None else f"the task {task.kind}"
+    known = "" if by is None else f", and was trained with {by}"
+    return (
+        f"{path} has no {FILE}{known}: copy one into it, or say what its ids stand for by --tokenizer: "
+        f"{', '.join(PLAIN)}, a {FILE}, a folder with one or OWNER/NAME on the Hub"
+    )
+
+
 def check_tokenizer(path: Path, own: Tokenizer | None, task: Task) -> None:
     """Refuse a task whose ids mean something else than those that a model was trained on.
 
@@ -67,8 +78,7 @@ def check_tokenizer(path: Path, own: Tokenizer | None, task: Task) -> None:
     if asked is None or (own is not None and asked.agrees(own)):
         return
     if own is None:
-        raise ValueError(f"{path} has no {FILE}, and the task {task.kind} has ids of {asked}: say what made the ids of "
-                         "the model by --tokenizer")  # fmt: skip
+        raise ValueError(f"{without_tokenizer(path)}; the task {task.kind} has ids of {asked}")
     how = "evaluate it on a task that has those"
     if asked.letters is not None and own.agrees(dna(HYENADNA)):
         how = "evaluate it with task.ids=hyenadna"
