@@ -344,7 +344,7 @@ def test_progress_counts_the_prompts_tokens(model, monkeypatch):
 def test_a_filters_end_is_said_before_the_first_token():
     model = LMSpec(vocab=20, d_model=8, pattern=[{"kind": "hyena", "max_len": 10, "width": 8}]).build()
     assert len(generate(model, [[1, 2, 3]], 8)[0]) == 8
-    message = r"a text of 3 tokens and max_new = 9 .* the 10 tokens that filters .* can serve; take max_new <= 8"
+    message = r"a text of 3 tokens and max_new = 9 .* the 10 that filters .* serve; take max_new <= 8"
     with pytest.raises(ValueError, match=message):
         stream(model, [[1, 2, 3]], 9)
     tokens = stream(model, [[1, 2, 3]], 4)

@@ -217,11 +217,13 @@ def test_the_command(official, tmp_path, capsys):
             standalone_mode=False,
         )
     assert not (tmp_path / "b").exists()
-    words = (
-        r"was trained with GPT-2's \(openai-community/gpt2\): copy one into it, or .*; the task text has ids of bytes"
-    )
+    (tmp_path / "a.fa").write_text(">a\n" + "ACGT" * 200)
+    words = r"was trained with GPT-2's \(openai-community/gpt2\): copy one into it, or .*; the task dna has ids of char"
     with pytest.raises(ValueError, match=words):
-        app(["eval", str(tmp_path / "ours"), "task={kind: text, length: 8}"], standalone_mode=False)
+        app(
+            ["eval", str(tmp_path / "ours"), f"task={{kind: dna, files: [{tmp_path}/a.fa], length: 8}}"],
+            standalone_mode=False,
+        )
     for folder in official["gpt2_hf"][1], official["mamba_hf"][1]:  # that was not imported
         with pytest.raises(ValueError, match=r"it is of model_type '(gpt2|mamba)': longwave import makes"):
             app(["generate", str(folder), "--prompt", "a"], standalone_mode=False)
