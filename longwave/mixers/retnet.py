@@ -16,7 +16,7 @@ from longwave.mixers.states import Growing
 from longwave.nn import Response, append_time, like_output
 from longwave.nn.module import StaysWide
 from longwave.nn.padding import is_real
-from longwave.ops import at_least_float32, linear_attention, rotary
+from longwave.ops import at_least_float32, linear_attention, rms_norm, rotary
 from longwave.spec import Parts, PartSpec
 
 
@@ -251,7 +251,7 @@ class RetNet(Mixer, name="retnet"):
         y, kv = linear_attention(q, k, v, at_padding, kv)
         sums, scale = self.normalizer(Retained(q, k, start, decay, at_padding, padding), scale)
         y = y if sums is None else (y / sums).to(v.dtype)
-        y = F.silu(self.g_proj(x)) * F.rms_norm(y, y.shape[3:], eps=self.norm_eps).flatten(2)
+        y = F.silu(self.g_proj(x)) * rms_norm(y, y.new_ones(y.shape[3:]), self.norm_eps).flatten(2)
         if state is not None:
             state = type(state)(state.position + (L if padding is None else L - padding), kv, scale)
         return self.out_proj(y), state
