@@ -485,14 +485,12 @@ def import_(
     """Make a published checkpoint an ordinary model: eval, generate, inspect and train take it."""
     from longwave.models import load
     from longwave.official.importing import check, import_model
-    from longwave.train.config import set_field
+    from longwave.train.config import fields
 
     if to.exists():
         raise ValueError(f"{to} is there already; name another folder by --to")
-    options: dict[str, Any] = {}
-    for change in changes or []:
-        set_field(options, change)
-    made = import_model(path, to, format, None if tokenizer is None else _tokenizer(tokenizer), **options)
+    words = None if tokenizer is None else _tokenizer(tokenizer)
+    made = import_model(path, to, format, words, **fields(changes or []))
     print(f"format      {made.format}\nkeys        {made.keys:,}, all used")
     for line in check(*load(to)):
         print(line)
@@ -685,7 +683,7 @@ def inspect(
     from longwave import inspection, plots
     from longwave.mixers import MIXERS
     from longwave.models.runs import is_checkpoint, model_at, run_of, step_of
-    from longwave.train.config import set_field
+    from longwave.train.config import fields
     from longwave.train.runs import load_run
 
     if out is not None and out.suffix not in ("", *plots.FORMATS) and not out.is_dir():
@@ -700,9 +698,7 @@ def inspect(
         folder = model_at(path)
         title = f"{run_of(path)}, step {step_of(folder)}" if is_checkpoint(folder) else str(path)
     else:
-        options: dict[str, Any] = {"d_model": 64}
-        for change in made:
-            set_field(options, change)
+        options = {"d_model": 64, **fields(made)}
         modules = [inspection.drawn(what, options, options.pop("d_model"), length)]
         out = out or Path(f"{what}.png")
     layers = [inspection.inspect_layer(module, length) for module in modules]
@@ -724,32 +720,10 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, or cuda: ops in bfloat16 on a GPU, beside torch's.")] = "cpu",
 ) -> None:
     """Measure ops, models and generation beside their peers in one process, or the memory of mixers as texts grow."""
-    import torch
-
     from longwave import bench as benches
-    from longwave.errors import choose, shown, unknown
 
-    kinds = ("ops", "models", "memory", "generate", "online")
-    if what not in kinds:
-        raise ValueError(unknown("bench", what, kinds))
-    on_device = choose("device of the bench", device, {"cpu": False, "cuda": True})
-    if on_device and what != "ops":
-        raise ValueError(f"bench {what} runs on the CPU; leave out --device, or take bench ops")
-    threads, columns = sorted({1, torch.get_num_threads()}), list(benches.COLUMNS)
-    if on_device:
-        measured, columns = benches.bench_device(only or [], repeats, device), list(benches.DEVICE_COLUMNS)
-    elif what == "ops":
-        measured = benches.bench_ops(only or [], threads, repeats)
-    elif what in ("models", "online") and only:
-        raise ValueError(f"bench {what} measures them all; leave out --only {shown(only[0])}")
-    elif what == "models":
-        measured = benches.bench_models(repeats)
-    elif what == "generate":
-        measured, columns = benches.bench_generate(only or [], repeats, threads), list(benches.GENERATE_COLUMNS)
-    elif what == "online":
-        measured, columns = benches.bench_online(), list(benches.ONLINE_COLUMNS)
-    else:
-        measured, columns = benches.bench_memory(only or []), list(benches.MEMORY_COLUMNS)
+    on_device = device != "cpu"
+    measured, columns = benches.measured(what, only or [], repeats, device)
     rows = []
     for row, line in benches.lines(measured, columns):
         print(line, flush=True)
@@ -774,13 +748,10 @@ def check(
 ) -> None:
     """Run the contract that every task and mixer keeps on a class of yours; a filter's is that of a mixer of it."""
     from longwave.contract import checks
-    from longwave.train.config import set_field
+    from longwave.train.config import fields
 
-    options: dict[str, Any] = {}
-    for change in changes or []:
-        set_field(options, change)
     broken = 0
-    for made, clause, fault in checks(what, options if changes else None):
+    for made, clause, fault in checks(what, fields(changes) if changes else None):
         broken += fault is not None
         said = f"ok      {clause}" if fault is None else f"BROKEN  {clause}\n        {fault}"
         print(f"{said}  {made or ''}".rstrip(), flush=True)

@@ -62,7 +62,7 @@ def test_transformers_opens_it_and_says_the_same(name, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pattern": ["s4d"]}, "transformers has no class for this model, a lm of s4d; longwave.hf"),
+        ({"pattern": ["s4d"]}, "longwave writes no class of transformers for this model, a lm of s4d; longwave.hf"),
         ({"pattern": ["mamba", "s4d"]}, "a lm of mamba, s4d"),
         ({"pattern": ["mamba"]}, "a lm of mamba as MambaForCausalLM would not compute it"),
         ({"pattern": ["mamba"], "channel": None, "norm_eps": 1e-5, "soft_cap": 5.0}, "would not compute it"),

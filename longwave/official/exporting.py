@@ -148,7 +148,7 @@ def export_hf(path: str | Path, out: str | Path) -> list[str]:
     Returns:
         The class, alone in a list.
     Raises:
-        ValueError: where transformers has no class that computes the model.
+        ValueError: where none of the classes of :data:`TARGETS` computes the model.
     """
     model, spec = load(path)
     kinds = {part.kind for part in spec.pattern}
@@ -160,7 +160,7 @@ def export_hf(path: str | Path, out: str | Path) -> list[str]:
             return [target.name]
     tried = f" as {', '.join(target.name for target in targets)} would not compute it" if targets else ""
     raise ValueError(
-        f"transformers has no class for this model, a {spec.kind} of {', '.join(sorted(kinds))}{tried}; "
+        f"longwave writes no class of transformers for this model, a {spec.kind} of {', '.join(sorted(kinds))}{tried}; "
         "longwave.hf.LongwaveForCausalLM and its like save any model for transformers with longwave installed"
     )
 

@@ -244,6 +244,14 @@ def _read(source: str) -> tuple[str, str]:
     raise ValueError(f"{shown(source)} is neither a recipe nor a YAML file{hint}")
 
 
+def fields(changes: Sequence[str]) -> dict[str, Any]:
+    """The tree that some ``key=value`` make of nothing."""
+    tree: dict[str, Any] = {}
+    for change in changes:
+        set_field(tree, change)
+    return tree
+
+
 def set_field(tree: dict, change: str) -> None:
     """Put a ``key=value`` change into a tree of dicts and lists, the value read as YAML.
 
