@@ -5,10 +5,12 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,7 @@ PATTERNS = {
     "hyena": [{"kind": "hyena", "max_len": 64}],
     "hybrid": ["s4d", {"kind": "attention", "heads": 2}, "mamba"],
 }
+PROGRAM = str(Path(sys.executable).with_name("longwave"))
 QUIET = {"do_sample": False, "pad_token_id": 0}
 
 
@@ -639,7 +642,7 @@ def test_weights_of_another_model_are_refused(tmp_path, hybrid):
 
 
 def test_programs_of_others_know_the_models():
-    run = subprocess.run(["longwave", "hf", "transfrmers"], capture_output=True, text=True)
+    run = subprocess.run([PROGRAM, "hf", "transfrmers"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "did you mean 'transformers'?" in run.stderr
 
@@ -653,7 +656,7 @@ def test_transformers_serve_speaks_to_a_client(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["longwave", "hf", "transformers", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command = [PROGRAM, "hf", "transformers", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
