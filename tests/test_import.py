@@ -18,6 +18,7 @@ from longwave.cli import app
 from longwave.official.importing import FORMATS, import_model
 from longwave.official.mamba import MambaLMHeadModel
 from longwave.official.presets import PRESETS
+from longwave.official.safari_lm import H3LM
 from longwave.official.transformer import GPT2
 
 SIZES = {
@@ -241,6 +242,16 @@ def test_what_trainers_put_before_names_is_left_out(prefix, tmp_path):
     import_model(tmp_path / "bare.pt", tmp_path / "same")
     ours, same = models.load(tmp_path / "ours")[0].state_dict(), models.load(tmp_path / "same")[0].state_dict()
     assert all(torch.equal(ours[key], same[key]) for key in same)
+
+
+def test_what_shapes_do_not_tell_is_given_by_the_caller(tmp_path):
+    sizes = {"d_model": 16, "n_layer": 2, "vocab_size": 20, "attn_layer_idx": [1], "attn_cfg": {"num_heads": 2}}
+    shapes = H3LM.read(sizes).tensors()
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt as h3lm: shapes do not tell .* or give them all as key=value"):
+        import_model(tmp_path / "model.pt", tmp_path / "ours")
+    assert import_model(tmp_path / "model.pt", tmp_path / "ours", **sizes).format == "h3lm"
+    assert models.load(tmp_path / "ours")[1].pattern[1].heads == 2
 
 
 def test_the_page_names_every_format_and_family():

@@ -61,7 +61,8 @@ def import_model(
         ValueError: where the files are not of the format or of none, a key is missing, unexpected or of another shape,
             or an option is not carried over.
     """
-    published = _unwrapped(open_published(path))
+    published = open_published(path)
+    published = _unwrapped(published._replace(config={**published.config, **options}))
     name, kind, said = recognised(published, format)
     try:
         source = kind.read(mapping(said), **options)
@@ -107,7 +108,8 @@ def check(model: nn.Module, spec: AnyModel) -> Iterator[str]:
         prompt = (steps**2 % vocab)[None]
     said = model(prompt)[0].double()
     digest = hashlib.sha256(said.float().contiguous().numpy().tobytes()).hexdigest()
-    numbers = f"mean {said.mean():.6g}, deviation {said.std():.6g}, the greatest at {said.flatten(1).argmax().item()}"
+    last = said.flatten(0, -2)[-1]
+    numbers = f"mean {said.mean():.6g}, deviation {said.std():.6g}, of the last the greatest is {last.argmax().item()}"
     yield f"outputs     of {PROMPT} fixed steps: {numbers}, sha256 {digest[:12]}"
 
 
@@ -145,7 +147,10 @@ def _found(published: Published) -> Iterator[tuple[str, type[ModelSource], Mappi
     shapes: Shapes = {key: tuple(tensor.shape) for key, tensor in published.state.items()}
     for name, sources in FORMATS.items():
         for source in sources:
-            options = source.found(published.config, shapes)
+            try:
+                options = source.found(published.config, shapes)
+            except ValueError as error:
+                raise ValueError(f"{published.path} as {name}: {error}") from error
             if options is not None:
                 yield name, source, options
 

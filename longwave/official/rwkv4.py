@@ -37,7 +37,7 @@ HF = {"embedding": "embeddings.", "norm": "pre_ln.", "rwkv4": "attention.", "rwk
 HF |= {"k": "key", "v": "value", "r": "receptance"}
 
 
-PILE = "GPT-NeoX's (EleutherAI/gpt-neox-20b), as 20B_tokenizer.json; RWKV-4 World's own (RWKV/rwkv-4-world-169m)"
+PILE = "GPT-NeoX's (EleutherAI/gpt-neox-20b), or of RWKV-4 World its own (RWKV/rwkv-4-world-169m)"
 
 
 def language_model(vocab: int, layers: int, width: int, A: int | None, hidden: int | None, eps: float) -> LMSpec:

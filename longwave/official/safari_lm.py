@@ -314,7 +314,7 @@ def _told(value: Any, what: str, width: int) -> Any:
     if value is None:
         raise ValueError(
             f"shapes do not tell {what}, and none of the released models is {width} wide; put a config.json with all "
-            "options beside the file"
+            "options beside the file, or give them all as key=value"
         )
     return value
 
