@@ -360,7 +360,7 @@ def test_a_filters_end_is_where_the_model_ends():
     low.backbone.levels[1].blocks[0].mixer = mixer("hyena", max_len=3, width=8).build(16)
     assert longest(low) == 15
     assert len(generate(low, [[1, 2, 3]], 13)[0]) == 13
-    with pytest.raises(ValueError, match=r"the 15 tokens .*; take max_new <= 13"):
+    with pytest.raises(ValueError, match=r"than the 15 that filters .*; take max_new <= 13"):
         generate(low, [[1, 2, 3]], 14)
     short = {"kind": "truncated", "filter": {"kind": "hyena", "max_len": 6, "width": 8}, "support": 5}
     cut = LMSpec(vocab=20, d_model=8, pattern=[{"kind": "conv", "filter": short}]).build()

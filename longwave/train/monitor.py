@@ -105,7 +105,7 @@ class Monitor:
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         try:
             with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": step, **numbers, "seconds": round(self.seconds, 1)}) + "\n")
+                stream.write(json.dumps({"step": step, **numbers, "seconds": round(self.seconds, 3)}) + "\n")
         except OSError as error:
             raise OSError(f"{self.file} cannot be written: {error.strerror}") from error
         for name, value in numbers.items():
