@@ -1,5 +1,6 @@
 """What models in the place of BERT have of it: embeddings, a head over tokens, a head over rows, names of tensors."""
 
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,26 +44,26 @@ class Bert(ModelSource):
     tie_word_embeddings: Flag = True
 
     @property
+    @abstractmethod
     def classifies(self) -> bool:
         """Whether it has the head over rows."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def positioned(self) -> bool:
         """Whether positions are added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mixer(self) -> MixerSpec:
         """Of every layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block(self) -> dict[str, Any]:
         """Fields of a spec that say what is around a mixer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pooling(self) -> Literal["mean", "first"]:
         """What the head over rows sees."""
-        raise NotImplementedError
 
     def token_norm(self) -> float:
         """The epsilon in the head over tokens."""
@@ -123,9 +124,9 @@ class Bert(ModelSource):
         x = self.encode(model, model.encoder, input_ids, attention_mask, *more, **named)
         return model.head(self.pooled(x, attention_mask))
 
+    @abstractmethod
     def pooled(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         """x (B, L, D) -> (B, D)."""
-        raise NotImplementedError
 
     def names(self) -> Names:
         p, words = self.prefix, f"{self.prefix}embeddings.word_embeddings.weight"
@@ -149,9 +150,9 @@ class Bert(ModelSource):
             Name(f"{head}decoder.", "model.head.decoder."),
         ]
 
+    @abstractmethod
     def layer_names(self) -> Names:
         """Of a layer."""
-        raise NotImplementedError
 
     def extra(self) -> Shapes:
         """Older checkpoints hold 0, 1, 2, ... besides the weights."""

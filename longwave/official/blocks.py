@@ -1,5 +1,6 @@
 """What several sources share: the call of an official module, small layers, the block around one long convolution."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -91,9 +92,9 @@ class ModelSource(Source):
     hf_type: ClassVar[str | None] = None
     tokenizer: ClassVar[str | Tokenizer] = ""
 
+    @abstractmethod
     def spec(self) -> AnyModel:
         """What it is."""
-        raise NotImplementedError
 
     def build(self) -> nn.Module:
         return Call(self.spec().build(), logits)

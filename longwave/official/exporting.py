@@ -36,6 +36,16 @@ class Target(NamedTuple):
     options: Callable[[LMSpec, Any], Mapping[str, Any]]
 
 
+def _sizes(spec: LMSpec) -> dict[str, Any]:
+    """By the names that most classes have for them."""
+    return {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.d_model,
+        "num_hidden_layers": spec.layers,
+        "tie_word_embeddings": spec.tied,
+    }
+
+
 def _mamba(spec: LMSpec, mixer: Any) -> Mapping[str, Any]:
     inner = round(mixer.expand * spec.d_model)
     rank = "auto" if mixer.dt_rank is None else mixer.dt_rank
@@ -50,17 +60,13 @@ def _mamba2(spec: LMSpec, mixer: Any) -> Mapping[str, Any]:
 
 
 def _both_mambas(spec: LMSpec, mixer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": spec.vocab,
-        "hidden_size": spec.d_model,
-        "num_hidden_layers": spec.layers,
+    return _sizes(spec) | {
         "state_size": mixer.d_state,
         "conv_kernel": mixer.d_conv,
         "expand": max(1, round(mixer.expand)),  # which must be whole there
         "use_bias": mixer.bias,
         "use_conv_bias": mixer.conv_bias,
         "layer_norm_epsilon": spec.norm_eps,
-        "tie_word_embeddings": spec.tied,
     }
 
 
@@ -79,10 +85,7 @@ def _gpt2(spec: LMSpec, mixer: Any) -> Mapping[str, Any]:
 
 
 def _gptneox(spec: LMSpec, mixer: Any) -> Mapping[str, Any]:
-    return {
-        "vocab_size": spec.vocab,
-        "hidden_size": spec.d_model,
-        "num_hidden_layers": spec.layers,
+    return _sizes(spec) | {
         "num_attention_heads": mixer.heads,
         "intermediate_size": _hidden(spec),
         "hidden_act": _activation(spec),
@@ -90,16 +93,12 @@ def _gptneox(spec: LMSpec, mixer: Any) -> Mapping[str, Any]:
         "use_parallel_residual": spec.block == "parallel",
         "attention_bias": mixer.bias,
         "rope_parameters": _rope(mixer.positions, spec.d_model // mixer.heads, share=True),
-        "tie_word_embeddings": spec.tied,
     }
 
 
 def _llama(spec: LMSpec, mixer: Any) -> Mapping[str, Any]:
     width = mixer.head_dim or spec.d_model // mixer.heads
-    return {
-        "vocab_size": spec.vocab,
-        "hidden_size": spec.d_model,
-        "num_hidden_layers": spec.layers,
+    return _sizes(spec) | {
         "num_attention_heads": mixer.heads,
         "num_key_value_heads": mixer.kv_heads or mixer.heads,
         "head_dim": width,
@@ -108,7 +107,6 @@ def _llama(spec: LMSpec, mixer: Any) -> Mapping[str, Any]:
         "attention_bias": mixer.bias,
         "mlp_bias": getattr(spec.channel, "bias", False),
         "rope_parameters": _rope(mixer.positions, width, share=False),
-        "tie_word_embeddings": spec.tied,
     }
 
 

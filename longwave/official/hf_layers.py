@@ -1,5 +1,6 @@
 """Layers of models of Hugging Face transformers (5.23), one mixer each, from the config of its whole model."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -35,9 +36,9 @@ class HFLayer(Source):
     ignored: ClassVar[frozenset[str]] = OF_ANY_MODEL
     hidden_size: Size
 
+    @abstractmethod
     def mixer(self) -> MixerSpec:
         """It, as data."""
-        raise NotImplementedError
 
     def mixer_names(self) -> Names:
         """Of its tensors."""

@@ -1,6 +1,7 @@
 """Mamba and Mamba-2: the language models of github.com/state-spaces/mamba and of transformers, and the scan."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -271,9 +272,9 @@ class HuggingFaceMamba(ModelSource):
     tie_word_embeddings: Flag = True
     rms_norm: Literal[True] = True
 
+    @abstractmethod
     def mixer(self) -> MixerSpec:
         """That of every layer, as data."""
-        raise NotImplementedError
 
     def spec(self) -> LMSpec:
         return LMSpec(

@@ -5,6 +5,7 @@ attention at some, in the order norm, mixer, norm, MLP; the head is the embeddin
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -119,9 +120,9 @@ class LMBackbone(ModelSource):
     layer_norm_epsilon: float = 1e-5
     pad_vocab_size_multiple: Size = 1
 
+    @abstractmethod
     def layers(self) -> list[Layer]:
         """Those of every depth."""
-        raise NotImplementedError
 
     def parts(self) -> dict[str, Any]:
         """The fields of a spec but for the mixers."""

@@ -1,6 +1,7 @@
 """SaShiMi of github.com/state-spaces/s4 (commit e757cef): the standalone model, and the one it was trained with."""
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
@@ -96,17 +97,17 @@ class SashimiModel(Source):
     linear: ClassVar[Names]
     turn: ClassVar[Turn]
 
+    @abstractmethod
     def s4(self, part: Part) -> Block:
         """The options of the S4 block of a part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_norm(self, width: int) -> nn.Module:
         """One of the norms."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm_names(self) -> Names:
         """Of one norm."""
-        raise NotImplementedError
 
     def parts(self) -> Iterator[Part]:
         """Every part of the model."""
