@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import re
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +11,6 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from longwave import cli
 from longwave.inspection import describe, drawn, effective_memory, inspect_layer, look, time_layers
 from longwave.mixers import MIXERS
 from longwave.nn import S4ND, DPLRFilter, FreeFilter, Response, S4DFilter, ShiftFilter, responses
@@ -31,21 +29,6 @@ RECIPE = {
     "lr": 1e-3,
     "accelerator": "cpu",
 }
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """``call("inspect", "s4d")`` in this process -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["longwave", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
